@@ -1,0 +1,37 @@
+"""PanoramaVLM: a vision-language model for 360-degree panoramas, native to the Hugging Face Hub."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+
+from .configuration_panorama import PanoramaConfig
+from .geometry_panorama import View, ViewPlan
+from .image_processing_panorama import PanoramaImageProcessor
+from .modeling_panorama import GenerationOutput, PanoramaVLM, TrainingStageOutput, VisionStageOutput
+from .processing_panorama import PanoramaProcessor
+
+__version__ = "2.0.0.dev0"
+__all__ = [
+    "GenerationOutput",
+    "PanoramaConfig",
+    "PanoramaImageProcessor",
+    "PanoramaProcessor",
+    "PanoramaVLM",
+    "TrainingStageOutput",
+    "View",
+    "ViewPlan",
+    "VisionStageOutput",
+]
+
+# Where the package is installed its own classes are used, and no remote code has to be trusted.
+AutoConfig.register(PanoramaConfig.model_type, PanoramaConfig, exist_ok=True)
+AutoModel.register(PanoramaConfig, PanoramaVLM, exist_ok=True)
+AutoModelForCausalLM.register(PanoramaConfig, PanoramaVLM, exist_ok=True)
+AutoModelForImageTextToText.register(PanoramaConfig, PanoramaVLM, exist_ok=True)
+AutoImageProcessor.register(PanoramaConfig, PanoramaImageProcessor, exist_ok=True)
+AutoProcessor.register(PanoramaConfig, PanoramaProcessor, exist_ok=True)

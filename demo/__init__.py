@@ -1,0 +1,1 @@
+"""The main job at a small scale: `make demo`."""

@@ -1,0 +1,357 @@
+"""The sphere: which way every view, pixel and token looks.
+
+Pure functions on numpy float64 arrays; results are cached and read-only. No weights, no images.
+
+Conventions (degrees at every public surface, radians inside):
+
+- Axes: x right, y up, z forward. Yaw turns right, pitch looks up.
+- Ray of (yaw a, pitch b): ``(cos b * sin a, sin b, cos b * cos a)``, a unit vector.
+- Equirectangular (ERP) pixel (column u, row v) of W x H: ``yaw = ((u + 1/2)/W - 1/2) * 360``,
+  ``pitch = (1/2 - (v + 1/2)/H) * 180``. The middle column is the front, both edges are behind.
+- Perspective tile of field of view f, cell (row i, column j) of h x w: ``x = (2(j + 1/2)/w - 1) * tan(f/2)``,
+  ``y = (1 - 2(i + 1/2)/h) * tan(f/2)``, ray = R_yaw R_pitch normalise(x, y, 1).
+- A grid is ``(rows, columns)``; its cells are numbered row by row. Pixels and tokens use the same formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+Grid = tuple[int, int]
+_ROUNDING = 1e-9  # cells closer than this to a border, in cells or in cosines, count as on it
+
+
+@dataclass(frozen=True)
+class View:
+    """One view of the sphere: the whole of it as ERP, or a square perspective tile.
+
+    Args:
+        kind: `"erp"` (yaw, pitch and fov have no meaning) or `"perspective"`.
+        yaw: degrees to the right of the front.
+        pitch: degrees above the horizon, in [-90, 90].
+        fov: horizontal and vertical field of view in degrees, in (0, 180).
+        row: which row of pitch the tile belongs to; tiles of one row form a closed loop.
+    """
+
+    kind: Literal["erp", "perspective"]
+    yaw: float = 0.0
+    pitch: float = 0.0
+    fov: float = 0.0
+    row: int = 0
+
+    @property
+    def rotation(self) -> np.ndarray:
+        """R_yaw R_pitch [3, 3]: turns camera coordinates (x right, y up, z forward) into the world's."""
+        a, b = math.radians(self.yaw), math.radians(self.pitch)
+        turn = np.array([[math.cos(a), 0.0, math.sin(a)], [0.0, 1.0, 0.0], [-math.sin(a), 0.0, math.cos(a)]])
+        look_up = np.array(
+            [[1.0, 0.0, 0.0], [0.0, math.cos(b), math.sin(b)], [0.0, -math.sin(b), math.cos(b)]]
+        )
+        return turn @ look_up
+
+    def rays(self, grid: Grid) -> np.ndarray:
+        """Unit rays of the cells of this view, [rows, columns, 3]."""
+        rows, columns = grid
+        if self.kind == "erp":
+            yaw = ((np.arange(columns) + 0.5) / columns - 0.5) * 2 * math.pi
+            pitch = (0.5 - (np.arange(rows) + 0.5) / rows) * math.pi
+            yaw, pitch = np.broadcast_arrays(yaw[None, :], pitch[:, None])
+            return np.stack([np.cos(pitch) * np.sin(yaw), np.sin(pitch), np.cos(pitch) * np.cos(yaw)], -1)
+        half = math.tan(math.radians(self.fov) / 2)
+        x = (2 * (np.arange(columns) + 0.5) / columns - 1) * half
+        y = (1 - 2 * (np.arange(rows) + 0.5) / rows) * half
+        x, y = np.broadcast_arrays(x[None, :], y[:, None])
+        camera = np.stack([x, y, np.ones_like(x)], -1)
+        return camera @ self.rotation.T / np.linalg.norm(camera, axis=-1, keepdims=True)
+
+    def cells(self, rays: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where rays fall in this view's grid: the inverse of :meth:`rays`.
+
+        Args:
+            rays: unit rays [..., 3].
+            grid: (rows, columns) of this view.
+
+        Returns:
+            Fractional row and column [...], cell centres at whole numbers, and a mask [...] of the rays that
+            fall between cell centres, so that they can be interpolated and need not be extrapolated.
+            The columns of an ERP view wrap around: column -0.5 is as good as columns - 0.5.
+        """
+        rows, columns = grid
+        if self.kind == "erp":
+            yaw, pitch = ray_angles(rays)
+            column = (yaw / 360 + 0.5) * columns - 0.5
+            row = (0.5 - pitch / 180) * rows - 0.5
+            return row, column, (row > -_ROUNDING) & (row < rows - 1 + _ROUNDING)
+        camera = rays @ self.rotation
+        ahead = camera[..., 2] > _ROUNDING
+        depth = np.where(ahead, camera[..., 2], 1.0) * math.tan(math.radians(self.fov) / 2)
+        column = (camera[..., 0] / depth + 1) * columns / 2 - 0.5
+        row = (1 - camera[..., 1] / depth) * rows / 2 - 0.5
+        inside = (column > -_ROUNDING) & (column < columns - 1 + _ROUNDING)
+        inside &= (row > -_ROUNDING) & (row < rows - 1 + _ROUNDING)
+        return row, column, ahead & inside
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """The views of one panorama, in the order of tensors: the global view first (when there is one), then row by
+    row of pitch, each row in loop order. Hashable, so that everything derived from it can be cached."""
+
+    views: tuple[View, ...]
+
+    @property
+    def num_views(self) -> int:
+        return len(self.views)
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Indices of the perspective tiles."""
+        return tuple(index for index, view in enumerate(self.views) if view.kind == "perspective")
+
+    @property
+    def loops(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of the tiles, one tuple a row of pitch, in loop order."""
+        rows = sorted({self.views[index].row for index in self.tiles})
+        return tuple(tuple(i for i in self.tiles if self.views[i].row == row) for row in rows)
+
+    @property
+    def has_rays(self) -> bool:
+        """Whether tokens of different tiles can be matched by their rays: it takes two tiles."""
+        return len(self.tiles) >= 2
+
+    def neighbours(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of neighbouring tiles: each with the next of its loop (the last with the first), and with the one
+        above in the next row of pitch that looks most nearly the same way. Each pair stands once."""
+        pairs: list[tuple[int, int]] = []
+        for loop in self.loops:
+            pairs += [(loop[i], loop[(i + 1) % len(loop)]) for i in range(len(loop))]
+        for lower, upper in zip(self.loops, self.loops[1:], strict=False):
+            for index in lower:
+                yaw = self.views[index].yaw
+                turns = [abs((self.views[other].yaw - yaw + 180) % 360 - 180) for other in upper]
+                pairs.append((index, upper[int(np.argmin(turns))]))
+        unique = {frozenset(pair): pair for pair in reversed(pairs) if pair[0] != pair[1]}
+        return tuple(sorted(unique.values(), key=pairs.index))
+
+
+@dataclass(frozen=True)
+class Correspondences:
+    """Tokens of one view and the exact places in another view that look the same way, for P pairs of views.
+
+    Args:
+        first, second: view indices [P].
+        tokens: cells of the first view [P, L].
+        corners: the C = 4 cells of the second view around the place [P, L, C]; for strips the one cell, C = 1.
+        weights: their bilinear weights [P, L, C], which sum to one.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    tokens: np.ndarray
+    corners: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def nearest(self) -> np.ndarray:
+        """The one cell of the second view nearest to the place [P, L]."""
+        return np.take_along_axis(self.corners, self.weights.argmax(-1)[..., None], -1)[..., 0]
+
+
+def ray_angles(rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Yaw in [-180, 180] and pitch in [-90, 90], in degrees, of unit rays [..., 3]."""
+    yaw = np.degrees(np.arctan2(rays[..., 0], rays[..., 2]))
+    pitch = np.degrees(np.arcsin(np.clip(rays[..., 1], -1.0, 1.0)))
+    return yaw, pitch
+
+
+def loop_of_tiles(fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float]) -> tuple[View, ...]:
+    """Closed loops of tiles: ``n = ceil(360 / (fov * (1 - overlap)))`` a row, stride ``360/n``, the first to the
+    front, the next ones to its right. 90 degrees with an overlap of 0.5 gives 8."""
+    n = math.ceil(360 / (fov_deg * (1 - overlap_ratio)) - _ROUNDING)
+    return tuple(
+        View("perspective", yaw=i * 360 / n, pitch=float(pitch), fov=float(fov_deg), row=row)
+        for row, pitch in enumerate(pitch_rows)
+        for i in range(n)
+    )
+
+
+def _anyres_e2p(fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float]) -> tuple[View, ...]:
+    """The whole panorama once, then the tiles."""
+    return (View("erp"), *loop_of_tiles(fov_deg, overlap_ratio, pitch_rows))
+
+
+def _resize(fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float]) -> tuple[View, ...]:
+    """The whole panorama as one view."""
+    return (View("erp"),)
+
+
+VIEW_STRATEGIES: dict[str, Callable[[float, float, Sequence[float]], tuple[View, ...]]] = {
+    "anyres_e2p": _anyres_e2p,
+    "resize": _resize,
+}
+
+
+@lru_cache(maxsize=64)
+def make_view_plan(
+    view_strategy: str, fov_deg: float, overlap_ratio: float, pitch_rows: tuple[float, ...] = (0.0,)
+) -> ViewPlan:
+    """The plan of a strategy by name. The options are checked where they are set, by :func:`check_view_options`."""
+    return ViewPlan(VIEW_STRATEGIES[view_strategy](fov_deg, overlap_ratio, pitch_rows))
+
+
+def check_view_options(
+    view_strategy: str, fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float]
+) -> None:
+    """Raise `ValueError` where the options of a view plan are out of range.
+
+    The configuration and the image processor carry the same four options, and both ask here.
+    """
+    if view_strategy not in VIEW_STRATEGIES:
+        raise ValueError(f"view_strategy must be one of {sorted(VIEW_STRATEGIES)}, got {view_strategy!r}")
+    if not 0 < overlap_ratio < 1:
+        raise ValueError(f"overlap_ratio must be in (0, 1), got {overlap_ratio}. Typical range: [0.3, 0.7]")
+    if not 0 < fov_deg < 180:
+        raise ValueError(f"fov_deg must be in (0, 180), got {fov_deg}. Typical value: 90.0")
+    pitches = list(pitch_rows)
+    if not pitches or any(not -90 <= pitch <= 90 for pitch in pitches) or len(set(pitches)) != len(pitches):
+        raise ValueError(
+            f"pitch_rows must be different degrees in [-90, 90], at least one, got {pitches}. "
+            "Typical values: [0.0] or [-45.0, 0.0, 45.0]"
+        )
+
+
+@lru_cache(maxsize=64)
+def plan_rays(plan: ViewPlan, grid: Grid) -> np.ndarray:
+    """Rays of all tokens of a plan, [V, S, 3] with S = rows * columns."""
+    return _read_only(np.stack([view.rays(grid).reshape(-1, 3) for view in plan.views]))
+
+
+@lru_cache(maxsize=64)
+def owned_tokens(plan: ViewPlan, grid: Grid) -> np.ndarray:
+    """Which tokens reach the language model under `token_selection="owned"`, [V, S] of bool.
+
+    A tile owns the directions whose nearest tile centre is its own, so that each direction comes from the tile that
+    sees it best, and once. A global view keeps all its tokens: it is the coarse picture of the whole.
+    """
+    rays = plan_rays(plan, grid)  # [V, S, 3]
+    owned = np.ones(rays.shape[:2], dtype=bool)
+    tiles = list(plan.tiles)
+    if tiles:
+        centres = np.stack([plan.views[tile].rotation[:, 2] for tile in tiles])  # [N, 3], rays of the centres
+        nearness = rays[tiles] @ centres.T  # [N, S, N], cosines
+        nearest = (nearness > nearness.max(-1, keepdims=True) - _ROUNDING).argmax(-1)  # first of equals
+        owned[tiles] = nearest == np.arange(len(tiles))[:, None]
+    return _read_only(owned)
+
+
+def ray_code(rays: np.ndarray, num_frequencies: int) -> np.ndarray:
+    """Position code of rays [..., 3] -> [..., 3 + 6K]: the ray itself, and sine and cosine of its coordinates at K
+    octaves (Mildenhall et al. 2020, NeRF, eq. 4). It is a function of the ray alone: no view, no seam, no pole."""
+    octaves = math.pi * 2.0 ** np.arange(num_frequencies)
+    phases = (rays[..., None] * octaves).reshape(*rays.shape[:-1], -1)  # [..., 3K]
+    return np.concatenate([rays, np.sin(phases), np.cos(phases)], -1)
+
+
+@lru_cache(maxsize=64)
+def ray_correspondences(
+    plan: ViewPlan, grid: Grid, overlap_pairs: tuple[str, ...] = ("neighbours",)
+) -> tuple[Correspondences, ...]:
+    """Tokens that look the same way in two views of a plan.
+
+    Args:
+        plan: the views.
+        grid: (rows, columns) of tokens of every view.
+        overlap_pairs: `"neighbours"` (tiles beside, above and below each other) and/or `"global"` (each tile and
+            the global ERP view).
+
+    Returns:
+        One :class:`Correspondences` for each number of matched tokens L that occurs (pairs of one loop share it);
+        pairs without a match are left out, so the result may be empty.
+    """
+    pairs: list[tuple[int, int]] = []
+    if "neighbours" in overlap_pairs:
+        pairs += plan.neighbours()
+    if "global" in overlap_pairs:
+        whole = [index for index, view in enumerate(plan.views) if view.kind == "erp"]
+        pairs += [(tile, erp) for erp in whole for tile in plan.tiles]
+    rays = plan_rays(plan, grid)
+    groups: dict[int, list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]] = {}
+    for first, second in pairs:
+        row, column, inside = plan.views[second].cells(rays[first], grid)
+        tokens = np.flatnonzero(inside)
+        if len(tokens):
+            wrap = plan.views[second].kind == "erp"
+            corners, weights = _bilinear(row[tokens], column[tokens], grid, wrap)
+            groups.setdefault(len(tokens), []).append((first, second, tokens, corners, weights))
+    return tuple(_stack_pairs(group) for _, group in sorted(groups.items()))
+
+
+@lru_cache(maxsize=64)
+def strip_correspondences(loop: tuple[int, ...], grid: Grid, overlap_ratio: float) -> Correspondences:
+    """Sequential pairs: the right k columns of a view with the left k columns of the next, row by row.
+
+    Exact only for windows slid over an ERP image; for perspective tiles the two tokens of a pair look several
+    degrees apart. ``k = max(1, round(overlap * columns))``.
+
+    Args:
+        loop: indices of views that follow each other to the right, at least two; the first follows the last.
+        grid: (rows, columns) of tokens of every view.
+        overlap_ratio: share of the columns that two views have in common, in (0, 1).
+    """
+    if len(loop) < 2:
+        raise ValueError(f"it takes at least 2 views to pair them, got {len(loop)}")
+    rows, columns = grid
+    k = max(1, round(overlap_ratio * columns))
+    cells = np.arange(rows * columns).reshape(rows, columns)
+    tokens, places = cells[:, columns - k :].ravel(), cells[:, :k].ravel()
+    pairs = zip(loop, loop[1:] + loop[:1], strict=True)
+    return _stack_pairs([(i, j, tokens, places[:, None], np.ones((len(places), 1))) for i, j in pairs])
+
+
+def _bilinear(row: np.ndarray, column: np.ndarray, grid: Grid, wrap: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The four cells around fractional places [L] and their weights, both [L, 4]."""
+    rows, columns = grid
+    row = np.clip(row, 0, rows - 1)
+    top = np.minimum(np.floor(row), max(rows - 2, 0)).astype(np.int64)
+    bottom = np.minimum(top + 1, rows - 1)
+    if wrap:
+        left = np.floor(column).astype(np.int64)
+        right_share = column - left
+        left, right = left % columns, (left + 1) % columns
+    else:
+        column = np.clip(column, 0, columns - 1)
+        left = np.minimum(np.floor(column), max(columns - 2, 0)).astype(np.int64)
+        right_share, right = column - left, np.minimum(left + 1, columns - 1)
+    bottom_share = row - top
+    corners = np.stack([top * columns + left, top * columns + right, bottom * columns + left, bottom * columns + right])
+    weights = np.stack(
+        [
+            (1 - bottom_share) * (1 - right_share),
+            (1 - bottom_share) * right_share,
+            bottom_share * (1 - right_share),
+            bottom_share * right_share,
+        ]
+    )
+    return corners.T, weights.T
+
+
+def _stack_pairs(pairs: Sequence[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]) -> Correspondences:
+    first, second, tokens, corners, weights = zip(*pairs, strict=True)
+    return Correspondences(
+        first=_read_only(np.array(first)),
+        second=_read_only(np.array(second)),
+        tokens=_read_only(np.stack(tokens)),
+        corners=_read_only(np.stack(corners)),
+        weights=_read_only(np.stack(weights)),
+    )
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array

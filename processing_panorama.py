@@ -1,0 +1,391 @@
+"""The processor: text and panoramas in, model inputs (and labels for training) out."""
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+
+from .configuration_panorama import PanoramaConfig
+from .image_processing_panorama import PanoramaImageProcessor, PanoramaImagesKwargs
+
+logger = logging.getLogger(__name__)
+
+IMAGE_TOKEN = "<image>"
+IGNORE_INDEX = -100  # what cross-entropy leaves out
+
+# For tokenizers without a chat template of their own.
+_PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token + '\\n' }}"
+    "{% else %}{{ message['role'] | capitalize + ': ' + message['content'] + '\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+# Stands before the language model's own template, which as a rule knows only text: it turns the parts of a message
+# into one string with a placeholder for each panorama, and adds the system prompt where the conversation has none.
+_PRELUDE = """\
+{%- set panorama = namespace(messages=[]) -%}
+{%- if SYSTEM_PROMPT and messages[0]['role'] != 'system' -%}
+{%- set panorama.messages = [{'role': 'system', 'content': SYSTEM_PROMPT}] -%}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}
+{%- set panorama.messages = panorama.messages + [message] -%}
+{%- else -%}
+{%- set parts = namespace(text='') -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'text' -%}{%- set parts.text = parts.text + part['text'] -%}
+{%- elif part['type'] == 'image' -%}{%- set parts.text = parts.text + IMAGE_TOKEN -%}
+{%- else -%}{{- raise_exception('a message may hold parts of type text and image, got ' + part['type']) -}}
+{%- endif -%}
+{%- endfor -%}
+{%- set panorama.messages = panorama.messages + [dict(message, content=parts.text)] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = panorama.messages -%}
+"""
+
+
+class PanoramaProcessorKwargs(ProcessingKwargs, total=False):
+    """Options of a call."""
+
+    images_kwargs: PanoramaImagesKwargs
+
+
+class PanoramaProcessor(ProcessorMixin):
+    """Chat template, `<image>` placeholders, views.
+
+    `processor(images=..., text=..., return_tensors="pt")` and `processor.apply_chat_template(messages,
+    tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt")` pad on the left, for
+    generation; `apply_chat_template(conversations, return_labels=True)` pads on the right and adds `labels`.
+
+    Args:
+        image_processor: makes the views.
+        tokenizer: of the language model. `<image>` is added to it where it lacks one, and an end-of-sequence token
+            serves for padding where it has no padding token.
+        chat_template: Jinja; without it the tokenizer's own, taught to read panoramas (see :meth:`teach_template`).
+        num_image_tokens: placeholders a panorama expands to; `PanoramaConfig.num_image_tokens`.
+        max_text_length, default_generation_prompt, vision_token_fallback_position: as in :class:`PanoramaConfig`.
+        image_token: the placeholder in texts.
+    """
+
+    valid_processor_kwargs = PanoramaProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor: PanoramaImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        num_image_tokens: int = 1024,
+        max_text_length: int = 1024,
+        default_generation_prompt: str = "Describe this panorama.",
+        vision_token_fallback_position: str = "start",
+        image_token: str = IMAGE_TOKEN,
+    ):
+        if tokenizer is None or image_processor is None:
+            raise ValueError("PanoramaProcessor needs an image_processor and a tokenizer, one of them is None")
+        if tokenizer.convert_tokens_to_ids(image_token) in (None, tokenizer.unk_token_id):
+            tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+            logger.info("The tokenizer has no padding token; %r serves for it.", tokenizer.eos_token)
+        tokenizer.padding_side = "left"
+        self.num_image_tokens = num_image_tokens
+        self.max_text_length = max_text_length
+        self.default_generation_prompt = default_generation_prompt
+        self.vision_token_fallback_position = vision_token_fallback_position
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if chat_template is None:
+            chat_template = self.teach_template(tokenizer.chat_template, image_token=image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @staticmethod
+    def teach_template(
+        template: str | None, system_prompt: str | None = None, image_token: str = IMAGE_TOKEN
+    ) -> str:
+        """A chat template that also reads messages made of parts (`[{"type": "image"}, {"type": "text", ...}]`).
+
+        Args:
+            template: the language model's own; `None` for a plain one.
+            system_prompt: said first where a conversation has no system message.
+            image_token: the placeholder of a panorama.
+        """
+        names = (
+            f"{{%- set SYSTEM_PROMPT = {json.dumps(system_prompt or '')} -%}}\n"
+            f"{{%- set IMAGE_TOKEN = {json.dumps(image_token)} -%}}\n"
+        )
+        return names + _PRELUDE + (template or _PLAIN_TEMPLATE)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PanoramaConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+    ) -> "PanoramaProcessor":
+        """The processor that fits a model's configuration."""
+        image_processor = PanoramaImageProcessor(
+            image_size=config.image_size,
+            view_strategy=config.view_strategy,
+            fov_deg=config.fov_deg,
+            overlap_ratio=config.overlap_ratio,
+            pitch_rows=config.pitch_rows,
+            image_mean=image_mean,
+            image_std=image_std,
+        )
+        return cls(
+            image_processor,
+            tokenizer,
+            chat_template=cls.teach_template(tokenizer.chat_template, config.system_prompt),
+            num_image_tokens=config.num_image_tokens,
+            max_text_length=config.max_text_length,
+            default_generation_prompt=config.default_generation_prompt,
+            vision_token_fallback_position=config.vision_token_fallback_position,
+        )
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str,
+        language: str,
+        vision_kwargs: dict[str, Any] | None = None,
+        language_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> "PanoramaProcessor":
+        """The processor for a model composed of two pretrained ones.
+
+        Args:
+            vision, language: Hub ids or folders.
+            vision_kwargs, language_kwargs: for their `from_pretrained`, such as `{"gguf_file": ...}`.
+            options: options of :class:`PanoramaConfig`.
+        """
+        vision_kwargs, language_kwargs = vision_kwargs or {}, language_kwargs or {}
+        tokenizer = AutoTokenizer.from_pretrained(language, **language_kwargs)
+        config = PanoramaConfig(
+            vision_config=AutoConfig.from_pretrained(vision, **vision_kwargs),
+            text_config=AutoConfig.from_pretrained(language, **language_kwargs),
+            **options,
+        )
+        try:
+            tower = AutoImageProcessor.from_pretrained(vision, **vision_kwargs)
+        except (OSError, ValueError):
+            warnings.warn(
+                f"{vision!r} has no image processor to take image_mean and image_std from; SigLIP's 0.5 is used",
+                stacklevel=2,
+            )
+            return cls.from_config(config, tokenizer)
+        return cls.from_config(config, tokenizer, tower.image_mean, tower.image_std)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Make model inputs.
+
+        Args:
+            images: panoramas (see :meth:`PanoramaImageProcessor.preprocess`); one, a list, or a list of lists with
+                the panoramas of each text.
+            text: a prompt or a list of prompts. `<image>` marks where a panorama goes and is expanded to
+                `num_image_tokens` placeholders. A prompt without one gets it at `vision_token_fallback_position`,
+                an empty one asks `default_generation_prompt`; both with a warning.
+            kwargs: for the tokenizer and the image processor, and `return_tensors`. Texts are padded to the longest.
+
+        Returns:
+            `input_ids` and `attention_mask` [B, T] (with text) and `pixel_values` [panoramas, V, 3, H, W] (with
+            images).
+
+        Raises:
+            ValueError: where the number of `<image>` and of panoramas differ; both are named.
+        """
+        if images is not None:
+            images = self.image_processor.fetch_images(images)
+        if text is not None:
+            text = [text] if isinstance(text, str) else list(text)
+            text = self._place_images(text, images)
+        if "padding" not in kwargs.get("text_kwargs", {}):
+            kwargs.setdefault("padding", True)
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def _place_images(self, text: list[str], images: Any) -> list[str]:
+        """Prompts with the `<image>` and the words that they need; counts are checked a prompt where they are known."""
+        if images is None:
+            return text
+        nested = isinstance(images, list | tuple) and len(images) > 0 and isinstance(images[0], list | tuple)
+        total = len(make_flat_list_of_images(images))
+        if nested:
+            counts = [len(of_one) for of_one in images]
+        elif total == len(text):
+            counts = [1] * total
+        else:
+            counts = [total] if len(text) == 1 else []
+        if counts and len(counts) != len(text):
+            raise ValueError(f"got panoramas for {len(counts)} texts, but {len(text)} texts")
+        placed = []
+        for prompt, count in zip(text, counts or [None] * len(text), strict=True):
+            if self.image_token not in prompt and count:
+                warnings.warn(
+                    f"no {self.image_token} in the text: inserted at the {self.vision_token_fallback_position}",
+                    stacklevel=3,
+                )
+                start = self.vision_token_fallback_position == "start"
+                prompt = self.image_token * count + prompt if start else prompt + self.image_token * count
+            if not prompt.replace(self.image_token, "").strip():
+                prompt = prompt.rstrip() + self._ask_default(stacklevel=4)
+            placed.append(prompt)
+        found = [prompt.count(self.image_token) for prompt in placed]
+        if sum(found) != total or (nested and found != counts):
+            wanted, got = (counts, found) if nested else (total, sum(found))
+            raise ValueError(f"the texts have {got} {self.image_token}, but there are {wanted} panoramas")
+        return placed
+
+    def _ask_default(self, stacklevel: int) -> str:
+        warnings.warn(
+            f"the question is empty: asking the default prompt {self.default_generation_prompt!r}",
+            stacklevel=stacklevel,
+        )
+        return self.default_generation_prompt
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        return self.image_token * self.num_image_tokens
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        return_labels: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Render conversations, and make model inputs of them with `tokenize=True, return_dict=True`.
+
+        Args:
+            conversation: messages, or a list of conversations. The content of a message is a string, or a list of
+                parts: `{"type": "text", "text": ...}`, `{"type": "image", "image": panorama}` (or `url`, `path`).
+            chat_template: instead of the processor's own.
+            return_labels: make training inputs: padding on the right, and `labels` [B, T] which repeat `input_ids`
+                where the assistant speaks (its end-of-turn token included) and are -100 elsewhere. Texts longer
+                than `max_text_length` are cut, with a warning.
+            kwargs: as in `ProcessorMixin.apply_chat_template`.
+        """
+        batched = bool(conversation) and isinstance(conversation[0], list | tuple)
+        conversations = [self._fill_in(messages) for messages in (conversation if batched else [conversation])]
+        if return_labels:
+            return self._training_inputs(conversations, chat_template)
+        return super().apply_chat_template(
+            conversations if batched else conversations[0], chat_template=chat_template, **kwargs
+        )
+
+    def _fill_in(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The default prompt where the last question is empty."""
+        filled = list(messages)
+        for index in range(len(filled) - 1, -1, -1):
+            if filled[index]["role"] == "user":
+                content = filled[index].get("content") or ""
+                parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+                words = "".join(part["text"] for part in parts if part["type"] == "text")
+                if not words.replace(self.image_token, "").strip():
+                    parts.append({"type": "text", "text": self._ask_default(stacklevel=4)})
+                    filled[index] = {**filled[index], "content": parts}
+                break
+        return filled
+
+    def _training_inputs(self, conversations: list[list[dict[str, Any]]], chat_template: str | None) -> BatchFeature:
+        rendered = [
+            super(PanoramaProcessor, self).apply_chat_template(messages, chat_template=chat_template, tokenize=False)
+            for messages in conversations
+        ]
+        spans = [
+            self._spoken_by_the_assistant(messages, text, chat_template)
+            for messages, text in zip(conversations, rendered, strict=True)
+        ]
+        images = [_images_of(messages) for messages in conversations]
+        inputs = self(
+            images=images if any(images) else None,
+            text=rendered,
+            padding=False,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+        )
+        rows, labels = [], []
+        for ids, offsets, text, spoken in zip(
+            inputs["input_ids"], inputs.pop("offset_mapping"), rendered, spans, strict=True
+        ):
+            # Spans are places in the rendered text, offsets in the one with expanded placeholders.
+            grown = len(self.image_token) * (self.num_image_tokens - 1)
+            spoken = [tuple(place + grown * text[:place].count(self.image_token) for place in span) for span in spoken]
+            ids = torch.tensor(ids)
+            supervised = [any(a <= start < end <= b for a, b in spoken) for start, end in offsets]
+            label = torch.where(torch.tensor(supervised), ids, IGNORE_INDEX)
+            kept = self._length_kept(ids)
+            rows.append(ids[:kept])
+            labels.append(label[:kept])
+        data = {
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        }  # each [B, T]
+        if "pixel_values" in inputs:
+            data["pixel_values"] = torch.stack(list(inputs["pixel_values"]))
+        return BatchFeature(data)
+
+    def _spoken_by_the_assistant(
+        self, messages: list[dict[str, Any]], text: str, chat_template: str | None
+    ) -> list[tuple[int, int]]:
+        """Where in the rendered text the assistant's turns stand: from the end of the generation prompt to the
+        special token that closes the turn."""
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = super().apply_chat_template(
+                messages[:index], chat_template=chat_template, tokenize=False, add_generation_prompt=True
+            )
+            content = message["content"]
+            words = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+            start = text.find(words.strip(), len(prompt)) if text.startswith(prompt) else -1
+            if start < 0:
+                raise ValueError(
+                    "the chat template does not show the assistant's words after its generation prompt, so there is "
+                    f"nothing to supervise in turn {index}: {words[:80]!r}"
+                )
+            end = start + len(words.strip())
+            rest = text[end:]
+            closing = next((t for t in self.tokenizer.all_special_tokens if rest.lstrip().startswith(t)), "")
+            spans.append((len(prompt), end + (rest.index(closing) + len(closing) if closing else 0)))
+        return spans
+
+    def _length_kept(self, ids: torch.Tensor) -> int:
+        """How many tokens stay when the text of one sample is cut to `max_text_length`."""
+        is_text = ids != self.image_token_id
+        if int(is_text.sum()) <= self.max_text_length:
+            return len(ids)
+        kept = int((is_text.cumsum(0) <= self.max_text_length).sum())
+        if not is_text[kept:].all():
+            raise ValueError(
+                f"a sample has {int(is_text.sum())} text tokens, more than max_text_length={self.max_text_length}, and "
+                "cutting it would cut a panorama; raise max_text_length or shorten the text"
+            )
+        warnings.warn(
+            f"a sample of {int(is_text.sum())} text tokens is cut to max_text_length={self.max_text_length}",
+            stacklevel=4,
+        )
+        return kept
+
+
+def _images_of(messages: list[dict[str, Any]]) -> list[Any]:
+    """The panoramas of a conversation, in reading order."""
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    return [
+        next(part[key] for key in ("image", "url", "path") if key in part)
+        for part in parts
+        if part["type"] == "image" and any(key in part for key in ("image", "url", "path"))
+    ]
+
+
+PanoramaProcessor.register_for_auto_class("AutoProcessor")

@@ -1,0 +1,110 @@
+"""Small models and real panoramas for all tests; nothing is downloaded."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+from panorama_vlm import PanoramaConfig, PanoramaProcessor, PanoramaVLM
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+SAMPLES = Path(__file__).resolve().parent.parent / "samples"
+TOWER = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 16,
+    "vision_use_head": False,
+}
+LANGUAGE = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="session")
+def samples() -> list[dict[str, str]]:
+    return [json.loads(line) for line in (SAMPLES / "metadata.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def panoramas() -> list[Image.Image]:
+    """Six of the real panoramas, 512 x 256."""
+    return [Image.open(path).convert("RGB") for path in sorted(SAMPLES.glob("*.jpg"))[:6]]
+
+
+@pytest.fixture
+def tokenizer(samples) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|end|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([sample["annotation"] for sample in samples], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|pad|>")
+
+
+@pytest.fixture
+def make(tokenizer):
+    """`make(**options)` -> a tiny random model and its processor."""
+
+    def build(vision=TOWER, language=LANGUAGE, **options):
+        torch.manual_seed(0)
+        options = {"latent_dimension": 32, "vicreg_projector_dim": 48, **options}
+        config = PanoramaConfig({**vision}, {**language, "vocab_size": len(tokenizer)}, **options)
+        processor = PanoramaProcessor.from_config(config, tokenizer)
+        config.image_token_id = processor.image_token_id
+        model = PanoramaVLM(config).eval()
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        return model, processor
+
+    return build
+
+
+@pytest.fixture
+def ask():
+    """`ask(processor, panorama, question)` -> model inputs of a chat with one question."""
+
+    def inputs(processor, panorama, question="location"):
+        content = [{"type": "image", "image": panorama}, {"type": "text", "text": question}]
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=True,
+            return_tensors="pt",
+        )
+
+    return inputs
+
+
+def psnr(a, b, peak: float = 1.0) -> float:
+    """Peak signal-to-noise ratio in dB."""
+    error = np.mean((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2)
+    return 10 * np.log10(peak**2 / error)
+
+
+@pytest.fixture(name="psnr")
+def psnr_fixture():
+    return psnr

@@ -1,0 +1,113 @@
+import warnings
+
+import pytest
+from panorama_vlm import PanoramaConfig
+from transformers import CLIPConfig, Dinov2Config, LlamaConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overlap_ratio": 1.5}, r"^overlap_ratio must be in \(0, 1\), got 1.5. Typical range: \[0.3, 0.7\]$"),
+        ({"overlap_ratio": 0.0}, r"overlap_ratio must be in \(0, 1\), got 0.0"),
+        ({"vicreg_projector_dim": 0}, "^vicreg_projector_dim must be positive, got 0"),
+        ({"vicreg_projector_dim": -3}, "^vicreg_projector_dim must be positive, got -3"),
+        ({"vicreg_projector_depth": 0}, "vicreg_projector_depth must be positive, got 0"),
+        ({"latent_dimension": 0}, "latent_dimension must be positive"),
+        ({"fov_deg": 180.0}, r"fov_deg must be in \(0, 180\), got 180.0"),
+        ({"pitch_rows": []}, "pitch_rows must be different degrees"),
+        ({"pitch_rows": [0, 100]}, "pitch_rows must be different degrees"),
+        ({"resampler_type": "qformer"}, "resampler_type must be one of .*'mlp'.*, got 'qformer'"),
+        ({"view_strategy": "tiles"}, "view_strategy must be one of"),
+        ({"token_selection": "some"}, "token_selection must be one of"),
+        ({"vicreg_mode": "global"}, "vicreg_mode must be one of"),
+        ({"overlap_loss": "mse"}, "overlap_loss must be one of"),
+        ({"overlap_pairs": []}, "overlap_pairs must name at least one"),
+        ({"vision_token_fallback_position": "middle"}, "vision_token_fallback_position must be one of"),
+        ({"vicreg_loss_weight": -1.0}, "vicreg_loss_weight must be at least 0"),
+        ({"vicreg_gamma": 0}, "vicreg_gamma must be positive"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
+        ({"lora_rank": 0}, "lora_rank must be positive"),
+        ({"max_text_length": 0}, "max_text_length must be positive"),
+        ({"resampler_type": "avg_pool", "resampler_pool": 3}, "resampler_pool must divide .* 16 x 16"),
+        ({"resampler_type": "perceiver", "resampler_queries": 60}, "resampler_queries must be a square number"),
+        ({"resampler_type": "perceiver", "resampler_heads": 7}, "resampler_heads must divide"),
+        ({"vision_config": {"hidden_size": 4}}, "needs its 'model_type'"),
+        ({"vision_config": {"model_type": "llama"}}, "must cut its image into a grid of patches"),
+    ],
+)
+def test_what_is_wrong_is_found_on_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        PanoramaConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vision_stage_expected_views": 1}, "VICReg requires at least 2 views"),
+        ({"vicreg_loss_weight": 0.0}, "vision stage training will have no effect"),
+        ({"view_strategy": "resize", "use_anyres_e2p_vicreg": True}, "falling back to sequential VICReg mode"),
+    ],
+)
+def test_what_is_doubtful_is_warned_of(options, message):
+    with pytest.warns(UserWarning, match=message):
+        PanoramaConfig(**options)
+
+
+def test_the_defaults_raise_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PanoramaConfig()
+        PanoramaConfig(view_strategy="resize")
+
+
+@pytest.mark.parametrize("wrong", ["overlap_ration", "resampler_typ", "vicreg_projector_dims"])
+def test_a_misspelt_option_is_answered_with_the_right_name(wrong):
+    with pytest.raises(ValueError, match=f"unknown option '{wrong}', did you mean"):
+        PanoramaConfig(**{wrong: 1})
+
+
+def test_options_of_transformers_itself_pass():
+    assert PanoramaConfig(output_hidden_states=True).output_hidden_states
+
+
+def test_json_round_trip(tmp_path):
+    config = PanoramaConfig(
+        vision_config=Dinov2Config(image_size=112, num_hidden_layers=2),
+        text_config=LlamaConfig(num_hidden_layers=1, vocab_size=99),
+        pitch_rows=(-30, 30),
+        resampler_type="avg_pool",
+        lora_target_modules=("q_proj", "v_proj"),
+        system_prompt="Look around.",
+        image_token_id=100,
+    )
+    config.save_pretrained(tmp_path)
+    loaded = PanoramaConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == {**config.to_dict(), "_name_or_path": loaded.to_dict().get("_name_or_path")} or (
+        loaded.to_diff_dict() == config.to_diff_dict()
+    )
+    assert isinstance(loaded.vision_config, Dinov2Config)
+    assert isinstance(loaded.text_config, LlamaConfig)
+    assert loaded.view_plan == config.view_plan
+
+
+def test_sub_configs_may_be_dicts_objects_or_two_tower_configs():
+    assert PanoramaConfig(vision_config={"model_type": "dinov2", "image_size": 224}).image_size == 224
+    assert PanoramaConfig(vision_config=CLIPConfig()).vision_config.model_type == "clip_vision_model"
+
+
+def test_derived_values_of_the_defaults():
+    config = PanoramaConfig()
+    assert config.num_views == 9
+    assert config.vision_grid == config.token_grid == (16, 16)
+    assert config.tokens_per_view == 256
+    assert config.num_image_tokens == 256 + 768
+    assert PanoramaConfig(token_selection="all").num_image_tokens == 9 * 256
+    assert PanoramaConfig(resampler_type="avg_pool").tokens_per_view == 64
+    assert PanoramaConfig(resampler_type="perceiver", resampler_queries=16).token_grid == (4, 4)
+    assert PanoramaConfig(view_strategy="resize").num_image_tokens == 256
+
+
+def test_derived_values_cannot_be_set():
+    with pytest.raises(AttributeError):
+        PanoramaConfig().num_views = 3

@@ -1,0 +1,160 @@
+import io
+
+import numpy as np
+import py360convert
+import pytest
+import torch
+from panorama_vlm import PanoramaImageProcessor, PanoramaProcessor
+from panorama_vlm.geometry_panorama import View, ViewPlan, make_view_plan, plan_rays
+from panorama_vlm.image_processing_panorama import erp_to_views, to_erp_tensor
+from PIL import Image
+
+
+def direction_image(height: int) -> torch.Tensor:
+    """An ERP image whose colour is its direction, [3, height, 2 * height] in [-1, 1]."""
+    return torch.tensor(View("erp").rays((height, 2 * height)), dtype=torch.float32).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("pitch", [0.0, 30.0, -60.0])
+def test_tiles_equal_py360convert_where_neither_aliases(panoramas, psnr, pitch):
+    plan = ViewPlan(tuple(View("perspective", yaw, pitch, 90) for yaw in (0, 60, 180, 250)))
+    for panorama in panoramas:
+        ours = erp_to_views(to_erp_tensor(panorama), plan, 128)
+        for view, tile in zip(plan.views, ours, strict=True):
+            yaw = (view.yaw + 180) % 360 - 180
+            theirs = py360convert.e2p(np.array(panorama), 90, yaw, pitch, (128, 128), mode="bilinear")
+            assert psnr(tile.permute(1, 2, 0), theirs / 255) > 35
+
+
+@pytest.mark.parametrize("pitch_rows", [(0.0,), (-50.0, 0.0, 50.0)])
+def test_an_image_whose_colour_is_its_direction_gives_each_pixel_and_token_the_colour_of_its_ray(pitch_rows):
+    plan = make_view_plan("anyres_e2p", 90.0, 0.5, pitch_rows)
+    size, tokens = 64, 8
+    views = erp_to_views(direction_image(256), plan, size)  # [V, 3, 64, 64]
+    rays = torch.tensor(plan_rays(plan, (size, size)), dtype=torch.float32)  # [V, S, 3]
+    apart = (views.flatten(2).transpose(1, 2) - rays).norm(dim=-1)
+    assert apart[list(plan.tiles)].mean() < 0.2 * np.radians(90 / size)  # a fifth of a pixel
+    pooled = torch.nn.functional.adaptive_avg_pool2d(views, tokens).flatten(2).transpose(1, 2)
+    token_rays = torch.tensor(plan_rays(plan, (tokens, tokens)), dtype=torch.float32)
+    pooled = pooled / pooled.norm(dim=-1, keepdim=True)
+    error = torch.rad2deg(2 * torch.asin((pooled - token_rays).norm(dim=-1) / 2))
+    assert error[list(plan.tiles)].mean() < 0.5 * 90 / tokens
+    assert error[0].mean() < 0.5 * 360 / tokens
+    assert error.mean() < 1.0  # degrees; half a token is 5.6
+
+
+def test_turning_the_panorama_by_the_stride_permutes_the_tiles_exactly(panoramas):
+    plan = make_view_plan("anyres_e2p", 90.0, 0.5)
+    erp = to_erp_tensor(panoramas[0])
+    views = erp_to_views(erp, plan, 96)
+    turned = erp_to_views(erp.roll(-erp.shape[-1] // 8, -1), plan, 96)  # what was 45 degrees right is now the front
+    torch.testing.assert_close(turned[1:], views[1:].roll(-1, 0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [48, 96, 300])
+def test_the_seam_shows_in_no_view(panoramas, size):
+    plan = make_view_plan("anyres_e2p", 90.0, 0.5)
+    for panorama in panoramas[:3]:
+        erp = to_erp_tensor(panorama)
+        views = erp_to_views(erp, plan, size)
+        rolled = erp_to_views(erp.roll(erp.shape[-1] // 2, -1), plan, size)
+        torch.testing.assert_close(rolled[1:], views[1:].roll(4, 0), rtol=0, atol=1e-4)
+        torch.testing.assert_close(rolled[0], views[0].roll(size // 2, -1), rtol=0, atol=1e-4)
+
+
+def test_a_large_panorama_is_reduced_before_it_is_sampled_so_that_it_does_not_alias():
+    rng = np.random.default_rng(0)
+    noise = torch.tensor(rng.random((3, 1024, 2048)), dtype=torch.float32)
+    views = erp_to_views(noise, make_view_plan("anyres_e2p", 90.0, 0.5), 64)
+    assert views[1:].std() < 0.15  # bilinear sampling alone would leave about 0.2
+
+
+def test_all_kinds_of_input_give_the_same_views(panoramas, tmp_path):
+    panorama = panoramas[0]
+    panorama.save(tmp_path / "a.png")
+    array = np.array(panorama)
+    kinds = [
+        panorama,
+        str(tmp_path / "a.png"),
+        tmp_path / "a.png",
+        (tmp_path / "a.png").read_bytes(),
+        array,
+        array.transpose(2, 0, 1),
+        (array / 255).astype(np.float32),
+        torch.tensor(array),
+        torch.tensor(array).permute(2, 0, 1),
+        panorama.convert("RGBA"),
+    ]
+    processor = PanoramaImageProcessor(image_size=32)
+    views = processor(images=kinds, return_tensors="pt")["pixel_values"]
+    assert views.shape == (len(kinds), 9, 3, 32, 32)
+    for other in views[1:]:
+        torch.testing.assert_close(other, views[0], rtol=0, atol=1e-6)
+
+
+def test_exif_orientation_is_honoured(panoramas):
+    upside_down = panoramas[0].transpose(Image.Transpose.ROTATE_180)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    stream = io.BytesIO()
+    upside_down.save(stream, "PNG", exif=exif)
+    torch.testing.assert_close(to_erp_tensor(Image.open(stream)), to_erp_tensor(panoramas[0]))
+
+
+def test_values_are_normalised_with_mean_and_std(panoramas):
+    plain = PanoramaImageProcessor(32, image_mean=(0, 0, 0), image_std=(1, 1, 1))
+    other = PanoramaImageProcessor(32, image_mean=(0.1, 0.2, 0.3), image_std=(0.5, 0.6, 0.7))
+    a, b = (p(panoramas[0], return_tensors="pt")["pixel_values"] for p in (plain, other))
+    expected = (a - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
+    torch.testing.assert_close(b, expected)
+
+
+def test_options_of_a_call_hold_for_that_call(panoramas):
+    processor = PanoramaImageProcessor(32)
+    assert processor(panoramas[0], view_strategy="resize", return_tensors="pt")["pixel_values"].shape[1] == 1
+    assert processor(panoramas[0], image_size=48, return_tensors="np")["pixel_values"].shape == (1, 9, 3, 48, 48)
+    assert processor(panoramas[0], return_tensors="pt")["pixel_values"].shape == (1, 9, 3, 32, 32)
+
+
+def test_a_panorama_that_is_not_two_to_one_is_taken_as_the_whole_sphere_with_a_warning(panoramas):
+    with pytest.warns(UserWarning, match="twice as wide as high, got 512 x 512"):
+        PanoramaImageProcessor(32)(panoramas[0].resize((512, 512)), return_tensors="pt")
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (42, TypeError, "got int"),
+        (np.zeros((4, 8, 7), np.uint8), ValueError, r"got \[4, 8, 7\]"),
+        (np.full((4, 8, 3), np.nan), ValueError, r"values in \[0, 1\]"),
+        (np.full((4, 8, 3), 200.0), ValueError, r"values in \[0, 1\]"),
+        (np.zeros((4, 8, 3), np.int64), ValueError, "uint8 or float"),
+    ],
+)
+def test_what_is_no_panorama_is_refused(image, error, message):
+    with pytest.raises(error, match=message):
+        PanoramaImageProcessor(32)(image, return_tensors="pt")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overlap_ratio": 1.5}, "overlap_ratio must be in"),
+        ({"fov_deg": 180}, "fov_deg must be in"),
+        ({"view_strategy": "fisheye"}, "view_strategy must be one of"),
+        ({"image_size": 0}, "image_size must be positive"),
+        ({"image_std": (0, 1, 1)}, "image_std must be positive"),
+    ],
+)
+def test_options_are_checked_on_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        PanoramaImageProcessor(**options)
+
+
+def test_names_and_defaults_are_those_of_the_config(tokenizer):
+    from panorama_vlm import PanoramaConfig
+
+    config, alone = PanoramaConfig(), PanoramaImageProcessor()
+    fitting = PanoramaProcessor.from_config(config, tokenizer).image_processor
+    for name in ("image_size", "view_strategy", "fov_deg", "overlap_ratio", "pitch_rows"):
+        assert getattr(alone, name) == getattr(fitting, name) == getattr(config, name)

@@ -1,0 +1,1 @@
+"""Training: `accelerate launch -m panorama_vlm.train --stage vision --data FOLDER ...`."""
