@@ -25,11 +25,11 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	@echo "== Running all tests"
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest tests
 
 test-fast: $(VENV)/.ready
 	@echo "== Running the tests that take seconds"
-	@$(RUN) -m pytest -m "not slow"
+	@$(RUN) -m pytest tests -m "not slow"
 
 lint: $(VENV)/.ready
 	@echo "== ruff"
@@ -38,7 +38,8 @@ lint: $(VENV)/.ready
 
 types: $(VENV)/.ready
 	@echo "== mypy"
-	@$(VENV)/bin/mypy
+	@mkdir -p build/types && ln -sfn ../.. build/types/panorama_vlm
+	@cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p panorama_vlm
 
 bench: $(VENV)/.ready
 	@for file in benchmarks/[a-z]*.py; do \

@@ -144,7 +144,7 @@ def to_erp_tensor(image: Image.Image | np.ndarray | torch.Tensor) -> torch.Tenso
         image = image[None].expand(3, -1, -1)
     elif image.ndim == 3 and shape[-1] in (3, 4) and shape[0] not in (3, 4):
         image = image[..., :3].permute(2, 0, 1)
-    if image.ndim != 3 or image.shape[0] not in (3, 4):
+    if image.ndim != 3 or image.shape[0] not in (3, 4) or 0 in image.shape:
         raise ValueError(f"a panorama must have the shape [H, W, 3], [3, H, W] or [H, W], got {list(shape)}")
     image = image[:3]
     if image.dtype == torch.uint8:

@@ -479,7 +479,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [N, S, p * p * 3]
             return self.vision_tower(
                 pixel_values=patches,
-                attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=images.device),
+                pixel_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=images.device),
                 spatial_shapes=torch.tensor([[rows, columns]] * len(images), device=images.device),
             ).last_hidden_state
         own_size = config.image_size if isinstance(config.image_size, int) else min(config.image_size)
@@ -505,7 +505,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             `last_hidden_state` [B, V, S, D_latent], the resampled tokens, and `pooler_output`
             [B, num_image_tokens, D_lm], what takes the place of the `<image>` tokens.
         """
-        tokens = self.encode_views(self._check_pixels(pixel_values, self.config.num_views))
+        tokens = self.encode_views(self._check_pixels(pixel_values, self.view_plan.num_views))
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=self.project_tokens(tokens))
 
     def get_placeholder_mask(self, input_ids: torch.LongTensor, num_panoramas: int) -> torch.BoolTensor:
@@ -596,7 +596,8 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
         """
         if features.shape[1] < 2:
             raise ValueError(f"VICReg requires at least 2 views, got {features.shape[1]}")
-        check_finite(features, "the features of stage 'vision'")
+        if not torch.compiler.is_compiling():
+            check_finite(features, "the features of stage 'vision'")
         matched = self.matched_features(features)
         if not matched:
             raise ValueError(
@@ -698,7 +699,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         image_features = tokens = None
         if pixel_values is not None:
-            tokens = self.encode_views(self._check_pixels(pixel_values, self.config.num_views))
+            tokens = self.encode_views(self._check_pixels(pixel_values, self.view_plan.num_views))
             image_features = self.project_tokens(tokens)
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, image_features)  # [B, T, D_lm]
@@ -790,7 +791,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
         if tokenizer is not None and kwargs.get("stop_strings") is not None:
             kwargs["tokenizer"] = tokenizer
         if pixel_values is not None:
-            pixel_values = self._check_pixels(pixel_values, self.config.num_views)
+            pixel_values = self._check_pixels(pixel_values, self.view_plan.num_views)
         if input_ids is None and "inputs" in kwargs:
             input_ids = kwargs.pop("inputs")
         if input_ids is None and kwargs.get("inputs_embeds") is None:

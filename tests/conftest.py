@@ -1,5 +1,6 @@
 """Small models and real panoramas for all tests; nothing is downloaded."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -49,6 +50,12 @@ def panoramas() -> list[Image.Image]:
     return [Image.open(path).convert("RGB") for path in sorted(SAMPLES.glob("*.jpg"))[:6]]
 
 
+@pytest.fixture(scope="session")
+def tower() -> dict:
+    """The config of a tiny vision tower."""
+    return dict(TOWER)
+
+
 @pytest.fixture
 def tokenizer(samples) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
@@ -70,9 +77,10 @@ def make(tokenizer):
 
     def build(vision=TOWER, language=LANGUAGE, **options):
         torch.manual_seed(0)
+        own = copy.deepcopy(tokenizer)  # the processor adds <image>
         options = {"latent_dimension": 32, "vicreg_projector_dim": 48, **options}
-        config = PanoramaConfig({**vision}, {**language, "vocab_size": len(tokenizer)}, **options)
-        processor = PanoramaProcessor.from_config(config, tokenizer)
+        config = PanoramaConfig({**vision}, {**language, "vocab_size": len(own)}, **options)
+        processor = PanoramaProcessor.from_config(config, own)
         config.image_token_id = processor.image_token_id
         model = PanoramaVLM(config).eval()
         model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -43,7 +43,7 @@ def test_ninety_degrees_with_half_overlap_is_a_loop_of_eight_tiles_that_starts_a
     assert [view.yaw for view in loop_of_tiles(90, 0.5, (0.0,))] == [0, 45, 90, 135, 180, 225, 270, 315]
 
 
-@pytest.mark.parametrize(("fov", "overlap"), itertools.product([60, 65, 90, 110], [0.2, 0.3, 0.5, 0.7]))
+@pytest.mark.parametrize(("fov", "overlap"), list(itertools.product([60, 65, 90, 110], [0.2, 0.3, 0.5, 0.7])))
 def test_a_loop_closes_with_at_least_the_overlap_that_was_asked_for(fov, overlap):
     tiles = loop_of_tiles(fov, overlap, (0.0,))
     assert 360 / len(tiles) <= fov * (1 - overlap) + 1e-9
@@ -134,7 +134,7 @@ def test_tokens_of_two_tiles_and_the_global_view_that_look_the_same_way_get_the_
 
 
 @pytest.mark.parametrize("rows", ROWS_OF_PITCH)
-@pytest.mark.parametrize(("fov", "overlap"), itertools.product([60, 65, 90, 110], [0.2, 0.45, 0.7]))
+@pytest.mark.parametrize(("fov", "overlap"), list(itertools.product([60, 65, 90, 110], [0.2, 0.45, 0.7])))
 def test_matched_tokens_look_the_same_way(fov, overlap, rows):
     grid = (16, 16)
     plan = make_view_plan("anyres_e2p", float(fov), overlap, rows)

@@ -1,0 +1,171 @@
+import pytest
+import torch
+from panorama_vlm import PanoramaProcessor
+
+
+def chat(question, answer=None, panorama="no panorama"):
+    content = [{"type": "text", "text": question}]
+    if panorama != "no panorama":
+        content.insert(0, {"type": "image", "image": panorama})
+    messages = [{"role": "user", "content": content}]
+    return messages + ([] if answer is None else [{"role": "assistant", "content": answer}])
+
+
+def supervised(processor, batch, row):
+    labels = batch["labels"][row]
+    return processor.tokenizer.decode(labels[labels != -100])
+
+
+def test_a_placeholder_becomes_exactly_num_image_tokens(make, panoramas):
+    model, processor = make()
+    inputs = processor(images=panoramas[0], text="<image>What is here?", return_tensors="pt")
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == model.config.num_image_tokens == 80
+    assert inputs["pixel_values"].shape == (1, 9, 3, 64, 64)
+
+
+def test_several_panoramas_in_a_conversation_and_in_a_batch(make, panoramas):
+    _, processor = make()
+    inputs = processor(
+        images=[[panoramas[0], panoramas[1]], [panoramas[2]]],
+        text=["<image> and <image>: what differs?", "And in <image>?"],
+        return_tensors="pt",
+    )
+    assert inputs["pixel_values"].shape[0] == 3
+    assert (inputs["input_ids"] == processor.image_token_id).sum(1).tolist() == [160, 80]
+
+
+def test_padding_is_on_the_left_for_generation_and_on_the_right_for_training(make, panoramas):
+    _, processor = make()
+    inputs = processor(images=panoramas[:2], text=["<image>a", "<image>a longer question"], return_tensors="pt")
+    assert inputs["attention_mask"][0].tolist() == sorted(inputs["attention_mask"][0].tolist())
+    assert inputs["attention_mask"][0, 0] == 0
+    batch = processor.apply_chat_template(
+        [chat("a", "b", panoramas[0]), chat("a longer question", "and a long answer", panoramas[1])], return_labels=True
+    )
+    assert batch["attention_mask"][0, 0] == 1 and batch["attention_mask"][0, -1] == 0
+    assert batch["input_ids"][0, -1] == processor.tokenizer.pad_token_id
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_labels_supervise_only_the_assistants_words_and_the_end_of_its_turn(make, panoramas):
+    _, processor = make()
+    messages = chat("Where is the sun?", "Low in front.", panoramas[0]) + chat("Sure? Low in front.", "Yes.")
+    batch = processor.apply_chat_template([messages, chat("floor", "Grey.", panoramas[1])], return_labels=True)
+    assert supervised(processor, batch, 0) == " Low in front.<|end|> Yes.<|end|>"
+    assert supervised(processor, batch, 1) == " Grey.<|end|>"
+    kept = batch["labels"] != -100
+    torch.testing.assert_close(batch["labels"][kept], batch["input_ids"][kept])
+
+
+def test_what_is_supervised_follows_what_generation_is_given(make, panoramas):
+    _, processor = make()
+    prompt = processor.apply_chat_template(
+        chat("sky", None, panoramas[0]), tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+    )
+    batch = processor.apply_chat_template([chat("sky", "Blue.", panoramas[0])], return_labels=True)
+    length = prompt["input_ids"].shape[1]
+    torch.testing.assert_close(batch["input_ids"][:, :length], prompt["input_ids"])
+    assert (batch["labels"][0, :length] == -100).all() and batch["labels"][0, length] != -100
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'"
+    " }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_text_only_chat_template_learns_to_read_panoramas(make, tokenizer, panoramas):
+    tokenizer.chat_template = CHATML
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    _, processor = make(system_prompt='Look "around".')
+    assert processor.apply_chat_template(chat("sky?", None, panoramas[0]), add_generation_prompt=True) == (
+        '<|im_start|>system\nLook "around".<|im_end|>\n<|im_start|>user\n<image>sky?<|im_end|>\n<|im_start|>assistant\n'
+    )
+    batch = processor.apply_chat_template([chat("sky?", "Blue.", panoramas[0])], return_labels=True)
+    assert supervised(processor, batch, 0) == "Blue.<|im_end|>"
+
+
+def test_a_system_message_of_the_conversation_takes_the_place_of_the_system_prompt(make):
+    _, processor = make(system_prompt="default")
+    messages = [{"role": "system", "content": "mine"}, *chat("hello")]
+    assert processor.apply_chat_template(messages) == "System: mine\nUser: hello\n"
+
+
+def test_an_unknown_part_of_a_message_is_refused(make):
+    _, processor = make()
+    with pytest.raises(Exception, match="got video"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+
+
+def test_an_empty_question_asks_the_default_prompt_with_a_warning(make, panoramas):
+    _, processor = make(default_generation_prompt="Describe the sky.")
+    with pytest.warns(UserWarning, match="Describe the sky"):
+        inputs = processor(images=panoramas[0], text="<image>", return_tensors="pt")
+    assert processor.decode(inputs["input_ids"][0, -4:]).endswith("Describe the sky.") or (
+        "Describe the sky." in processor.decode(inputs["input_ids"][0])
+    )
+    with pytest.warns(UserWarning, match="Describe the sky"):
+        text = processor.apply_chat_template(chat("  ", None, panoramas[0]))
+    assert "Describe the sky." in text
+
+
+@pytest.mark.parametrize(("position", "expected"), [("start", 0), ("end", -1)])
+def test_a_text_without_placeholder_gets_one_with_a_warning(make, panoramas, position, expected):
+    _, processor = make(vision_token_fallback_position=position)
+    with pytest.warns(UserWarning, match=f"no <image> in the text: inserted at the {position}"):
+        inputs = processor(images=panoramas[0], text="What is here?", return_tensors="pt")
+    assert inputs["input_ids"][0, expected] == processor.image_token_id
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "message"),
+    [
+        ("<image><image> what?", 1, "the texts have 2 <image>, but there are 1 panoramas"),
+        ("<image> what?", 2, "the texts have 1 <image>, but there are 2 panoramas"),
+        (["<image><image>", "none"], 0, "2 <image> tokens in the text but no images"),
+    ],
+)
+def test_more_or_fewer_placeholders_than_panoramas_is_an_error_that_names_both(make, panoramas, text, count, message):
+    _, processor = make()
+    with pytest.raises(ValueError, match=message):
+        processor(images=panoramas[:count] or None, text=text, return_tensors="pt")
+
+
+def test_counts_are_checked_text_by_text_where_they_are_known(make, panoramas):
+    _, processor = make()
+    with pytest.raises(ValueError, match=r"\[2, 1\] <image>, but there are \[1, 2\] panoramas"):
+        processor(
+            images=[[panoramas[0]], [panoramas[1], panoramas[2]]],
+            text=["<image><image> a", "<image> b"],
+            return_tensors="pt",
+        )
+
+
+def test_a_long_text_is_cut_with_a_warning_and_a_panorama_never(make, panoramas):
+    _, processor = make(max_text_length=40)
+    with pytest.warns(UserWarning, match="cut to max_text_length=40"):
+        batch = processor.apply_chat_template([chat("a", "word " * 100, panoramas[0])], return_labels=True)
+    assert batch["input_ids"].shape[1] == 80 + 40
+    late = [{"role": "user", "content": [{"type": "text", "text": "word " * 100}, {"type": "image", "image": panoramas[0]}]}]
+    with pytest.raises(ValueError, match="cutting it would cut a panorama"):
+        processor.apply_chat_template([late + [{"role": "assistant", "content": "a"}]], return_labels=True)
+
+
+def test_text_alone_and_images_alone(make, panoramas):
+    _, processor = make()
+    assert set(processor(text="hello", return_tensors="pt")) == {"input_ids", "attention_mask"}
+    assert set(processor(images=panoramas[0], return_tensors="pt")) == {"pixel_values"}
+
+
+def test_save_and_load_keeps_everything(make, tmp_path, panoramas):
+    _, processor = make(default_generation_prompt="Say.", vision_token_fallback_position="end", fov_deg=80.0)
+    processor.save_pretrained(tmp_path)
+    loaded = PanoramaProcessor.from_pretrained(tmp_path)
+    ours, theirs = processor.to_dict(), loaded.to_dict()
+    ours.pop("auto_map"), theirs.pop("auto_map", None)
+    assert theirs == ours
+    assert loaded.chat_template == processor.chat_template
+    a = processor(images=panoramas[0], text="<image>x", return_tensors="pt")
+    b = loaded(images=panoramas[0], text="<image>x", return_tensors="pt")
+    for key in a:
+        torch.testing.assert_close(a[key], b[key])
