@@ -38,7 +38,8 @@ lint: $(VENV)/.ready
 
 types: $(VENV)/.ready
 	@echo "== mypy"
-	@mkdir -p build/types && ln -sfn ../.. build/types/panorama_vlm
+	@rm -rf build/types && mkdir -p build/types/panorama_vlm
+	@for part in *.py train demo benchmarks tests; do ln -s ../../../$$part build/types/panorama_vlm/; done
 	@cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p panorama_vlm
 
 bench: $(VENV)/.ready

@@ -50,9 +50,7 @@ class View:
         """R_yaw R_pitch [3, 3]: turns camera coordinates (x right, y up, z forward) into the world's."""
         a, b = math.radians(self.yaw), math.radians(self.pitch)
         turn = np.array([[math.cos(a), 0.0, math.sin(a)], [0.0, 1.0, 0.0], [-math.sin(a), 0.0, math.cos(a)]])
-        look_up = np.array(
-            [[1.0, 0.0, 0.0], [0.0, math.cos(b), math.sin(b)], [0.0, -math.sin(b), math.cos(b)]]
-        )
+        look_up = np.array([[1.0, 0.0, 0.0], [0.0, math.cos(b), math.sin(b)], [0.0, -math.sin(b), math.cos(b)]])
         return turn @ look_up
 
     def rays(self, grid: Grid) -> np.ndarray:
@@ -205,9 +203,7 @@ def make_view_plan(
     return ViewPlan(VIEW_STRATEGIES[view_strategy](fov_deg, overlap_ratio, pitch_rows))
 
 
-def check_view_options(
-    view_strategy: str, fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float]
-) -> None:
+def check_view_options(view_strategy: str, fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float]) -> None:
     """Raise `ValueError` where the options of a view plan are out of range.
 
     The configuration and the image processor carry the same four options, and both ask here.

@@ -7,8 +7,8 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple, overload
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import nn
@@ -68,15 +68,15 @@ class VisionStageOutput(ModelOutput):
         hidden_states: the features that were compared, [B, V, S, vicreg_dim].
     """
 
-    loss: torch.FloatTensor | None = None
-    vicreg_loss: torch.FloatTensor | None = None
-    vicreg_raw: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    vicreg_loss: torch.Tensor | None = None
+    vicreg_raw: torch.Tensor | None = None
     vicreg_weight: float | None = None
     vicreg_dim: int | None = None
-    invariance: torch.FloatTensor | None = None
-    variance: torch.FloatTensor | None = None
-    covariance: torch.FloatTensor | None = None
-    hidden_states: torch.FloatTensor | None = None
+    invariance: torch.Tensor | None = None
+    variance: torch.Tensor | None = None
+    covariance: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -93,14 +93,14 @@ class TrainingStageOutput(ModelOutput):
         image_hidden_states: what the language model was shown of the panoramas, [panoramas, num_image_tokens, D_lm].
     """
 
-    loss: torch.FloatTensor | None = None
-    ar_loss: torch.FloatTensor | None = None
-    overlap_loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    ar_loss: torch.Tensor | None = None
+    overlap_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -115,16 +115,16 @@ class GenerationOutput(ModelOutput):
         sequences_scores, beam_indices: as in `GenerateBeamDecoderOnlyOutput`.
     """
 
-    sequences: torch.LongTensor | None = None
-    generated_ids: torch.LongTensor | None = None
+    sequences: torch.Tensor | None = None
+    generated_ids: torch.Tensor | None = None
     text: list[str] | None = None
-    scores: tuple[torch.FloatTensor, ...] | None = None
-    logits: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[tuple[torch.FloatTensor, ...], ...] | None = None
-    hidden_states: tuple[tuple[torch.FloatTensor, ...], ...] | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
+    logits: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[tuple[torch.Tensor, ...], ...] | None = None
+    hidden_states: tuple[tuple[torch.Tensor, ...], ...] | None = None
     past_key_values: Cache | None = None
-    sequences_scores: torch.FloatTensor | None = None
-    beam_indices: torch.LongTensor | None = None
+    sequences_scores: torch.Tensor | None = None
+    beam_indices: torch.Tensor | None = None
 
 
 class MatchedFeatures(NamedTuple):
@@ -291,7 +291,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
         Args:
             vision: Hub id or folder of a vision tower (or of a two-tower model such as SigLIP), or the model itself.
             language: Hub id or folder of a causal language model, or the model itself.
-            vision_kwargs, language_kwargs: for their `from_pretrained`, such as `{"gguf_file": ...}` or `{"dtype": ...}`.
+            vision_kwargs, language_kwargs: for their `from_pretrained`, such as `{"dtype": torch.float32}`.
             options: options of :class:`PanoramaConfig`. `image_token_id` is that of the processor made by
                 :meth:`PanoramaProcessor.from_vision_text_pretrained`; it is found from the tokenizer where `language`
                 is a name, and has to be given where it is a model.
@@ -316,7 +316,9 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
                 "image_token_id must be given where the language model is given as a model; "
                 "it is PanoramaProcessor.image_token_id"
             )
-        config = PanoramaConfig(vision_config=vision.config, text_config=language.config, **options)
+        attention = {"vision_config": vision.config, "text_config": language.config}
+        attention = {part: config._attn_implementation for part, config in attention.items()}
+        config = PanoramaConfig(vision.config, language.config, attn_implementation=attention, **options)
         model = cls(config, vision_tower=vision, language_model=language)
         model.generation_config = copy.deepcopy(language.generation_config) or GenerationConfig()
         model.to(dtype=language.dtype)
@@ -334,7 +336,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
                 kwargs.setdefault("attn_implementation", choice)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`. LoRA adapters are saved merged into the language model, so that the
         folder loads anywhere; the model itself keeps them."""
         adapted = self.language_model
@@ -466,8 +468,8 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
         prefix = hidden.shape[1] - rows * columns  # CLS and register tokens come first
         if prefix < 0:
             raise ValueError(
-                f"the vision tower gives {hidden.shape[1]} tokens a view, fewer than the {rows} x {columns} patches "
-                f"of config.image_size={self.config.image_size} and its patch_size={self.config.vision_config.patch_size}"
+                f"the vision tower gives {hidden.shape[1]} tokens a view, fewer than the {rows} x {columns} patches of "
+                f"image_size={self.config.image_size} and patch_size={self.config.vision_config.patch_size}"
             )
         return self.resampler(hidden[:, prefix:]).unflatten(0, (batch, views))  # [B, V, S, D_latent]
 
@@ -508,9 +510,13 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
         tokens = self.encode_views(self._check_pixels(pixel_values, self.view_plan.num_views))
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=self.project_tokens(tokens))
 
-    def get_placeholder_mask(self, input_ids: torch.LongTensor, num_panoramas: int) -> torch.BoolTensor:
+    def _is_placeholder(self, input_ids: torch.Tensor) -> torch.Tensor:
+        token = self.config.image_token_id
+        return torch.eq(input_ids, -1 if token is None else token)  # [B, T]
+
+    def get_placeholder_mask(self, input_ids: torch.Tensor, num_panoramas: int) -> torch.Tensor:
         """Where the `<image>` tokens stand, [B, T]. Raises `ValueError` where their number does not fit."""
-        mask = input_ids == self.config.image_token_id
+        mask = self._is_placeholder(input_ids)
         wanted = num_panoramas * self.num_image_tokens
         if not torch.compiler.is_compiling() and wanted != (found := int(mask.sum())):
             raise ValueError(
@@ -520,9 +526,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             )
         return mask
 
-    def _embed(
-        self, input_ids: torch.LongTensor, image_features: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
         """Token embeddings [B, T, D_lm] with the panoramas in place of the placeholders."""
         mask = self.get_placeholder_mask(input_ids, 0 if image_features is None else len(image_features))
         # The placeholder's id may lie outside the vocabulary, and its embedding is never used.
@@ -641,9 +645,9 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
     def forward(
         self,
         pixel_values: torch.Tensor | None = ...,
-        input_ids: torch.LongTensor | None = ...,
+        input_ids: torch.Tensor | None = ...,
         attention_mask: torch.Tensor | None = ...,
-        labels: torch.LongTensor | None = ...,
+        labels: torch.Tensor | None = ...,
         *,
         stage: Literal["vision"],
         **kwargs: Any,
@@ -653,9 +657,9 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
     def forward(
         self,
         pixel_values: torch.Tensor | None = ...,
-        input_ids: torch.LongTensor | None = ...,
+        input_ids: torch.Tensor | None = ...,
         attention_mask: torch.Tensor | None = ...,
-        labels: torch.LongTensor | None = ...,
+        labels: torch.Tensor | None = ...,
         stage: Literal["resampler", "finetune"] = ...,
         **kwargs: Any,
     ) -> TrainingStageOutput: ...
@@ -664,11 +668,11 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         stage: Stage = "finetune",
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -701,7 +705,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             tokens = self.encode_views(self._check_pixels(pixel_values, self.view_plan.num_views))
             image_features = self.project_tokens(tokens)
-        if inputs_embeds is None:
+        if input_ids is not None:
             inputs_embeds = self._embed(input_ids, image_features)  # [B, T, D_lm]
 
         outputs = self.language_model(
@@ -733,6 +737,9 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             image_hidden_states=image_features,
         )
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def _vision_stage(self, pixel_values: torch.Tensor | None) -> VisionStageOutput:
         if pixel_values is None:
             raise ValueError("stage 'vision' needs pixel_values, got None")
@@ -756,14 +763,14 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
     # Generation
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         pixel_values: torch.Tensor | None = None,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
-    ) -> torch.LongTensor | GenerationOutput:
+    ) -> torch.Tensor | GenerationOutput:
         """Answer.
 
         Args:
@@ -805,7 +812,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             # The panoramas are embedded once, here. Everything that looks at ids while generating (penalties,
             # stopping) sees a placeholder from inside the vocabulary.
             kwargs["inputs_embeds"] = self._embed(input_ids, image_features)
-            input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
+            input_ids = input_ids.masked_fill(self._is_placeholder(input_ids), 0)
         outputs = super().generate(inputs=input_ids, attention_mask=attention_mask, **kwargs)
 
         is_dict = not isinstance(outputs, torch.Tensor)
@@ -906,7 +913,7 @@ def _pairs_cached(
     ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 

@@ -93,7 +93,9 @@ class PanoramaProcessor(ProcessorMixin):
         if tokenizer is None or image_processor is None:
             raise ValueError("PanoramaProcessor needs an image_processor and a tokenizer, one of them is None")
         if tokenizer.convert_tokens_to_ids(image_token) in (None, tokenizer.unk_token_id):
-            tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+            tokenizer.add_special_tokens(
+                {"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False
+            )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
             logger.info("The tokenizer has no padding token; %r serves for it.", tokenizer.eos_token)
@@ -109,9 +111,7 @@ class PanoramaProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @staticmethod
-    def teach_template(
-        template: str | None, system_prompt: str | None = None, image_token: str = IMAGE_TOKEN
-    ) -> str:
+    def teach_template(template: str | None, system_prompt: str | None = None, image_token: str = IMAGE_TOKEN) -> str:
         """A chat template that also reads messages made of parts (`[{"type": "image"}, {"type": "text", ...}]`).
 
         Args:
@@ -228,7 +228,7 @@ class PanoramaProcessor(ProcessorMixin):
         if counts and len(counts) != len(text):
             raise ValueError(f"got panoramas for {len(counts)} texts, but {len(text)} texts")
         placed = []
-        for prompt, count in zip(text, counts or [None] * len(text), strict=True):
+        for prompt, count in zip(text, counts or [0] * len(text), strict=True):
             if self.image_token not in prompt and count:
                 warnings.warn(
                     f"no {self.image_token} in the text: inserted at the {self.vision_token_fallback_position}",
@@ -255,7 +255,7 @@ class PanoramaProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.num_image_tokens
 
-    def apply_chat_template(  # type: ignore[override]
+    def apply_chat_template(
         self,
         conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
         chat_template: str | None = None,
@@ -274,7 +274,8 @@ class PanoramaProcessor(ProcessorMixin):
             kwargs: as in `ProcessorMixin.apply_chat_template`.
         """
         batched = bool(conversation) and isinstance(conversation[0], list | tuple)
-        conversations = [self._fill_in(messages) for messages in (conversation if batched else [conversation])]
+        batch: list[Any] = list(conversation) if batched else [conversation]
+        conversations = [self._fill_in(messages) for messages in batch]
         if return_labels:
             return self._training_inputs(conversations, chat_template)
         return super().apply_chat_template(

@@ -115,8 +115,8 @@ class PerceiverResampler(Resampler):
         rows, columns = config.vision_grid
         if side * side != config.resampler_queries or side > min(rows, columns):
             raise ValueError(
-                "resampler_queries must be a square number of at most "
-                f"{min(rows, columns)} x {min(rows, columns)} queries, got {config.resampler_queries}. Typical value: 64"
+                f"resampler_queries must be a square number of at most {min(rows, columns) ** 2}, "
+                f"got {config.resampler_queries}. Typical value: 64"
             )
         if config.latent_dimension % config.resampler_heads:
             raise ValueError(

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -27,8 +28,10 @@ SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 STAGES = {
     "vision": ["--epochs", "20", "--batch_size", "4", "--learning_rate", "1e-3"],
     "resampler": ["--epochs", "4", "--batch_size", "8", "--learning_rate", "1e-3"],
-    "finetune": ["--epochs", "120", "--batch_size", "8", "--learning_rate", "2e-3"],
+    "finetune": ["--epochs", "90", "--batch_size", "8", "--learning_rate", "2e-3"],
 }
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(os.cpu_count())]
 
 
 def train_tokenizer(samples: list[dict[str, str]]) -> PreTrainedTokenizerFast:
@@ -75,7 +78,7 @@ def compose(folder: Path, samples: list[dict[str, str]]) -> PanoramaProcessor:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    options = {"latent_dimension": 128, "vicreg_projector_dim": 128, "use_lora": False}
+    options: dict[str, Any] = {"latent_dimension": 128, "vicreg_projector_dim": 128, "use_lora": False}
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     model = PanoramaVLM.from_vision_text_pretrained(
         vision, language, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), **options
@@ -106,8 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
         command = ["-m", "panorama_vlm.train", "--stage", stage, "--model", str(model), "--data", str(SAMPLES)]
         command += ["--output", str(trained), *options]
         print(f"\n$ accelerate launch {' '.join(command)}", flush=True)
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-        subprocess.run([*launch, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *command], check=True)
+        subprocess.run([*LAUNCH, *command], check=True)
         model = trained
 
     answers_file = output / "answers.json"
@@ -121,8 +123,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n{answer['panorama']}: {answer['question']}")
         print(f"  expected  {answer['expected']}\n  answer    {answer['answer']}")
     right = sum(answer["answer"] == answer["expected"] for answer in answers)
-    print(f"\n{right} of {len(answers)} answers are word for word what was trained. They are answers to the questions it")
-    print("was trained on: this shows that all parts work together, not that the model understands panoramas.")
+    print(f"\n{right} of {len(answers)} answers are word for word what was trained. These are the trained questions:")
+    print("that they are answered shows that all parts work together, not that the model understands panoramas.")
     print(f"Model: {model}  answers: {answers_file}  views: {output / 'views.png'}")
 
 

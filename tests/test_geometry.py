@@ -108,9 +108,7 @@ def test_a_token_is_owned_by_the_tile_whose_centre_is_nearest(rows):
     rays = plan_rays(plan, grid)
     for view in plan.tiles:
         for token in range(grid[0] * grid[1]):
-            distances = [
-                angle(rays_at(plan.views[other], 2.0, 3.0, grid), rays[view, token]) for other in plan.tiles
-            ]
+            distances = [angle(rays_at(plan.views[other], 2.0, 3.0, grid), rays[view, token]) for other in plan.tiles]
             nearest = plan.tiles[int(np.argmin(distances))]
             tied = np.isclose(distances, min(distances), atol=1e-6).sum() > 1
             assert tied or owned[view, token] == (nearest == view)

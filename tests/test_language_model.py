@@ -110,7 +110,11 @@ def test_one_lora_step_changes_only_lora_weights_resampler_and_projection(compos
     first.backward()
     optimizer.step()
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert {"lora" if "lora_" in name else name.split(".")[0] for name in changed} == {"lora", "resampler", "projection"}
+    assert {"lora" if "lora_" in name else name.split(".")[0] for name in changed} == {
+        "lora",
+        "resampler",
+        "projection",
+    }
     assert model.eval()(**batch).loss < first
 
 
@@ -134,9 +138,9 @@ def test_loading_peaks_at_no_more_than_1_3_times_the_weights_and_initialises_not
             torch.nn.init,
             name,
             lambda tensor, *args, _real=real, **kwargs: (
-                drawn.append(tensor.numel()) if tensor.device.type != "meta" else None
-            )
-            or _real(tensor, *args, **kwargs),
+                (drawn.append(tensor.numel()) if tensor.device.type != "meta" else None)
+                or _real(tensor, *args, **kwargs)
+            ),
         )
     PanoramaVLM.from_pretrained(tmp_path / "real", dtype=torch.float32)
     assert sum(drawn) == 0

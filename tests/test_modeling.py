@@ -2,8 +2,7 @@ import logging
 
 import pytest
 import torch
-from panorama_vlm import PanoramaConfig, PanoramaVLM, TrainingStageOutput, VisionStageOutput
-from panorama_vlm import modeling_panorama
+from panorama_vlm import PanoramaConfig, PanoramaVLM, TrainingStageOutput, VisionStageOutput, modeling_panorama
 from panorama_vlm.modeling_panorama import TRAINED_PARTS, choose_attention
 
 TOWERS = {
@@ -219,7 +218,9 @@ def test_views_that_do_not_match_the_config_are_an_error_that_names_both(make, a
 def test_pixels_of_a_wrong_rank_are_an_error_that_names_the_shape(make, shape):
     model, _ = make()
     for call in (lambda p: model(p, stage="vision"), lambda p: model.generate(p, torch.zeros(1, 4, dtype=torch.long))):
-        with pytest.raises(ValueError, match=r"pixel_values must have 4 dimensions .* got the shape \[" + str(shape[0])):
+        with pytest.raises(
+            ValueError, match=r"pixel_values must have 4 dimensions .* got the shape \[" + str(shape[0])
+        ):
             call(torch.zeros(shape))
 
 
@@ -454,6 +455,7 @@ def test_composing_keeps_the_weights_of_both_models(make):
     )
     for name, parameter in [*model.vision_tower.named_parameters(), *model.language_model.named_parameters()]:
         assert torch.equal(parameter, before[name]), name
+    assert vision.config._attn_implementation == language.config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="image_token_id must be given"):
         PanoramaVLM.from_vision_text_pretrained(vision, language)
 

@@ -60,7 +60,11 @@ def test_labels_supervise_only_the_assistants_words_and_the_end_of_its_turn(make
 def test_what_is_supervised_follows_what_generation_is_given(make, panoramas):
     _, processor = make()
     prompt = processor.apply_chat_template(
-        chat("sky", None, panoramas[0]), tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+        chat("sky", None, panoramas[0]),
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        return_tensors="pt",
     )
     batch = processor.apply_chat_template([chat("sky", "Blue.", panoramas[0])], return_labels=True)
     length = prompt["input_ids"].shape[1]
@@ -146,7 +150,9 @@ def test_a_long_text_is_cut_with_a_warning_and_a_panorama_never(make, panoramas)
     with pytest.warns(UserWarning, match="cut to max_text_length=40"):
         batch = processor.apply_chat_template([chat("a", "word " * 100, panoramas[0])], return_labels=True)
     assert batch["input_ids"].shape[1] == 80 + 40
-    late = [{"role": "user", "content": [{"type": "text", "text": "word " * 100}, {"type": "image", "image": panoramas[0]}]}]
+    late = [
+        {"role": "user", "content": [{"type": "text", "text": "word " * 100}, {"type": "image", "image": panoramas[0]}]}
+    ]
     with pytest.raises(ValueError, match="cutting it would cut a panorama"):
         processor.apply_chat_template([late + [{"role": "assistant", "content": "a"}]], return_labels=True)
 

@@ -13,7 +13,9 @@ from .loop import train
 
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    (config,) = HfArgumentParser(TrainConfig, prog="python -m panorama_vlm.train").parse_args_into_dataclasses(arguments)
+    (config,) = HfArgumentParser(TrainConfig, prog="python -m panorama_vlm.train").parse_args_into_dataclasses(
+        arguments
+    )
     try:
         config.check()
     except ValueError as error:

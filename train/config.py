@@ -15,15 +15,19 @@ class TrainConfig:
     """One stage of training. The fields are the options of the command line."""
 
     stage: str = field(metadata={"help": "vision, resampler or finetune", "choices": STAGES})
-    data: str = field(metadata={"help": "folder with metadata.jsonl: a JSON object of file_name, query, annotation a line"})
+    data: str = field(
+        metadata={"help": "folder with metadata.jsonl: a JSON object of file_name, query, annotation a line"}
+    )
     output: str = field(metadata={"help": "folder for the trained model and its processor"})
     model: str | None = field(
         default=None, metadata={"help": "folder or Hub id to start from, such as the output of the stage before"}
     )
     vision: str | None = field(default=None, metadata={"help": "without --model: Hub id or folder of a vision tower"})
-    language: str | None = field(default=None, metadata={"help": "without --model: Hub id or folder of a language model"})
+    language: str | None = field(
+        default=None, metadata={"help": "without --model: Hub id or folder of a language model"}
+    )
     options: str = field(
-        default="{}", metadata={"help": 'options of PanoramaConfig as JSON, such as \'{"overlap_ratio": 0.25}\''}
+        default="{}", metadata={"help": "options of PanoramaConfig as JSON, such as '{\"overlap_ratio\": 0.25}'"}
     )
     epochs: int = field(default=1, metadata={"help": "passes over the data"})
     batch_size: int = field(default=4, metadata={"help": "samples a step and process"})

@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> list[float]:
         samples = samples.select(sorted(first_lines.values()))  # each panorama once
         collate = VisionCollator(processor, config.seed + accelerator.process_index)
     loader = DataLoader(
-        samples,  # type: ignore[arg-type]
+        samples,
         batch_size=config.batch_size,
         shuffle=True,
         collate_fn=collate,
@@ -93,6 +93,8 @@ def load_model(config: TrainConfig) -> tuple[PanoramaVLM, PanoramaProcessor]:
     if config.model is not None:
         model = PanoramaVLM.from_pretrained(config.model, dtype=torch.float32, **options)
         return model, PanoramaProcessor.from_pretrained(config.model)
+    if config.vision is None or config.language is None:
+        raise ValueError("without a model to start from, vision and language must be given")
     processor = PanoramaProcessor.from_vision_text_pretrained(config.vision, config.language, **options)
     model = PanoramaVLM.from_vision_text_pretrained(
         config.vision,
