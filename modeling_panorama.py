@@ -37,7 +37,7 @@ from .geometry_panorama import (
     ray_correspondences,
     strip_correspondences,
 )
-from .losses_panorama import VICRegTerms, check_finite, densecl, vicreg
+from .losses_panorama import VICRegTerms, check_finite, densecl, overlap_metrics, vicreg
 from .resampler_panorama import RESAMPLERS
 
 logger = logging.getLogger(__name__)
@@ -537,16 +537,17 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
 
     # Overlap consistency
 
-    def matched_features(self, features: torch.Tensor) -> list[MatchedFeatures]:
+    def matched_features(self, features: torch.Tensor, by_rays: bool | None = None) -> list[MatchedFeatures]:
         """Features of tokens that look the same way, by rays or as sequential strips.
 
         Args:
             features: [B, V, S, D].
+            by_rays: `config.use_anyres_e2p_vicreg` where it is not given.
 
         Returns:
             One entry for each number L of matched tokens that occurs.
         """
-        by_rays = self.config.use_anyres_e2p_vicreg
+        by_rays = self.config.use_anyres_e2p_vicreg if by_rays is None else by_rays
         if by_rays and not (self.view_plan.has_rays and features.shape[1] == self.view_plan.num_views):
             reason = (
                 f"pixel_values has {features.shape[1]} views and the plan {self.view_plan.num_views}"
@@ -630,10 +631,30 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             x,
             y,
             gamma=self.config.vicreg_gamma,
-            mode=self.config.vicreg_mode,
+            mode=self.config.vicreg_mode,  # type: ignore[arg-type]
             pair_chunk=self.config.vicreg_pair_chunk,
             gather=self.config.vicreg_use_ddp_gather,
         )
+
+    def overlap_metrics(self, features: torch.Tensor) -> dict[str, float]:
+        """Is stage `vision` learning or collapsing? See :func:`losses_panorama.overlap_metrics`.
+
+        Args:
+            features: [B, V, S, D], such as `VisionStageOutput.hidden_states`.
+
+        Returns:
+            Means over the pairs of views, always of the pairs by rays where the plan has rays: `cosine_matched`,
+            `cosine_random`, `retrieval`, `feature_std`, `effective_rank`.
+        """
+        totals: dict[str, float] = {}
+        matched = self.matched_features(features, by_rays=self.view_plan.has_rays)
+        pairs = sum(len(m.x) for m in matched)
+        for m in matched:
+            candidates = features[:, m.second].flatten(0, 1)  # [B * P, S, D]
+            target = m.nearest.repeat(len(features), 1)  # [B * P, L]
+            for name, value in overlap_metrics(m.x, m.y, candidates, target).items():
+                totals[name] = totals.get(name, 0.0) + float(value) * len(m.x) / pairs
+        return totals
 
     def _overlap_features(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, V, S, D_latent] -> what the overlap loss compares, [B, V, S, D]."""

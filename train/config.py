@@ -36,11 +36,12 @@ class TrainConfig:
     warmup_ratio: float = field(default=0.03, metadata={"help": "share of the steps in which the learning rate rises"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
     num_workers: int = field(default=0, metadata={"help": "processes that cut views"})
+    log_every: int = field(default=10, metadata={"help": "steps between two log lines"})
     seed: int = field(default=0, metadata={"help": "of weights, order and augmentation"})
 
     def check(self) -> None:
         """Raise `ValueError` for what is wrong, before anything is loaded."""
-        for name in ("epochs", "batch_size", "learning_rate", "max_grad_norm"):
+        for name in ("epochs", "batch_size", "learning_rate", "max_grad_norm", "log_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
         for name in ("weight_decay", "num_workers"):

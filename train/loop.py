@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from ..modeling_panorama import PanoramaVLM, choose_attention
@@ -65,7 +66,8 @@ def train(config: TrainConfig) -> list[float]:
     progress = tqdm(total=steps, desc=config.stage, disable=not accelerator.is_main_process)
     for _ in range(config.epochs):
         for batch in loader:
-            loss = model(**batch, stage=config.stage).loss
+            output = model(**batch, stage=config.stage)
+            loss = output.loss
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
@@ -76,6 +78,12 @@ def train(config: TrainConfig) -> list[float]:
                 raise FloatingPointError(f"the loss of step {len(losses)} of stage {config.stage!r} is {losses[-1]}")
             progress.update()
             progress.set_postfix(loss=f"{losses[-1]:.4f}")
+            if accelerator.is_main_process and len(losses) % config.log_every == 0:
+                figures = {"loss": losses[-1], "learning_rate": schedule.get_last_lr()[0]}
+                if config.stage == "vision":
+                    figures |= accelerator.unwrap_model(model).overlap_metrics(output.hidden_states.detach())
+                with logging_redirect_tqdm():
+                    logger.info("step %d: %s", len(losses), " ".join(f"{k}={v:.4g}" for k, v in figures.items()))
     progress.close()
 
     if accelerator.is_main_process:
