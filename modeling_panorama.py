@@ -457,13 +457,12 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             )
         return pixel_values
 
-    def encode_views(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Resampled tokens of the views, [B, V, 3, H, W] -> [B, V, S, D_latent]."""
-        batch, views = pixel_values.shape[:2]
+    def tower_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The vision tower's patch tokens, [B, V, 3, H, W] -> [B, V, patches, D_vision]; CLS and registers left out."""
         images = pixel_values.flatten(0, 1).to(self.vision_tower.dtype)  # [B * V, 3, H, W]
         trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            hidden = self._run_tower(images)  # [B * V, prefix + S, D_vision]
+            hidden = self._run_tower(images)  # [B * V, prefix + patches, D_vision]
         rows, columns = self.config.vision_grid
         prefix = hidden.shape[1] - rows * columns  # CLS and register tokens come first
         if prefix < 0:
@@ -471,7 +470,12 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
                 f"the vision tower gives {hidden.shape[1]} tokens a view, fewer than the {rows} x {columns} patches of "
                 f"image_size={self.config.image_size} and patch_size={self.config.vision_config.patch_size}"
             )
-        return self.resampler(hidden[:, prefix:]).unflatten(0, (batch, views))  # [B, V, S, D_latent]
+        return hidden[:, prefix:].unflatten(0, pixel_values.shape[:2])
+
+    def encode_views(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Resampled tokens of the views, [B, V, 3, H, W] -> [B, V, S, D_latent]."""
+        tokens = self.tower_tokens(pixel_values)
+        return self.resampler(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
 
     def _run_tower(self, images: torch.Tensor) -> torch.Tensor:
         config = self.config.vision_config
@@ -586,8 +590,8 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
         (variance, a hinge at `vicreg_gamma`), and that dimensions do not repeat each other (covariance), weighted by
         `vicreg_similarity_weight`, `vicreg_variance_weight` and `vicreg_covariance_weight`. Statistics are those of
         each pair of views (`"pairwise"`) or of all pairs together (`"batchwise"`). `overlap_loss="densecl"` is a
-        contrastive loss on the same pairs. Both work through `vicreg_pair_chunk` pairs at a time, which bounds memory
-        and changes no value.
+        contrastive loss on the same pairs. VICReg works through `vicreg_pair_chunk` pairs at a time, DenseCL through
+        pieces of its similarity matrix, which bounds memory and changes no value.
 
         Args:
             features: [B, V, S, D].
@@ -655,6 +659,13 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             for name, value in overlap_metrics(m.x, m.y, candidates, target).items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(m.x) / pairs
         return totals
+
+    def overlap_loss(self, tokens: torch.Tensor) -> tuple[torch.Tensor, VICRegTerms | None]:
+        """The overlap loss of resampled tokens [B, V, S, D_latent], through the projector where there is one.
+
+        See :meth:`_compute_vicreg_overlap_loss` for what is returned.
+        """
+        return self._compute_vicreg_overlap_loss(self._overlap_features(tokens))
 
     def _overlap_features(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, V, S, D_latent] -> what the overlap loss compares, [B, V, S, D]."""
@@ -745,7 +756,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             )
             loss = ar_loss
             if self.config.overlap_loss_weight_finetune > 0 and tokens is not None:
-                overlap_loss, _ = self._compute_vicreg_overlap_loss(self._overlap_features(tokens))
+                overlap_loss, _ = self.overlap_loss(tokens)
                 loss = ar_loss + self.config.overlap_loss_weight_finetune * overlap_loss
         return TrainingStageOutput(
             loss=loss,

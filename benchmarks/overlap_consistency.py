@@ -43,46 +43,63 @@ def make_model(seed: int, by_rays: bool, image_size: int) -> PanoramaVLM:
 
 
 @torch.no_grad()
-def measure(model: PanoramaVLM, pixels: torch.Tensor) -> dict[str, float]:
-    """The metrics of the resampled tokens [B, V, S, D_latent], which are what the language model will read."""
-    return model.overlap_metrics(model.encode_views(pixels))
-
-
-def run(seed: int, by_rays: bool, steps: int, image_size: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics on the panoramas held out, before and after training."""
-    model = make_model(seed, by_rays, image_size)
-    model.set_stage("vision")
+def tower_tokens(model: PanoramaVLM, erps: list[torch.Tensor], image_size: int) -> torch.Tensor:
+    """[panoramas, V, patches, D_vision]; the tower is frozen, so they are computed once."""
     processor = PanoramaImageProcessor(image_size)
+    pixels = (processor(erp, return_tensors="pt")["pixel_values"] for erp in erps)
+    return torch.cat([model.tower_tokens(views) for views in pixels])
+
+
+def resample(model: PanoramaVLM, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, V, patches, D_vision] -> [B, V, S, D_latent], what the language model will read."""
+    return model.resampler(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+
+
+def run(seed: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Metrics of the resampled tokens of the panoramas held out: before training, after strips and after rays."""
     erps = [to_erp_tensor(Image.open(path)) for path in sorted(SAMPLES.glob("*.jpg"))]  # each [3, H, W]
-    held_out = processor(erps[2::3], return_tensors="pt")["pixel_values"]  # four, of all kinds
-    training = [erp for index, erp in enumerate(erps) if index % 3 != 2]
-    before = measure(model, held_out)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
+    held_out = erps[2::3]  # four, of all kinds
     generator = torch.Generator().manual_seed(seed)
-    for _ in tqdm(range(steps), desc=f"seed {seed} {'rays' if by_rays else 'strips'}", leave=False):
-        chosen = torch.randperm(len(training), generator=generator)[:4]
-        turned = [training[i].roll(int(torch.randint(512, (), generator=generator)), -1) for i in chosen]
-        loss = model(processor(turned, return_tensors="pt")["pixel_values"], stage="vision").loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return before, measure(model, held_out)
+    turned = [
+        erp.roll(int(torch.randint(erp.shape[-1], (), generator=generator)), -1)
+        for index, erp in enumerate(erps)
+        if index % 3 != 2
+        for _ in range(options.headings)
+    ]
+    figures: dict[str, dict[str, float]] = {}
+    for name in ("strips", "rays"):
+        model = make_model(seed, by_rays=name == "rays", image_size=options.image_size)
+        model.set_stage("vision")
+        if not figures:
+            training, test = (tower_tokens(model, group, options.image_size) for group in (turned, held_out))
+            with torch.no_grad():
+                figures["before training"] = model.overlap_metrics(resample(model, test))
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.01)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in tqdm(range(options.steps), desc=f"seed {seed} {name}", leave=False):
+            batch = training[torch.randint(len(training), (4,), generator=generator)]
+            loss, _ = model.overlap_loss(resample(model, batch))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            figures[name] = model.overlap_metrics(resample(model, test))
+    return figures
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--image-size", type=int, default=128, help="pixels a side of each view")
+    parser.add_argument("--headings", type=int, default=8, help="random headings of each training panorama")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     options = parser.parse_args(arguments)
-    rows: dict[str, list[dict[str, float]]] = {"before training": [], "strips": [], "rays": []}
-    for seed in range(options.seeds):
-        for name, by_rays in (("strips", False), ("rays", True)):
-            before, after = run(seed, by_rays, options.steps, options.image_size)
-            rows[name].append(after)
-        rows["before training"].append(before)
+    runs = [run(seed, options) for seed in range(options.seeds)]
+    rows = {name: [figures[name] for figures in runs] for name in ("before training", "strips", "rays")}
     print(f"Resampled tokens of four panoramas held out, {options.seeds} seeds, {options.steps} steps: mean (range)\n")
-    print("| | " + " | ".join(FIGURES) + " |\n|---" * 1 + "|---" * len(FIGURES) + "|")
+    print("| | " + " | ".join(FIGURES) + " |\n|---" + "|---" * len(FIGURES) + "|")
     for name, figures in rows.items():
         cells = []
         for figure in FIGURES:

@@ -55,9 +55,7 @@ def test_the_vision_stage_lowers_its_loss_and_a_lora_finetune_memorises(start, t
     from panorama_vlm.train.loop import train
 
     common = {"data": str(SAMPLES), "batch_size": 4, "learning_rate": 3e-3}
-    losses = train(
-        TrainConfig(stage="vision", model=str(start), output=str(tmp_path / "vision"), epochs=10, **common)
-    )
+    losses = train(TrainConfig(stage="vision", model=str(start), output=str(tmp_path / "vision"), epochs=10, **common))
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     options = json.dumps({"use_lora": True, "lora_rank": 8})
     losses = train(
