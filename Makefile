@@ -15,8 +15,8 @@ help:
 $(VENV)/.ready: constraints.txt setup.cfg pyproject.toml
 	@echo "== Setting up $(VENV) from constraints.txt"
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test,lint]"
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[train,test,lint]"
 	@touch $@
 
 demo: $(VENV)/.ready

@@ -6,9 +6,8 @@ import copy
 import logging
 import os
 import warnings
-from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import nn
@@ -24,20 +23,13 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_panorama import PanoramaConfig
-from .geometry_panorama import (
-    Grid,
-    ViewPlan,
-    owned_tokens,
-    plan_rays,
-    ray_code,
-    ray_correspondences,
-    strip_correspondences,
-)
 from .losses_panorama import VICRegTerms, check_finite, densecl, overlap_metrics, vicreg
+from .matching_panorama import MatchedFeatures, image_tokens, match_features
+from .outputs_panorama import GenerationOutput, TrainingStageOutput, VisionStageOutput
 from .resampler_panorama import RESAMPLERS
 
 logger = logging.getLogger(__name__)
@@ -52,95 +44,6 @@ TRAINED_PARTS: dict[str, tuple[str, ...]] = {
     "finetune": ("tower", "resampler", "projection", "language_model"),
 }
 TEMPERATURE_RANGE = (0.1, 1.0)
-
-
-@dataclass
-class VisionStageOutput(ModelOutput):
-    """Output of stage `vision`.
-
-    Args:
-        loss: what to minimise; `vicreg_weight * vicreg_raw`.
-        vicreg_loss: the same, by its own name.
-        vicreg_raw: the overlap loss before `vicreg_weight`: the weighted sum of VICReg's terms, or DenseCL's loss.
-        vicreg_weight: `config.vicreg_loss_weight`.
-        vicreg_dim: width of the features that were compared.
-        invariance, variance, covariance: VICReg's unweighted terms, mean over pairs; `None` for DenseCL.
-        hidden_states: the features that were compared, [B, V, S, vicreg_dim].
-    """
-
-    loss: torch.Tensor | None = None
-    vicreg_loss: torch.Tensor | None = None
-    vicreg_raw: torch.Tensor | None = None
-    vicreg_weight: float | None = None
-    vicreg_dim: int | None = None
-    invariance: torch.Tensor | None = None
-    variance: torch.Tensor | None = None
-    covariance: torch.Tensor | None = None
-    hidden_states: torch.Tensor | None = None
-
-
-@dataclass
-class TrainingStageOutput(ModelOutput):
-    """Output of stages `resampler` and `finetune`, and of generation.
-
-    Args:
-        loss: what to minimise, where labels are given: `ar_loss`, and the weighted overlap loss where one is asked for.
-        ar_loss: the autoregressive loss (cross-entropy of the next token).
-        overlap_loss: the unweighted overlap loss where `overlap_loss_weight_finetune` is positive.
-        logits: [B, T, vocabulary], or of the positions that `logits_to_keep` names.
-        past_key_values: the language model's cache.
-        hidden_states, attentions: the language model's, where asked for.
-        image_hidden_states: what the language model was shown of the panoramas, [panoramas, num_image_tokens, D_lm].
-    """
-
-    loss: torch.Tensor | None = None
-    ar_loss: torch.Tensor | None = None
-    overlap_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
-
-
-@dataclass
-class GenerationOutput(ModelOutput):
-    """Output of `generate(return_dict_in_generate=True)`: what `GenerationMixin` returns, and
-
-    Args:
-        sequences: prompt and new tokens, [B, T + new].
-        generated_ids: the new tokens alone, [B, new].
-        text: the new tokens decoded, where `tokenizer=` is given.
-        scores, logits, attentions, hidden_states, past_key_values: as in `GenerateDecoderOnlyOutput`.
-        sequences_scores, beam_indices: as in `GenerateBeamDecoderOnlyOutput`.
-    """
-
-    sequences: torch.Tensor | None = None
-    generated_ids: torch.Tensor | None = None
-    text: list[str] | None = None
-    scores: tuple[torch.Tensor, ...] | None = None
-    logits: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[tuple[torch.Tensor, ...], ...] | None = None
-    hidden_states: tuple[tuple[torch.Tensor, ...], ...] | None = None
-    past_key_values: Cache | None = None
-    sequences_scores: torch.Tensor | None = None
-    beam_indices: torch.Tensor | None = None
-
-
-class MatchedFeatures(NamedTuple):
-    """Features of tokens that look the same way, for P pairs of views of each of B panoramas.
-
-    Args:
-        x: tokens of the first views [B * P, L, D].
-        y: the second views, interpolated at the same rays [B * P, L, D].
-        second: which views these are [P].
-        nearest: the token of the second view nearest to the place [P, L].
-    """
-
-    x: torch.Tensor
-    y: torch.Tensor
-    second: torch.Tensor
-    nearest: torch.Tensor
 
 
 def choose_attention(device: str | int | torch.device | None, dtype: torch.dtype | None) -> str:
@@ -496,7 +399,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
 
     def project_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the language model is shown: [B, V, S, D_latent] -> [B, num_image_tokens, D_lm]."""
-        indices, codes = _image_tokens(
+        indices, codes = image_tokens(
             self.view_plan, self.token_grid, self.config.token_selection, self.config.ray_frequencies, tokens.device
         )
         return self.projection(tokens.flatten(1, 2)[:, indices], codes)
@@ -560,22 +463,8 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             )
             _warn_once(f"{reason}: falling back to sequential VICReg mode")
             by_rays = False
-        groups = _pairs(
-            self.view_plan,
-            self.token_grid,
-            tuple(self.config.overlap_pairs) if by_rays else None,
-            self.config.overlap_ratio,
-            features.shape[1],
-            features.device,
-        )
-        matched = []
-        for first, second, tokens, corners, weights, nearest in groups:
-            x = features[:, first, tokens]  # [B, P, L, D]
-            y = torch.zeros_like(x)
-            for corner in range(corners.shape[-1]):  # one at a time: all four would take four times the memory
-                y = y + features[:, second, corners[:, :, corner]] * weights[:, :, corner].to(features.dtype)
-            matched.append(MatchedFeatures(x.flatten(0, 1), y.flatten(0, 1), second[:, 0], nearest))
-        return matched
+        overlap_pairs = tuple(self.config.overlap_pairs) if by_rays else None
+        return match_features(features, self.view_plan, self.token_grid, overlap_pairs, self.config.overlap_ratio)
 
     def _compute_vicreg_overlap_loss(self, features: torch.Tensor) -> tuple[torch.Tensor, VICRegTerms | None]:
         """The overlap loss of the features of a batch of panoramas.
@@ -881,68 +770,6 @@ def _clamp_temperature(temperature: float) -> float:
     if clamped != temperature:
         warnings.warn(f"temperature {temperature} is outside [{low}, {high}]: clamped to {clamped}", stacklevel=3)
     return clamped
-
-
-# What the model needs of the geometry, computed once a plan and device. To `torch.compile` it is a constant.
-
-
-@torch.compiler.assume_constant_result
-def _image_tokens(
-    plan: ViewPlan, grid: Grid, selection: str, frequencies: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of the V * S tokens the language model gets [num_image_tokens], and their ray codes [.., 3 + 6K]."""
-    return _image_tokens_cached(plan, grid, selection, frequencies, device)
-
-
-@lru_cache(maxsize=64)
-def _image_tokens_cached(
-    plan: ViewPlan, grid: Grid, selection: str, frequencies: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rays = plan_rays(plan, grid).reshape(-1, 3)  # [V * S, 3]
-    indices = owned_tokens(plan, grid).reshape(-1).nonzero()[0] if selection == "owned" else range(len(rays))
-    codes = ray_code(rays[indices], frequencies)
-    return torch.tensor(indices, device=device), torch.tensor(codes, dtype=torch.float32, device=device)
-
-
-@torch.compiler.assume_constant_result
-def _pairs(
-    plan: ViewPlan,
-    grid: Grid,
-    overlap_pairs: tuple[str, ...] | None,
-    overlap_ratio: float,
-    num_views: int,
-    device: torch.device,
-) -> list[tuple[torch.Tensor, ...]]:
-    """Correspondences as tensors: first and second view [P, 1], tokens [P, L], corners [P, L, 4], weights
-    [P, L, 4, 1], nearest [P, L]; by rays for `overlap_pairs`, as strips where it is `None`."""
-    return _pairs_cached(plan, grid, overlap_pairs, overlap_ratio, num_views, device)
-
-
-@lru_cache(maxsize=64)
-def _pairs_cached(
-    plan: ViewPlan,
-    grid: Grid,
-    overlap_pairs: tuple[str, ...] | None,
-    overlap_ratio: float,
-    num_views: int,
-    device: torch.device,
-) -> list[tuple[torch.Tensor, ...]]:
-    if overlap_pairs is not None:
-        groups = ray_correspondences(plan, grid, overlap_pairs)
-    else:
-        loops = plan.loops if num_views == plan.num_views and plan.has_rays else (tuple(range(num_views)),)
-        groups = tuple(strip_correspondences(loop, grid, overlap_ratio) for loop in loops)
-    return [
-        (
-            torch.tensor(group.first[:, None], device=device),
-            torch.tensor(group.second[:, None], device=device),
-            torch.tensor(group.tokens, device=device),
-            torch.tensor(group.corners, device=device),
-            torch.tensor(group.weights[..., None], dtype=torch.float32, device=device),
-            torch.tensor(group.nearest, device=device),
-        )
-        for group in groups
-    ]
 
 
 @cache

@@ -205,6 +205,51 @@ def test_features_that_are_not_finite_are_an_error_that_names_the_step(make, pan
         model(pixels, stage="vision")
 
 
+def test_grids_of_tokens_need_not_be_square(make, ask, panoramas):
+    model, processor = make(vision={**SMALL, "model_type": "vit", "patch_size": [16, 8], "image_size": 64})
+    assert model.config.token_grid == (4, 8)
+    inputs = ask(processor, panoramas[0])
+    assert model(inputs["pixel_values"], stage="vision").loss > 0
+    assert model(**inputs).image_hidden_states.shape == (1, model.config.num_image_tokens, 32)
+
+
+def test_the_vision_stage_in_bfloat16_says_what_it_says_in_float32(make, panoramas):
+    model, processor = make()
+    pixels = processor(images=panoramas[:2], return_tensors="pt")["pixel_values"]
+    expected = model(pixels, stage="vision")
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(pixels, stage="vision")
+    assert output.invariance.dtype == torch.float32
+    torch.testing.assert_close(output.loss, expected.loss, rtol=0.02, atol=0)
+    output = model.to(torch.bfloat16)(pixels, stage="vision")
+    torch.testing.assert_close(output.loss.float(), expected.loss, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"vicreg_mode": "batchwise"}, {"overlap_loss": "densecl"}, {"pitch_rows": [-30, 30]}]
+)
+def test_every_overlap_loss_trains_the_resampler(make, panoramas, options):
+    model, processor = make(overlap_pairs=["neighbours", "global"], **options)
+    model.set_stage("vision")
+    output = model(processor(images=panoramas[:2], return_tensors="pt")["pixel_values"], stage="vision")
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.resampler.parameters())
+    assert (output.covariance is None) == (options.get("overlap_loss") == "densecl")
+
+
+def test_metrics_tell_matched_tokens_from_random_ones(make):
+    """Features that are the direction itself agree where tokens are matched; constant ones have collapsed."""
+    from panorama_vlm.geometry_panorama import plan_rays
+
+    model, _ = make(vision={**SMALL, **TOWERS["siglip"], "image_size": 128}, pitch_rows=[-30, 0, 30])
+    rays = torch.tensor(plan_rays(model.view_plan, model.token_grid), dtype=torch.float32)[None]
+    metrics = model.overlap_metrics(rays.repeat(2, 1, 1, 1))
+    assert metrics["cosine_matched"] > 0.999 > metrics["cosine_random"]
+    assert metrics["retrieval"] > 0.9
+    collapsed = model.overlap_metrics(torch.ones_like(rays))
+    assert collapsed["feature_std"] == 0 and collapsed["effective_rank"] == pytest.approx(1)
+
+
 @pytest.mark.parametrize("stage", ["vision", "finetune"])
 def test_views_that_do_not_match_the_config_are_an_error_that_names_both(make, ask, panoramas, stage):
     model, processor = make(vision_stage_expected_views=9)

@@ -1,0 +1,82 @@
+"""What the model returns: one dataclass for each thing it does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class VisionStageOutput(ModelOutput):
+    """Output of stage `vision`.
+
+    Args:
+        loss: what to minimise; `vicreg_weight * vicreg_raw`.
+        vicreg_loss: the same, by its own name.
+        vicreg_raw: the overlap loss before `vicreg_weight`: the weighted sum of VICReg's terms, or DenseCL's loss.
+        vicreg_weight: `config.vicreg_loss_weight`.
+        vicreg_dim: width of the features that were compared.
+        invariance, variance, covariance: VICReg's unweighted terms, mean over pairs; `None` for DenseCL.
+        hidden_states: the features that were compared, [B, V, S, vicreg_dim].
+    """
+
+    loss: torch.Tensor | None = None
+    vicreg_loss: torch.Tensor | None = None
+    vicreg_raw: torch.Tensor | None = None
+    vicreg_weight: float | None = None
+    vicreg_dim: int | None = None
+    invariance: torch.Tensor | None = None
+    variance: torch.Tensor | None = None
+    covariance: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class TrainingStageOutput(ModelOutput):
+    """Output of stages `resampler` and `finetune`, and of generation.
+
+    Args:
+        loss: what to minimise, where labels are given: `ar_loss`, and the weighted overlap loss where one is asked for.
+        ar_loss: the autoregressive loss (cross-entropy of the next token).
+        overlap_loss: the unweighted overlap loss where `overlap_loss_weight_finetune` is positive.
+        logits: [B, T, vocabulary], or of the positions that `logits_to_keep` names.
+        past_key_values: the language model's cache.
+        hidden_states, attentions: the language model's, where asked for.
+        image_hidden_states: what the language model was shown of the panoramas, [panoramas, num_image_tokens, D_lm].
+    """
+
+    loss: torch.Tensor | None = None
+    ar_loss: torch.Tensor | None = None
+    overlap_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class GenerationOutput(ModelOutput):
+    """Output of `generate(return_dict_in_generate=True)`: what `GenerationMixin` returns, and
+
+    Args:
+        sequences: prompt and new tokens, [B, T + new].
+        generated_ids: the new tokens alone, [B, new].
+        text: the new tokens decoded, where `tokenizer=` is given.
+        scores, logits, attentions, hidden_states, past_key_values: as in `GenerateDecoderOnlyOutput`.
+        sequences_scores, beam_indices: as in `GenerateBeamDecoderOnlyOutput`.
+    """
+
+    sequences: torch.Tensor | None = None
+    generated_ids: torch.Tensor | None = None
+    text: list[str] | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
+    logits: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[tuple[torch.Tensor, ...], ...] | None = None
+    hidden_states: tuple[tuple[torch.Tensor, ...], ...] | None = None
+    past_key_values: Cache | None = None
+    sequences_scores: torch.Tensor | None = None
+    beam_indices: torch.Tensor | None = None
