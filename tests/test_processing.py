@@ -126,7 +126,7 @@ def test_a_text_without_placeholder_gets_one_with_a_warning(make, panoramas, pos
     [
         ("<image><image> what?", 1, "the texts have 2 <image>, but there are 1 panoramas"),
         ("<image> what?", 2, "the texts have 1 <image>, but there are 2 panoramas"),
-        (["<image><image>", "none"], 0, "2 <image> tokens in the text but no images"),
+        (["<image><image>", "none"], 0, "the texts have 2 <image>, but there are 0 panoramas"),
     ],
 )
 def test_more_or_fewer_placeholders_than_panoramas_is_an_error_that_names_both(make, panoramas, text, count, message):
