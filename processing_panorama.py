@@ -54,11 +54,14 @@ _PRELUDE = """\
 """
 
 
+_NO_DEFAULTS: dict[str, Any] = {}
+
+
 class PanoramaProcessorKwargs(ProcessingKwargs, total=False):
     """Options of a call."""
 
     images_kwargs: PanoramaImagesKwargs
-    _defaults = {}  # noqa: RUF012  (transformers before 5.23 reads it; with a type it would be one of the options)
+    _defaults = _NO_DEFAULTS  # transformers before 5.23 reads it
 
 
 class PanoramaProcessor(ProcessorMixin):
@@ -217,8 +220,8 @@ class PanoramaProcessor(ProcessorMixin):
     def _place_images(self, text: list[str], images: Any) -> list[str]:
         """Prompts with the `<image>` and the words that they need; counts are checked a prompt where they are known."""
         if images is None:
-            if found := sum(prompt.count(self.image_token) for prompt in text):
-                raise ValueError(f"the texts have {found} {self.image_token}, but there are 0 panoramas")
+            if stray := sum(prompt.count(self.image_token) for prompt in text):
+                raise ValueError(f"the texts have {stray} {self.image_token}, but there are 0 panoramas")
             return text
         nested = isinstance(images, list | tuple) and len(images) > 0 and isinstance(images[0], list | tuple)
         total = len(make_flat_list_of_images(images))
