@@ -51,10 +51,12 @@ class PanoramaConfig(PretrainedConfig):
         resampler_depth: linear layers of the MLPs, or layers of the perceiver.
         resampler_pool: side of the block of tokens that `"avg_pool"` averages.
         resampler_queries, resampler_heads: queries a view (a square number) and attention heads of `"perceiver"`.
-        view_strategy: `"anyres_e2p"` (global view and a loop of perspective tiles) or `"resize"` (one view).
-        fov_deg: field of view of a tile in degrees, in (0, 180).
+        view_strategy: `"anyres_e2p"` (global view and loops of perspective tiles), `"e2p"` (the tiles alone),
+            `"cubemap"` (six faces), `"sliding_window"` (windows of the ERP image) or `"resize"` (one view).
+        fov_deg: field of view of a tile, or width of a window, in degrees, in (0, 180).
         overlap_ratio: share of the field of view that neighbouring tiles of a loop have in common, in (0, 1).
         pitch_rows: pitch in degrees of each row of tiles.
+        pole_caps: whether a tile looks straight up and another straight down (`"anyres_e2p"` and `"e2p"`).
         image_size: side of a view in pixels; the vision tower's own where it is not given.
         token_selection: `"owned"` sends each direction seen by tiles to the language model once, `"all"` every token.
         ray_frequencies: octaves of the ray position code; 0 leaves the bare ray.
@@ -106,6 +108,7 @@ class PanoramaConfig(PretrainedConfig):
         fov_deg: float = 90.0,
         overlap_ratio: float = 0.5,
         pitch_rows: Sequence[float] = (0.0,),
+        pole_caps: bool = False,
         image_size: int | None = None,
         token_selection: str = "owned",
         ray_frequencies: int = 6,
@@ -159,6 +162,7 @@ class PanoramaConfig(PretrainedConfig):
         self.fov_deg = float(fov_deg)
         self.overlap_ratio = float(overlap_ratio)
         self.pitch_rows = [float(pitch) for pitch in pitch_rows]
+        self.pole_caps = pole_caps
         self.image_size = _positive(
             "image_size", tower_image_size(self.vision_config) if image_size is None else image_size, 256
         )
@@ -238,7 +242,9 @@ class PanoramaConfig(PretrainedConfig):
     @property
     def view_plan(self) -> ViewPlan:
         """The views of one panorama."""
-        return make_view_plan(self.view_strategy, self.fov_deg, self.overlap_ratio, tuple(self.pitch_rows))
+        return make_view_plan(
+            self.view_strategy, self.fov_deg, self.overlap_ratio, tuple(self.pitch_rows), self.pole_caps
+        )
 
     @property
     def num_views(self) -> int:

@@ -29,21 +29,27 @@ _ROUNDING = 1e-9  # cells closer than this to a border, in cells or in cosines, 
 
 @dataclass(frozen=True)
 class View:
-    """One view of the sphere: the whole of it as ERP, or a square perspective tile.
+    """One view of the sphere: a square perspective tile, or a window of the ERP image, from pole to pole.
 
     Args:
-        kind: `"erp"` (yaw, pitch and fov have no meaning) or `"perspective"`.
-        yaw: degrees to the right of the front.
-        pitch: degrees above the horizon, in [-90, 90].
-        fov: horizontal and vertical field of view in degrees, in (0, 180).
-        row: which row of pitch the tile belongs to; tiles of one row form a closed loop.
+        kind: `"perspective"` or `"erp"`.
+        yaw: degrees to the right of the front, of the middle of the view.
+        pitch: degrees above the horizon, in [-90, 90], of a tile; a window has none.
+        fov: of a tile the horizontal and vertical field of view in degrees, in (0, 180); of a window its width, in
+            (0, 360]. A window of 360 degrees is the global view.
+        row: which row of pitch the view belongs to; the views of one row form a closed loop.
     """
 
     kind: Literal["erp", "perspective"]
     yaw: float = 0.0
     pitch: float = 0.0
-    fov: float = 0.0
+    fov: float = 360.0
     row: int = 0
+
+    @property
+    def is_global(self) -> bool:
+        """Whether this is the whole sphere."""
+        return self.kind == "erp" and self.fov == 360
 
     @property
     def rotation(self) -> np.ndarray:
@@ -57,7 +63,7 @@ class View:
         """Unit rays of the cells of this view, [rows, columns, 3]."""
         rows, columns = grid
         if self.kind == "erp":
-            yaw = ((np.arange(columns) + 0.5) / columns - 0.5) * 2 * math.pi
+            yaw = math.radians(self.yaw) + ((np.arange(columns) + 0.5) / columns - 0.5) * math.radians(self.fov)
             pitch = (0.5 - (np.arange(rows) + 0.5) / rows) * math.pi
             yaw, pitch = np.broadcast_arrays(yaw[None, :], pitch[:, None])
             return np.stack([np.cos(pitch) * np.sin(yaw), np.sin(pitch), np.cos(pitch) * np.cos(yaw)], -1)
@@ -68,31 +74,37 @@ class View:
         camera = np.stack([x, y, np.ones_like(x)], -1)
         return camera @ self.rotation.T / np.linalg.norm(camera, axis=-1, keepdims=True)
 
-    def cells(self, rays: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def cells(self, rays: np.ndarray, grid: Grid, margin: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where rays fall in this view's grid: the inverse of :meth:`rays`.
 
         Args:
             rays: unit rays [..., 3].
             grid: (rows, columns) of this view.
+            margin: how many cells beyond the outermost cell centres still count as inside. With 0 what is inside can
+                be interpolated and need not be extrapolated; with 0.5 it is all that the view shows.
 
         Returns:
-            Fractional row and column [...], cell centres at whole numbers, and a mask [...] of the rays that
-            fall between cell centres, so that they can be interpolated and need not be extrapolated.
-            The columns of an ERP view wrap around: column -0.5 is as good as columns - 0.5.
+            Fractional row and column [...], cell centres at whole numbers, and a mask [...] of the rays inside.
+            The columns of the global view wrap around: column -0.5 is as good as columns - 0.5.
         """
         rows, columns = grid
+        margin += _ROUNDING
         if self.kind == "erp":
             yaw, pitch = ray_angles(rays)
-            column = (yaw / 360 + 0.5) * columns - 0.5
+            turn = (yaw - self.yaw + 180) % 360 - 180
+            column = (turn / self.fov + 0.5) * columns - 0.5
             row = (0.5 - pitch / 180) * rows - 0.5
-            return row, column, (row > -_ROUNDING) & (row < rows - 1 + _ROUNDING)
+            inside = (row > -margin) & (row < rows - 1 + margin)
+            if not self.is_global:
+                inside &= (column > -margin) & (column < columns - 1 + margin)
+            return row, column, inside
         camera = rays @ self.rotation
         ahead = camera[..., 2] > _ROUNDING
         depth = np.where(ahead, camera[..., 2], 1.0) * math.tan(math.radians(self.fov) / 2)
         column = (camera[..., 0] / depth + 1) * columns / 2 - 0.5
         row = (1 - camera[..., 1] / depth) * rows / 2 - 0.5
-        inside = (column > -_ROUNDING) & (column < columns - 1 + _ROUNDING)
-        inside &= (row > -_ROUNDING) & (row < rows - 1 + _ROUNDING)
+        inside = (column > -margin) & (column < columns - 1 + margin)
+        inside &= (row > -margin) & (row < rows - 1 + margin)
         return row, column, ahead & inside
 
 
@@ -109,8 +121,8 @@ class ViewPlan:
 
     @property
     def tiles(self) -> tuple[int, ...]:
-        """Indices of the perspective tiles."""
-        return tuple(index for index, view in enumerate(self.views) if view.kind == "perspective")
+        """Indices of the tiles and windows: every view but the global one."""
+        return tuple(index for index, view in enumerate(self.views) if not view.is_global)
 
     @property
     def loops(self) -> tuple[tuple[int, ...], ...]:
@@ -125,15 +137,18 @@ class ViewPlan:
 
     def neighbours(self) -> tuple[tuple[int, int], ...]:
         """Pairs of neighbouring tiles: each with the next of its loop (the last with the first), and with the one
-        above in the next row of pitch that looks most nearly the same way. Each pair stands once."""
+        above or below in the next row of pitch whose yaw is nearest (a cap at a pole: with all of that row). Each pair
+        stands once."""
         pairs: list[tuple[int, int]] = []
         for loop in self.loops:
             pairs += [(loop[i], loop[(i + 1) % len(loop)]) for i in range(len(loop))]
-        for lower, upper in zip(self.loops, self.loops[1:], strict=False):
-            for index in lower:
+        by_pitch = sorted(self.loops, key=lambda loop: self.views[loop[0]].pitch)
+        for lower, upper in zip(by_pitch, by_pitch[1:], strict=False):
+            many, few = (lower, upper) if len(lower) >= len(upper) else (upper, lower)
+            for index in many:
                 yaw = self.views[index].yaw
-                turns = [abs((self.views[other].yaw - yaw + 180) % 360 - 180) for other in upper]
-                pairs.append((index, upper[int(np.argmin(turns))]))
+                turns = [abs((self.views[other].yaw - yaw + 180) % 360 - 180) for other in few]
+                pairs.append((index, few[int(np.argmin(turns))]))
         unique = {frozenset(pair): pair for pair in reversed(pairs) if pair[0] != pair[1]}
         return tuple(sorted(unique.values(), key=pairs.index))
 
@@ -168,39 +183,68 @@ def ray_angles(rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return yaw, pitch
 
 
-def loop_of_tiles(fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float]) -> tuple[View, ...]:
-    """Closed loops of tiles: ``n = ceil(360 / (fov * (1 - overlap)))`` a row, stride ``360/n``, the first to the
+def loop_yaws(width_deg: float, overlap_ratio: float) -> list[float]:
+    """Yaws of a closed loop of views: ``n = ceil(360 / (width * (1 - overlap)))``, stride ``360/n``, the first to the
     front, the next ones to its right. 90 degrees with an overlap of 0.5 gives 8."""
-    n = math.ceil(360 / (fov_deg * (1 - overlap_ratio)) - _ROUNDING)
-    return tuple(
-        View("perspective", yaw=i * 360 / n, pitch=float(pitch), fov=float(fov_deg), row=row)
+    n = math.ceil(360 / (width_deg * (1 - overlap_ratio)) - _ROUNDING)
+    return [i * 360 / n for i in range(n)]
+
+
+def _e2p(fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float], pole_caps: bool) -> tuple[View, ...]:
+    """A closed loop of perspective tiles for each row of pitch, and a tile at each pole where caps are asked for."""
+    tiles = [
+        View("perspective", yaw, float(pitch), float(fov_deg), row)
         for row, pitch in enumerate(pitch_rows)
-        for i in range(n)
-    )
+        for yaw in loop_yaws(fov_deg, overlap_ratio)
+    ]
+    rows = len(pitch_rows)
+    caps = [View("perspective", 0.0, pitch, float(fov_deg), rows + i) for i, pitch in enumerate((90.0, -90.0))]
+    return (*tiles, *(caps if pole_caps else ()))
 
 
-def _anyres_e2p(fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float]) -> tuple[View, ...]:
-    """The whole panorama once, then the tiles."""
-    return (View("erp"), *loop_of_tiles(fov_deg, overlap_ratio, pitch_rows))
+def _anyres_e2p(fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float], pole_caps: bool) -> tuple[View, ...]:
+    """The whole panorama once, then the tiles of `e2p`."""
+    return (View("erp"), *_e2p(fov_deg, overlap_ratio, pitch_rows, pole_caps))
 
 
-def _resize(fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float]) -> tuple[View, ...]:
+def _cubemap(fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float], pole_caps: bool) -> tuple[View, ...]:
+    """The six faces of a cube: front, right, back, left, up, down. They meet at their edges and do not overlap, so
+    stage `vision` has nothing to compare; the options of tiles have no meaning here."""
+    sides = [View("perspective", yaw, 0.0, 90.0, 0) for yaw in (0.0, 90.0, 180.0, 270.0)]
+    return (*sides, View("perspective", 0.0, 90.0, 90.0, 1), View("perspective", 0.0, -90.0, 90.0, 2))
+
+
+def _sliding_window(
+    fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float], pole_caps: bool
+) -> tuple[View, ...]:
+    """Windows `fov_deg` wide slid over the ERP image, from pole to pole, wrapping at the seam."""
+    return tuple(View("erp", yaw, 0.0, float(fov_deg)) for yaw in loop_yaws(fov_deg, overlap_ratio))
+
+
+def _resize(fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float], pole_caps: bool) -> tuple[View, ...]:
     """The whole panorama as one view."""
     return (View("erp"),)
 
 
-VIEW_STRATEGIES: dict[str, Callable[[float, float, Sequence[float]], tuple[View, ...]]] = {
+VIEW_STRATEGIES: dict[str, Callable[[float, float, Sequence[float], bool], tuple[View, ...]]] = {
     "anyres_e2p": _anyres_e2p,
+    "cubemap": _cubemap,
+    "e2p": _e2p,
     "resize": _resize,
+    "sliding_window": _sliding_window,
 }
 
 
 @lru_cache(maxsize=64)
 def make_view_plan(
-    view_strategy: str, fov_deg: float, overlap_ratio: float, pitch_rows: tuple[float, ...] = (0.0,)
+    view_strategy: str,
+    fov_deg: float,
+    overlap_ratio: float,
+    pitch_rows: tuple[float, ...] = (0.0,),
+    pole_caps: bool = False,
 ) -> ViewPlan:
     """The plan of a strategy by name. The options are checked where they are set, by :func:`check_view_options`."""
-    return ViewPlan(VIEW_STRATEGIES[view_strategy](fov_deg, overlap_ratio, pitch_rows))
+    return ViewPlan(VIEW_STRATEGIES[view_strategy](fov_deg, overlap_ratio, pitch_rows, pole_caps))
 
 
 def check_view_options(view_strategy: str, fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float]) -> None:
@@ -239,7 +283,7 @@ def owned_tokens(plan: ViewPlan, grid: Grid) -> np.ndarray:
     owned = np.ones(rays.shape[:2], dtype=bool)
     tiles = list(plan.tiles)
     if tiles:
-        centres = np.stack([plan.views[tile].rotation[:, 2] for tile in tiles])  # [N, 3], rays of the centres
+        centres = np.stack([plan.views[tile].rays((1, 1))[0, 0] for tile in tiles])  # [N, 3]
         nearness = rays[tiles] @ centres.T  # [N, S, N], cosines
         nearest = (nearness > nearness.max(-1, keepdims=True) - _ROUNDING).argmax(-1)  # first of equals
         owned[tiles] = nearest == np.arange(len(tiles))[:, None]
@@ -274,7 +318,7 @@ def ray_correspondences(
     if "neighbours" in overlap_pairs:
         pairs += plan.neighbours()
     if "global" in overlap_pairs:
-        whole = [index for index, view in enumerate(plan.views) if view.kind == "erp"]
+        whole = [index for index, view in enumerate(plan.views) if view.is_global]
         pairs += [(tile, erp) for erp in whole for tile in plan.tiles]
     rays = plan_rays(plan, grid)
     groups: dict[int, list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]] = {}
@@ -282,8 +326,7 @@ def ray_correspondences(
         row, column, inside = plan.views[second].cells(rays[first], grid)
         tokens = np.flatnonzero(inside)
         if len(tokens):
-            wrap = plan.views[second].kind == "erp"
-            corners, weights = _bilinear(row[tokens], column[tokens], grid, wrap)
+            corners, weights = _bilinear(row[tokens], column[tokens], grid, wrap=plan.views[second].is_global)
             groups.setdefault(len(tokens), []).append((first, second, tokens, corners, weights))
     return tuple(_stack_pairs(group) for _, group in sorted(groups.items()))
 

@@ -32,6 +32,7 @@ class PanoramaImagesKwargs(ImagesKwargs, total=False):
     fov_deg: float
     overlap_ratio: float
     pitch_rows: list[float]
+    pole_caps: bool
 
 
 class PanoramaImageProcessor(BaseImageProcessor):
@@ -39,7 +40,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
 
     Args:
         image_size: side of each view in pixels.
-        view_strategy, fov_deg, overlap_ratio, pitch_rows: the plan of views, as in :class:`PanoramaConfig`.
+        view_strategy, fov_deg, overlap_ratio, pitch_rows, pole_caps: the plan of views, as in :class:`PanoramaConfig`.
         image_mean, image_std: of the vision tower, for values in [0, 1]. The defaults are SigLIP's.
     """
 
@@ -53,6 +54,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         fov_deg: float = 90.0,
         overlap_ratio: float = 0.5,
         pitch_rows: Sequence[float] = (0.0,),
+        pole_caps: bool = False,
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         **kwargs: Any,
@@ -68,13 +70,16 @@ class PanoramaImageProcessor(BaseImageProcessor):
         self.fov_deg = float(fov_deg)
         self.overlap_ratio = float(overlap_ratio)
         self.pitch_rows = [float(pitch) for pitch in pitch_rows]
+        self.pole_caps = pole_caps
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
 
     @property
     def view_plan(self) -> ViewPlan:
         """The views of one panorama."""
-        return make_view_plan(self.view_strategy, self.fov_deg, self.overlap_ratio, tuple(self.pitch_rows))
+        return make_view_plan(
+            self.view_strategy, self.fov_deg, self.overlap_ratio, tuple(self.pitch_rows), self.pole_caps
+        )
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open whatever names an image (path, URL, bytes); arrays, tensors and PIL images stay. Lists keep their
@@ -112,7 +117,8 @@ class PanoramaImageProcessor(BaseImageProcessor):
         options.update({name: kwargs[name] for name in options if kwargs.get(name) is not None})
         plan_options.update({name: kwargs[name] for name in plan_options if kwargs.get(name) is not None})
         check_view_options(**plan_options)
-        plan = make_view_plan(**{**plan_options, "pitch_rows": tuple(plan_options["pitch_rows"])})
+        plan_options["pitch_rows"] = tuple(plan_options["pitch_rows"])
+        plan = make_view_plan(**plan_options, pole_caps=kwargs.get("pole_caps", self.pole_caps))
 
         mean = torch.tensor(options["image_mean"]).view(3, 1, 1)
         std = torch.tensor(options["image_std"]).view(3, 1, 1)
@@ -167,8 +173,8 @@ def to_erp_tensor(image: Image.Image | np.ndarray | torch.Tensor) -> torch.Tenso
 def erp_to_views(erp: torch.Tensor, plan: ViewPlan, image_size: int) -> torch.Tensor:
     """Sample the views of a plan.
 
-    The panorama is first reduced (mean over areas) to about the resolution that the views need, so that bilinear
-    sampling does not alias; it wraps around at the seam and goes on over the poles.
+    A panorama with more detail than the views need is first reduced (mean over areas) to about twice their resolution
+    and sampled at 2 x 2 places a pixel, so that nothing aliases; it wraps at the seam and goes on over the poles.
 
     Args:
         erp: [C, H, W], any range.
@@ -179,29 +185,77 @@ def erp_to_views(erp: torch.Tensor, plan: ViewPlan, image_size: int) -> torch.Te
         [V, C, image_size, image_size].
     """
     views: list[torch.Tensor] = [torch.empty(0)] * plan.num_views
-    fields_of_view = sorted({view.fov for view in plan.views})
-    for fov in fields_of_view:
-        indices = [index for index, view in enumerate(plan.views) if view.fov == fov]
+    for kind, fov in sorted({(view.kind, view.fov) for view in plan.views}):
+        indices = [index for index, view in enumerate(plan.views) if (view.kind, view.fov) == (kind, fov)]
         group = tuple(plan.views[index] for index in indices)
-        source = erp
-        if group[0].kind == "erp":
-            if min(erp.shape[-2:]) >= image_size:
-                source = F.interpolate(erp[None], size=(image_size, image_size), mode="area")[0]
+        source, samples = erp, 1
+        if kind == "perspective":
+            needed_width = 2 * math.pi * image_size / (2 * math.tan(math.radians(fov) / 2))
+            samples = 2 if erp.shape[-1] >= 1.5 * needed_width else 1  # a side of each pixel
+            source = _reduce(erp, samples * needed_width)
         else:
-            source = _reduce(erp, 2 * math.pi * image_size / (2 * math.tan(math.radians(fov) / 2)))
-        grid = _sampling_grid(group, image_size, (source.shape[1], source.shape[2]))
+            needed = (image_size, round(image_size * 360 / fov))
+            if erp.shape[-2] >= needed[0] and erp.shape[-1] >= needed[1]:
+                source = F.interpolate(erp[None], size=needed, mode="area")[0]
+        grid = _sampling_grid(group, samples * image_size, (source.shape[1], source.shape[2]))
         padded = _pad_sphere(source)  # [C, h + 2, w + 2]
         sampled = F.grid_sample(padded[None], grid, mode="bilinear", padding_mode="border", align_corners=True)
+        if samples > 1:
+            sampled = F.avg_pool2d(sampled, samples)
         for index, view in zip(indices, sampled[0].chunk(len(group), dim=1), strict=True):
             views[index] = view  # [C, image_size, image_size]
     return torch.stack(views)
 
 
+def views_to_erp(views: torch.Tensor, plan: ViewPlan, height: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The way back: paint views, or values of tokens such as attention, onto the sphere.
+
+    Where several tiles see a direction they are blended, each with a weight that falls to nothing at its border; the
+    global view shows only where no tile does.
+
+    Args:
+        views: [V, C, rows, columns], the cells of each view.
+        plan: the views.
+        height: of the panorama; it is twice as wide.
+
+    Returns:
+        The panorama [C, height, 2 * height], zero where no view looks, and a mask [height, 2 * height] of what is seen.
+    """
+    if views.ndim != 4 or len(views) != plan.num_views:
+        raise ValueError(
+            f"views must be [V, C, rows, columns] with the plan's {plan.num_views} views, got {list(views.shape)}"
+        )
+    rows, columns = grid = (views.shape[2], views.shape[3])
+    rays = View("erp").rays((height, 2 * height))
+    painted = views.new_zeros(views.shape[1], height, 2 * height)
+    total = views.new_zeros(height, 2 * height)
+    for view, values in zip(plan.views, views, strict=True):
+        row, column, inside = view.cells(rays, grid, margin=0.5)
+        if view.is_global:
+            weight = np.full(row.shape, 1e-9)
+        else:  # from 0.5 in the middle to almost nothing at the border
+            to_border = np.minimum(
+                np.minimum(row, rows - 1 - row) / rows, np.minimum(column, columns - 1 - column) / columns
+            )
+            weight = np.where(inside, np.maximum(to_border, 1e-4), 0.0)
+        share = torch.from_numpy(weight).to(views)
+        padded = _pad_sphere(values) if view.is_global else F.pad(values[None], (1, 1, 1, 1), mode="replicate")[0]
+        place = np.stack([2 * (column + 1) / (columns + 1) - 1, 2 * (row + 1) / (rows + 1) - 1], -1)
+        sampled = F.grid_sample(padded[None], torch.from_numpy(place).to(views)[None], align_corners=True)[0]
+        painted += sampled * share
+        total += share
+    return painted / total.clamp(min=1e-12), total > 0
+
+
 def _reduce(erp: torch.Tensor, needed_width: float) -> torch.Tensor:
-    """Mean over k x k blocks, with the largest k that leaves the width that is needed."""
+    """Mean over k x k blocks, with the largest k that leaves the width that is needed and divides both sides. Where
+    only a k of less than half of that divides them, areas of uneven size do, which moves pixels by up to a tenth."""
     height, width = erp.shape[-2:]
-    k = int(width / needed_width)
-    return erp if k < 2 else F.interpolate(erp[None], size=(height // k, width // k), mode="area")[0]
+    largest = int(width / needed_width)
+    k = max((k for k in range(1, largest + 1) if height % k == width % k == 0), default=1)
+    if 2 * k <= largest:
+        return F.interpolate(erp[None], size=(height // largest, width // largest), mode="area")[0]
+    return erp if k == 1 else F.avg_pool2d(erp[None], k)[0]
 
 
 def _pad_sphere(erp: torch.Tensor) -> torch.Tensor:

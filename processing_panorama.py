@@ -144,6 +144,7 @@ class PanoramaProcessor(ProcessorMixin):
             fov_deg=config.fov_deg,
             overlap_ratio=config.overlap_ratio,
             pitch_rows=config.pitch_rows,
+            pole_caps=config.pole_caps,
             image_mean=image_mean,
             image_std=image_std,
         )

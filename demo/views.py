@@ -13,9 +13,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from ..geometry_panorama import (
+    VIEW_STRATEGIES,
     Correspondences,
     View,
     ViewPlan,
+    check_view_options,
     make_view_plan,
     plan_rays,
     ray_correspondences,
@@ -69,8 +71,8 @@ def draw_views(panorama: Image.Image, plan: ViewPlan, width: int = 1024, view_si
         top = height + _MARGIN + index // columns * (view_size + _MARGIN)
         sheet.paste(to_image(views[index]), (left, top))
         box = (left, top, left + view_size - 1, top + view_size - 1)
-        frames.rectangle(box, outline=colour(index, plan.num_views) if view.kind == "perspective" else "black", width=3)
-        name = "global" if view.kind == "erp" else f"yaw {view.yaw:.0f}, pitch {view.pitch:.0f}"
+        frames.rectangle(box, outline="black" if view.is_global else colour(index, plan.num_views), width=3)
+        name = "global" if view.is_global else f"yaw {view.yaw:.0f}, pitch {view.pitch:.0f}"
         frames.text((left + 8, top + 8), name, fill="white", stroke_width=2, stroke_fill="black")
     return sheet
 
@@ -137,10 +139,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("panorama", help="an equirectangular image")
     parser.add_argument("--output", default="views.png", help="picture of the views")
     parser.add_argument("--matches", help="picture of the matched tokens of the first two tiles")
+    parser.add_argument("--view-strategy", default="anyres_e2p", choices=sorted(VIEW_STRATEGIES))
+    parser.add_argument("--pole-caps", action="store_true", help="one tile straight up and one straight down")
     parser.add_argument("--fov-deg", type=float, default=90.0)
     parser.add_argument("--overlap-ratio", type=float, default=0.5)
     options = parser.parse_args(arguments)
-    plan = make_view_plan("anyres_e2p", options.fov_deg, options.overlap_ratio)
+    check_view_options(options.view_strategy, options.fov_deg, options.overlap_ratio, (0.0,))
+    plan = make_view_plan(options.view_strategy, options.fov_deg, options.overlap_ratio, pole_caps=options.pole_caps)
     with Image.open(options.panorama) as panorama:
         draw_views(panorama, plan).save(options.output)
         print(f"views: {options.output}")

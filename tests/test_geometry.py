@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from panorama_vlm.geometry_panorama import (
     View,
     ViewPlan,
-    loop_of_tiles,
+    loop_yaws,
     make_view_plan,
     owned_tokens,
     plan_rays,
@@ -40,12 +40,12 @@ def rays_at(view: View, row, column, grid):
 
 
 def test_ninety_degrees_with_half_overlap_is_a_loop_of_eight_tiles_that_starts_at_the_front_and_turns_right():
-    assert [view.yaw for view in loop_of_tiles(90, 0.5, (0.0,))] == [0, 45, 90, 135, 180, 225, 270, 315]
+    assert loop_yaws(90, 0.5) == [0, 45, 90, 135, 180, 225, 270, 315]
 
 
 @pytest.mark.parametrize(("fov", "overlap"), list(itertools.product([60, 65, 90, 110], [0.2, 0.3, 0.5, 0.7])))
 def test_a_loop_closes_with_at_least_the_overlap_that_was_asked_for(fov, overlap):
-    tiles = loop_of_tiles(fov, overlap, (0.0,))
+    tiles = loop_yaws(fov, overlap)
     assert 360 / len(tiles) <= fov * (1 - overlap) + 1e-9
     assert 360 / (len(tiles) - 1) > fov * (1 - overlap) - 1e-9
 
@@ -198,7 +198,7 @@ def test_neighbours_close_the_loop_and_join_rows_of_pitch():
 
 
 def test_two_tiles_are_one_pair_and_a_single_view_is_none():
-    assert len(ViewPlan(loop_of_tiles(175, 0.0 + 1e-6, (0.0,))[:2]).neighbours()) == 1
+    assert len(ViewPlan(tuple(View("perspective", yaw, 0, 175) for yaw in (0, 180))).neighbours()) == 1
     assert make_view_plan("resize", 90.0, 0.5).neighbours() == ()
     assert not make_view_plan("resize", 90.0, 0.5).has_rays
 
@@ -213,3 +213,34 @@ def test_results_are_cached_and_read_only():
     assert plan_rays(plan, (4, 4)) is plan_rays(plan, (4, 4))
     with pytest.raises(ValueError, match="read-only"):
         plan_rays(plan, (4, 4))[0] = 0
+
+
+def test_pole_caps_look_straight_up_and_down_and_join_all_tiles_of_the_nearest_row():
+    plan = make_view_plan("e2p", 90.0, 0.5, (-30.0, 30.0), True)
+    assert [(view.pitch, view.yaw) for view in plan.views[-2:]] == [(90.0, 0.0), (-90.0, 0.0)]
+    partners = {index: set() for index in (16, 17)}
+    for pair in plan.neighbours():
+        for cap in partners:
+            if cap in pair:
+                partners[cap] |= set(pair) - {cap}
+    assert partners == {16: set(range(8, 16)), 17: set(range(8))}
+    assert len(ray_correspondences(plan, (16, 16))) > 1
+
+
+def test_the_faces_of_a_cube_share_the_sphere_and_do_not_overlap():
+    plan = make_view_plan("cubemap", 70.0, 0.3)
+    looks = {tuple(np.round(view.rays((1, 1))[0, 0]).astype(int)) for view in plan.views}
+    assert looks == {(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)}
+    assert owned_tokens(plan, (8, 8)).all()
+    assert ray_correspondences(plan, (8, 8)) == ()
+
+
+def test_windows_slid_over_the_erp_image_overlap_in_whole_strips_so_that_rays_and_strips_are_the_same_pairs():
+    plan, grid = make_view_plan("sliding_window", 90.0, 0.5), (6, 8)
+    assert plan.num_views == 8
+    (by_rays,) = ray_correspondences(plan, grid)
+    strips = strip_correspondences(plan.tiles, grid, 0.5)
+    np.testing.assert_array_equal(by_rays.tokens, strips.tokens)
+    np.testing.assert_array_equal(by_rays.nearest, strips.nearest)
+    np.testing.assert_allclose(by_rays.weights.max(-1), 1, atol=1e-9)
+    assert owned_tokens(plan, grid).sum() == 8 * 6 * 4  # each of 32 columns once

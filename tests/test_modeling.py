@@ -237,6 +237,19 @@ def test_every_overlap_loss_trains_the_resampler(make, panoramas, options):
     assert (output.covariance is None) == (options.get("overlap_loss") == "densecl")
 
 
+@pytest.mark.parametrize("strategy", ["anyres_e2p", "e2p", "cubemap", "sliding_window", "resize"])
+def test_every_view_strategy_answers_and_trains_where_its_views_overlap(make, ask, panoramas, strategy):
+    model, processor = make(view_strategy=strategy, pole_caps=True)
+    inputs = ask(processor, panoramas[0])
+    assert inputs["pixel_values"].shape[1] == model.config.num_views
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
+    if strategy in ("cubemap", "resize"):
+        with pytest.raises(ValueError, match="no token looks the same way|at least 2 views"):
+            model(inputs["pixel_values"], stage="vision")
+    else:
+        assert model(inputs["pixel_values"], stage="vision").loss > 0
+
+
 def test_metrics_tell_matched_tokens_from_random_ones(make):
     """Features that are the direction itself agree where tokens are matched; constant ones have collapsed."""
     from panorama_vlm.geometry_panorama import plan_rays

@@ -37,10 +37,11 @@ def test_each_stage_is_one_command_trains_its_parts_and_starts_from_the_one_befo
     }
     for stage, expected in changed_parts.items():
         output = tmp_path / stage
-        options = ["--epochs", 1, "--batch_size", 8, "--learning_rate", 1e-3]
+        options = ["--epochs", 1, "--batch_size", 8, "--learning_rate", 1e-3, "--log_every", 1]
         run = launch("--stage", stage, "--model", model, "--data", SAMPLES, "--output", output, *options)
         assert run.returncode == 0, run.stderr
-        assert "loss=" in run.stderr  # the progress bar
+        assert "it/s, loss=" in run.stderr  # the progress bar
+        assert ("retrieval=" in run.stderr and "effective_rank=" in run.stderr) == (stage == "vision")
         before, after = PanoramaVLM.from_pretrained(model), PanoramaVLM.from_pretrained(output)
         weights = dict(before.named_parameters())
         changed = {name.split(".")[0] for name, p in after.named_parameters() if not torch.equal(p, weights[name])}
