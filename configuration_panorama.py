@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +14,7 @@ from transformers.configuration_utils import PretrainedConfig
 from .geometry_panorama import ViewPlan, check_view_options, make_view_plan, owned_tokens
 from .resampler_panorama import RESAMPLERS
 
-logger = logging.getLogger(__name__)
-
-# What one panorama looks like to the classes that load the saved folder, wherever it was loaded from.
+# Which class of a saved folder's own code each Auto class loads.
 AUTO_MAP = {
     "AutoConfig": "configuration_panorama.PanoramaConfig",
     "AutoModel": "modeling_panorama.PanoramaVLM",

@@ -1,7 +1,6 @@
 """The image processor: an equirectangular (ERP) panorama in, the views of a plan out."""
 
 import io
-import logging
 import math
 import os
 import warnings
@@ -18,8 +17,6 @@ from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
 from .geometry_panorama import View, ViewPlan, check_view_options, make_view_plan
-
-logger = logging.getLogger(__name__)
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | torch.Tensor
 

@@ -5,8 +5,9 @@ Computed once a plan and device; to `torch.compile` it is a constant.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -19,6 +20,9 @@ from .geometry_panorama import (
     ray_correspondences,
     strip_correspondences,
 )
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class MatchedFeatures(NamedTuple):
@@ -37,18 +41,23 @@ class MatchedFeatures(NamedTuple):
     nearest: torch.Tensor
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: Callable[P, T]) -> Callable[P, T]:
+    """Computed once for the same arguments, and a constant to `torch.compile`."""
+    cached = lru_cache(maxsize=64)(function)
+
+    @torch.compiler.assume_constant_result
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return cached(*args, **kwargs)  # type: ignore[arg-type]
+
+    return call
+
+
+@_constant
 def image_tokens(
     plan: ViewPlan, grid: Grid, selection: str, frequencies: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which of the V * S tokens the language model gets [num_image_tokens], and their ray codes [.., 3 + 6K]."""
-    return _image_tokens(plan, grid, selection, frequencies, device)
-
-
-@lru_cache(maxsize=64)
-def _image_tokens(
-    plan: ViewPlan, grid: Grid, selection: str, frequencies: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
     rays = plan_rays(plan, grid).reshape(-1, 3)  # [V * S, 3]
     indices = owned_tokens(plan, grid).reshape(-1).nonzero()[0] if selection == "owned" else range(len(rays))
     codes = ray_code(rays[indices], frequencies)
@@ -86,7 +95,7 @@ def match_features(
     return matched
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _pairs(
     plan: ViewPlan,
     grid: Grid,
@@ -97,18 +106,6 @@ def _pairs(
 ) -> list[tuple[torch.Tensor, ...]]:
     """Correspondences as tensors: first and second view [P, 1], tokens [P, L], corners [P, L, 4], weights
     [P, L, 4, 1], nearest [P, L]; by rays for `overlap_pairs`, as strips where it is `None`."""
-    return _pairs_cached(plan, grid, overlap_pairs, overlap_ratio, num_views, device)
-
-
-@lru_cache(maxsize=64)
-def _pairs_cached(
-    plan: ViewPlan,
-    grid: Grid,
-    overlap_pairs: tuple[str, ...] | None,
-    overlap_ratio: float,
-    num_views: int,
-    device: torch.device,
-) -> list[tuple[torch.Tensor, ...]]:
     if overlap_pairs is not None:
         groups = ray_correspondences(plan, grid, overlap_pairs)
     else:

@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 
 Stage = Literal["vision", "resampler", "finetune"]
 
-# What trains in which stage; everything else is frozen. `blocks` are the last `vision_trainable_blocks` of the tower,
-# `lora` the adapters of the language model; both, and `tower`, depend on the configuration.
+# What trains in which stage; everything else is frozen. Of the vision tower, `blocks` are the last
+# `vision_trainable_blocks`, and `tower` is all of it where `finetune_vision_tower` is set; of a language model with
+# LoRA only the adapters train.
 TRAINED_PARTS: dict[str, tuple[str, ...]] = {
     "vision": ("blocks", "resampler", "vicreg_projector"),
     "resampler": ("resampler", "projection"),

@@ -105,9 +105,7 @@ def test_an_empty_question_asks_the_default_prompt_with_a_warning(make, panorama
     _, processor = make(default_generation_prompt="Describe the sky.")
     with pytest.warns(UserWarning, match="Describe the sky"):
         inputs = processor(images=panoramas[0], text="<image>", return_tensors="pt")
-    assert processor.decode(inputs["input_ids"][0, -4:]).endswith("Describe the sky.") or (
-        "Describe the sky." in processor.decode(inputs["input_ids"][0])
-    )
+    assert processor.decode(inputs["input_ids"][0]).endswith("<image>Describe the sky.")
     with pytest.warns(UserWarning, match="Describe the sky"):
         text = processor.apply_chat_template(chat("  ", None, panoramas[0]))
     assert "Describe the sky." in text

@@ -52,7 +52,7 @@ def test_each_stage_is_one_command_trains_its_parts_and_starts_from_the_one_befo
 
 
 @pytest.mark.slow
-def test_the_vision_stage_lowers_its_loss_and_a_lora_finetune_memorises(start, tmp_path, caplog):
+def test_the_vision_stage_lowers_its_loss_and_a_lora_finetune_memorises(start, tmp_path):
     from panorama_vlm.train.loop import train
 
     common = {"data": str(SAMPLES), "batch_size": 4, "learning_rate": 3e-3}
