@@ -267,11 +267,17 @@ class PanoramaConfig(PretrainedConfig):
         return rows * columns
 
     @property
-    def num_image_tokens(self) -> int:
-        """What one panorama costs the language model, in tokens."""
+    def image_tokens_per_view(self) -> list[int]:
+        """How many tokens of each view the language model gets, V numbers."""
         if self.token_selection == "owned":
-            return int(owned_tokens(self.view_plan, self.token_grid).sum())
-        return self.num_views * self.tokens_per_view
+            owned = owned_tokens(self.view_plan, self.token_grid)  # [V, S]
+            return [int(of_one) for of_one in owned.reshape(self.num_views, -1).sum(1)]
+        return [self.tokens_per_view] * self.num_views
+
+    @property
+    def num_image_tokens(self) -> int:
+        """What one panorama costs the language model, in tokens; a partial one costs less."""
+        return sum(self.image_tokens_per_view)
 
 
 def tower_image_size(vision_config: PretrainedConfig) -> int:

@@ -1,24 +1,41 @@
 """The image processor: an equirectangular (ERP) panorama in, the views of a plan out."""
 
-import io
+import hashlib
+import json
+import logging
 import math
 import os
-import warnings
+import tempfile
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
-from .geometry_panorama import View, ViewPlan, check_view_options, make_view_plan
+from .geometry_panorama import View, ViewPlan, check_view_options, make_view_plan, ray_angles
+from .reading_panorama import ImageSource, content_digest, open_image, read_panorama
 
-ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | torch.Tensor
+try:  # faster on a CPU; without it torch makes the same views
+    import cv2
+except ImportError:
+    cv2 = None
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["opencv", "torch"]
+_STEPS = 32  # a place in the source is rounded to 1/32 pixel: OpenCV's fixed-point maps are that fine
+_PLAN_OPTIONS = ("view_strategy", "fov_deg", "overlap_ratio", "pitch_rows", "pole_caps")
+_READ_OPTIONS = ("strict_aspect", "align_heading")
+_IMPORTED_IN = os.getpid()
+_CACHE_VERSION = 1  # to be raised when the same file and options give other views
 
 
 class PanoramaImagesKwargs(ImagesKwargs, total=False):
@@ -30,6 +47,10 @@ class PanoramaImagesKwargs(ImagesKwargs, total=False):
     overlap_ratio: float
     pitch_rows: list[float]
     pole_caps: bool
+    strict_aspect: bool
+    align_heading: bool
+    yaw_offsets: list[float]
+    cache_dir: str
 
 
 class PanoramaImageProcessor(BaseImageProcessor):
@@ -38,10 +59,16 @@ class PanoramaImageProcessor(BaseImageProcessor):
     Args:
         image_size: side of each view in pixels.
         view_strategy, fov_deg, overlap_ratio, pitch_rows, pole_caps: the plan of views, as in :class:`PanoramaConfig`.
-        image_mean, image_std: of the vision tower, for values in [0, 1]. The defaults are SigLIP's.
+        image_mean, image_std: of the vision tower, for values in [0, 1]. The defaults are SigLIP's. What the camera
+            did not see is filled with the mean, zero after normalisation.
+        strict_aspect: refuse an image that is not 2:1 and has no Photo Sphere data. Else it is taken as a band around
+            the horizon, with a warning.
+        align_heading: turn panoramas whose Photo Sphere data say where north is, so that north is in front.
+        cache_dir: a folder that keeps prepared views (as uint8, to half a grey level) for the next time; keyed by the
+            content of the file and by every option that changes views. Not saved with the processor.
     """
 
-    model_input_names = ["pixel_values"]
+    model_input_names = ["pixel_values", "view_mask"]
     valid_kwargs = PanoramaImagesKwargs
 
     def __init__(
@@ -54,6 +81,9 @@ class PanoramaImageProcessor(BaseImageProcessor):
         pole_caps: bool = False,
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        strict_aspect: bool = False,
+        align_heading: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -70,6 +100,13 @@ class PanoramaImageProcessor(BaseImageProcessor):
         self.pole_caps = pole_caps
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        self.strict_aspect = strict_aspect
+        self.align_heading = align_heading
+        self.cache_dir = cache_dir
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: everything but `cache_dir`, which belongs to a machine."""
+        return {name: value for name, value in super().to_dict().items() if name != "cache_dir"}
 
     @property
     def view_plan(self) -> ViewPlan:
@@ -79,15 +116,13 @@ class PanoramaImageProcessor(BaseImageProcessor):
         )
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open whatever names an image (path, URL, bytes); arrays, tensors and PIL images stay. Lists keep their
-        nesting."""
+        """Open whatever names or holds an image, without decoding it; arrays, tensors and PIL images stay. Lists keep
+        their nesting."""
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        if isinstance(image_url_or_urls, bytes):
-            return Image.open(io.BytesIO(image_url_or_urls))
-        if isinstance(image_url_or_urls, str | os.PathLike):
-            return load_image(os.fspath(image_url_or_urls))
-        return image_url_or_urls
+        if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(("http://", "https://", "data:")):
+            return load_image(image_url_or_urls)
+        return open_image(image_url_or_urls)
 
     def preprocess(
         self,
@@ -99,109 +134,137 @@ class PanoramaImageProcessor(BaseImageProcessor):
         """Cut panoramas into views.
 
         Args:
-            images: a panorama (path, bytes, PIL image, array or tensor, [H, W, 3] or [3, H, W]; uint8, or float in
-                [0, 1]), or a list of them, nested or not; B in all, in reading order. Sizes may differ.
-            return_tensors: `"pt"` or `"np"`; without it a list of B tensors.
-            kwargs: any option of the constructor, for this call alone.
+            images: a panorama, or a list of them, nested or not; B in all, in reading order. Each is a path, bytes, a
+                file object, a PIL image, a row of a `datasets.Image` column, or an array or tensor [H, W, 3],
+                [3, H, W] or [H, W] (with alpha, too), of uint8, uint16, or float in [0, 1]. Sizes may differ.
+            return_tensors: `"pt"` or `"np"`; without it lists of B tensors.
+            kwargs: any option of the constructor, for this call alone; `yaw_offsets`, degrees to the right of the
+                front of each panorama that become its front; `device`, where the views are made and returned.
 
         Returns:
-            `pixel_values` [B, V, 3, image_size, image_size].
+            `pixel_values` [B, V, 3, image_size, image_size], and where a panorama is partial `view_mask` [B, V], false
+            for a view that shows nothing the camera saw.
+
+        Raises:
+            ValueError: for a panorama that cannot be read or is not what an option asks for; it is named.
         """
-        options = {name: getattr(self, name) for name in ("image_size", "image_mean", "image_std")}
-        plan_options = {
-            name: getattr(self, name) for name in ("view_strategy", "fov_deg", "overlap_ratio", "pitch_rows")
+        _use_one_thread_in_a_worker(os.getpid())
+        options = {
+            name: getattr(self, name) if kwargs.get(name) is None else kwargs[name]
+            for name in ("image_size", "image_mean", "image_std", "cache_dir", *_READ_OPTIONS, *_PLAN_OPTIONS)
         }
-        options.update({name: kwargs[name] for name in options if kwargs.get(name) is not None})
-        plan_options.update({name: kwargs[name] for name in plan_options if kwargs.get(name) is not None})
-        check_view_options(**plan_options)
-        plan_options["pitch_rows"] = tuple(plan_options["pitch_rows"])
-        plan = make_view_plan(**plan_options, pole_caps=kwargs.get("pole_caps", self.pole_caps))
+        check_view_options(*(options[name] for name in _PLAN_OPTIONS[:4]))
+        options["pitch_rows"] = tuple(options["pitch_rows"])
+        sources = _flatten(self.fetch_images(images))
+        yaw_offsets = kwargs.get("yaw_offsets")
+        yaw_offsets = [0.0] * len(sources) if yaw_offsets is None else list(yaw_offsets)
+        if len(yaw_offsets) != len(sources):
+            raise ValueError(f"yaw_offsets must name one angle a panorama, got {len(yaw_offsets)} for {len(sources)}")
 
         mean = torch.tensor(options["image_mean"]).view(3, 1, 1)
         std = torch.tensor(options["image_std"]).view(3, 1, 1)
-        pixel_values = [
-            (erp_to_views(to_erp_tensor(image), plan, options["image_size"]) - mean) / std
-            for image in _flatten(self.fetch_images(images))
-        ]  # B x [V, 3, image_size, image_size]
-        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+        pixel_values, masks = [], []
+        for source, yaw_offset in zip(sources, yaw_offsets, strict=True):
+            views, mask = self._views(source, options, float(yaw_offset), kwargs.get("device"))
+            pixel_values.append(views.sub_(255 * mean.to(views)).div_(255 * std.to(views)))
+            masks.append(mask)
+        data = {"pixel_values": pixel_values}  # B x [V, 3, image_size, image_size]
+        if not all(bool(mask.all()) for mask in masks):
+            data["view_mask"] = masks
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _views(
+        self, source: Any, options: dict[str, Any], yaw_offset: float, device: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views [V, 3, image_size, image_size] of one panorama, in [0, 255], and its mask [V]; from the cache where
+        there is one."""
+        plan = make_view_plan(*(options[name] for name in _PLAN_OPTIONS))
+        size = options["image_size"]
+
+        def make() -> tuple[torch.Tensor, torch.Tensor]:
+            panorama = read_panorama(
+                source,
+                _needed_width(plan, size),
+                fill=options["image_mean"],
+                yaw_offset=yaw_offset,
+                **{name: options[name] for name in _READ_OPTIONS},
+            )
+            pixels = panorama.pixels if device is None else panorama.pixels.to(device)
+            views = erp_to_views(pixels.permute(2, 0, 1), plan, size)
+            return (views if pixels.dtype == torch.uint8 else views.mul_(255)), view_mask(plan, panorama.seen)
+
+        if options["cache_dir"] is None:
+            return make()
+        key = {name: value for name, value in options.items() if name not in ("cache_dir", "image_std")}
+        text = json.dumps([_CACHE_VERSION, content_digest(source), yaw_offset, key], sort_keys=True)
+        name = hashlib.sha256(text.encode()).hexdigest()
+        file = Path(options["cache_dir"], name[:2], f"{name}.safetensors")
+        try:
+            stored = load_file(file)
+        except FileNotFoundError:
+            stored = None
+        except (SafetensorError, OSError) as error:
+            logger.warning("Prepared views in %s cannot be read and are made again: %s", file, error)
+            stored = None
+        if stored is None:
+            views, mask = make()
+            stored = {"views": views.round().to("cpu", torch.uint8), "mask": mask}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as unfinished:
+                pass
+            save_file(stored, unfinished.name)
+            os.replace(unfinished.name, file)
+        return stored["views"].to(device).float(), stored["mask"]
 
 
-def to_erp_tensor(image: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
-    """One image as float32 [3, H, W] in [0, 1].
-
-    Raises:
-        TypeError: for anything but a PIL image, an array or a tensor.
-        ValueError: for a shape that is no image, or float values outside [0, 1].
-    """
-    if isinstance(image, Image.Image):
-        image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image))
-    if not isinstance(image, torch.Tensor):
-        raise TypeError(
-            f"a panorama must be a path, bytes, a PIL image, an array or a tensor, got {type(image).__name__}"
-        )
-    shape = tuple(image.shape)
-    if image.ndim == 2:
-        image = image[None].expand(3, -1, -1)
-    elif image.ndim == 3 and shape[-1] in (3, 4) and shape[0] not in (3, 4):
-        image = image[..., :3].permute(2, 0, 1)
-    if image.ndim != 3 or image.shape[0] not in (3, 4) or 0 in image.shape:
-        raise ValueError(f"a panorama must have the shape [H, W, 3], [3, H, W] or [H, W], got {list(shape)}")
-    image = image[:3]
-    if image.dtype == torch.uint8:
-        image = image.float() / 255
-    elif image.is_floating_point():
-        image = image.float()
-        low, high = float(image.min()), float(image.max())
-        if not (low >= 0 and high <= 1):  # also catches NaN
-            raise ValueError(f"a float panorama must have values in [0, 1], got [{low:g}, {high:g}]")
-    else:
-        raise ValueError(f"a panorama must be of dtype uint8 or float, got {image.dtype}")
-    height, width = image.shape[-2:]
-    if not 1.9 <= width / height <= 2.1:
-        warnings.warn(
-            f"a full panorama is twice as wide as high, got {width} x {height}: it is taken as the whole sphere",
-            stacklevel=2,
-        )
-    return image
-
-
-def erp_to_views(erp: torch.Tensor, plan: ViewPlan, image_size: int) -> torch.Tensor:
+def erp_to_views(erp: torch.Tensor, plan: ViewPlan, image_size: int, backend: Backend | None = None) -> torch.Tensor:
     """Sample the views of a plan.
 
     A panorama with more detail than the views need is first reduced (mean over areas) to about twice their resolution
     and sampled at 2 x 2 places a pixel, so that nothing aliases; it wraps at the seam and goes on over the poles.
 
     Args:
-        erp: [C, H, W], any range.
+        erp: [C, H, W], uint8 or float of any range.
         plan: the views.
         image_size: side of the views in pixels.
+        backend: `"opencv"` or `"torch"`; where it is not given, OpenCV on a CPU that has it. Both give the same views
+            to half a step of uint8.
 
     Returns:
-        [V, C, image_size, image_size].
+        [V, C, image_size, image_size] on the same device, float32 (or the dtype of `erp`), in the range of `erp`.
     """
-    views: list[torch.Tensor] = [torch.empty(0)] * plan.num_views
+    _use_one_thread_in_a_worker(os.getpid())
+    if backend is None:
+        fits = erp.device.type == "cpu" and erp.dtype in (torch.uint8, torch.float32) and len(erp) == 3
+        backend = "opencv" if fits and cv2 is not None and not erp.requires_grad else "torch"
+    dtype = erp.dtype if erp.is_floating_point() else torch.float32
+    out = torch.empty(plan.num_views, len(erp), image_size, image_size, dtype=dtype, device=erp.device)
+    pixels = erp.permute(1, 2, 0)  # [H, W, C]
     for kind, fov in sorted({(view.kind, view.fov) for view in plan.views}):
         indices = [index for index, view in enumerate(plan.views) if (view.kind, view.fov) == (kind, fov)]
-        group = tuple(plan.views[index] for index in indices)
-        source, samples = erp, 1
-        if kind == "perspective":
-            needed_width = 2 * math.pi * image_size / (2 * math.tan(math.radians(fov) / 2))
-            samples = 2 if erp.shape[-1] >= 1.5 * needed_width else 1  # a side of each pixel
-            source = _reduce(erp, samples * needed_width)
-        else:
-            needed = (image_size, round(image_size * 360 / fov))
-            if erp.shape[-2] >= needed[0] and erp.shape[-1] >= needed[1]:
-                source = F.interpolate(erp[None], size=needed, mode="area")[0]
-        grid = _sampling_grid(group, samples * image_size, (source.shape[1], source.shape[2]))
-        padded = _pad_sphere(source)  # [C, h + 2, w + 2]
-        sampled = F.grid_sample(padded[None], grid, mode="bilinear", padding_mode="border", align_corners=True)
-        if samples > 1:
-            sampled = F.avg_pool2d(sampled, samples)
-        for index, view in zip(indices, sampled[0].chunk(len(group), dim=1), strict=True):
-            views[index] = view  # [C, image_size, image_size]
-    return torch.stack(views)
+        source, sphere, samples = _prefilter(pixels, kind, fov, image_size, backend)
+        padded = _pad_sphere(source, sphere[1])  # [h + 2, w + 2, C]
+        views = tuple(plan.views[index] for index in indices)
+        warp = _warp_opencv if backend == "opencv" else _warp_torch
+        warp(padded, views, samples, sphere, out, indices)
+    return out
+
+
+def view_mask(plan: ViewPlan, seen: tuple[float, float, float, float] | None) -> torch.Tensor:
+    """Which views show something that the camera saw, bool [V].
+
+    Args:
+        plan: the views.
+        seen: :attr:`Panorama.seen`.
+    """
+    if seen is None:
+        return torch.ones(plan.num_views, dtype=torch.bool)
+    top, bottom, left, right = seen
+    mask = []
+    for row, column in _directions(plan.views, 64):  # shares of the sphere's rows and columns
+        inside = (row > top) & (row < bottom) & ((column - left) % 1 < right - left)
+        mask.append(bool(inside.any()))
+    return torch.tensor(mask)
 
 
 def views_to_erp(views: torch.Tensor, plan: ViewPlan, height: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,7 +299,7 @@ def views_to_erp(views: torch.Tensor, plan: ViewPlan, height: int) -> tuple[torc
             )
             weight = np.where(inside, np.maximum(to_border, 1e-4), 0.0)
         share = torch.from_numpy(weight).to(views)
-        padded = _pad_sphere(values) if view.is_global else F.pad(values[None], (1, 1, 1, 1), mode="replicate")[0]
+        padded = _pad_global(values) if view.is_global else F.pad(values[None], (1, 1, 1, 1), mode="replicate")[0]
         place = np.stack([2 * (column + 1) / (columns + 1) - 1, 2 * (row + 1) / (rows + 1) - 1], -1)
         sampled = F.grid_sample(padded[None], torch.from_numpy(place).to(views)[None], align_corners=True)[0]
         painted += sampled * share
@@ -244,34 +307,174 @@ def views_to_erp(views: torch.Tensor, plan: ViewPlan, height: int) -> tuple[torc
     return painted / total.clamp(min=1e-12), total > 0
 
 
-def _reduce(erp: torch.Tensor, needed_width: float) -> torch.Tensor:
-    """Mean over k x k blocks, with the largest k that leaves the width that is needed and divides both sides. Where
-    only a k of less than half of that divides them, areas of uneven size do, which moves pixels by up to a tenth."""
-    height, width = erp.shape[-2:]
-    largest = int(width / needed_width)
-    k = max((k for k in range(1, largest + 1) if height % k == width % k == 0), default=1)
-    if 2 * k <= largest:
-        return F.interpolate(erp[None], size=(height // largest, width // largest), mode="area")[0]
-    return erp if k == 1 else F.avg_pool2d(erp[None], k)[0]
+def _pad_global(values: torch.Tensor) -> torch.Tensor:
+    return _pad_sphere(values.permute(1, 2, 0), values.shape[2]).permute(2, 0, 1)
 
 
-def _pad_sphere(erp: torch.Tensor) -> torch.Tensor:
-    """One more pixel all around, taken from where the sphere goes on: the other edge, or beyond the pole (the same
-    row, half a turn away)."""
-    half = erp.shape[-1] // 2
-    erp = torch.cat([erp[:, :1].roll(half, -1), erp, erp[:, -1:].roll(half, -1)], dim=1)
-    return torch.cat([erp[..., -1:], erp, erp[..., :1]], dim=2)
+def _tile_width(fov: float, image_size: int) -> float:
+    """Columns around the whole sphere at the resolution of the middle of a tile."""
+    return math.pi * image_size / math.tan(math.radians(fov) / 2)
 
 
-@lru_cache(maxsize=32)
-def _sampling_grid(views: tuple[View, ...], image_size: int, source: tuple[int, int]) -> torch.Tensor:
-    """Where the pixels of the views lie in a padded ERP source (h, w): for `grid_sample` with `align_corners=True`,
-    [1, V * image_size, image_size, 2] in [-1, 1]."""
-    height, width = source
-    rays = np.concatenate([view.rays((image_size, image_size)) for view in views])
-    row, column, _ = View("erp").cells(rays, source)
-    grid = np.stack([2 * (column + 1) / (width + 1) - 1, 2 * (row + 1) / (height + 1) - 1], -1)
-    return torch.from_numpy(grid.astype(np.float32))[None]
+def _needed_width(plan: ViewPlan, image_size: int) -> float:
+    """Columns around the whole sphere that the views need: a file may be decoded as small as this. A tile of 90 degrees
+    is twice as fine at its border as in its middle."""
+    return max(
+        2 * _tile_width(view.fov, image_size)
+        if view.kind == "perspective"
+        else max(2 * image_size, image_size * 360 / view.fov)
+        for view in plan.views
+    )
+
+
+def _prefilter(
+    pixels: torch.Tensor, kind: str, fov: float, image_size: int, backend: Backend
+) -> tuple[torch.Tensor, tuple[float, float], int]:
+    """Reduce [H, W, C] to what views of one kind need.
+
+    Returns:
+        The source [h, w, C]; the rows and columns of it that are the whole sphere, which are not whole numbers where
+        the reduction does not divide the size; and at how many places a side of a pixel it is to be sampled.
+    """
+    height, width = pixels.shape[:2]
+    if kind == "erp":
+        size = (image_size, round(image_size * 360 / fov))
+        return (
+            (_area(pixels, size, backend), size, 1)
+            if height >= size[0] and width >= size[1]
+            else (pixels, (height, width), 1)
+        )
+    needed = _tile_width(fov, image_size)
+    samples = 2 if width >= 1.5 * needed else 1
+    k = max(1, int(width / (samples * needed)))
+    if k == 1:
+        return pixels, (height, width), samples
+    beyond = pixels[height - (-height % k) :].flip(0).roll(width // 2, 1)  # over the lower pole
+    pixels = torch.cat([pixels, beyond])
+    pixels = torch.cat([pixels, pixels[:, : -width % k]], dim=1)
+    if pixels.dtype == torch.uint8 and backend == "torch":  # rounded as OpenCV does
+        total = F.avg_pool2d(pixels.permute(2, 0, 1)[None].float(), k, divisor_override=1)[0].permute(1, 2, 0)
+        source = ((total + 2) / 4).floor() if k == 2 else (total * (1 / k**2)).round()
+    else:
+        source = _area(pixels, (pixels.shape[0] // k, pixels.shape[1] // k), backend)
+    return source, (height / k, width / k), samples
+
+
+def _area(pixels: torch.Tensor, size: tuple[int, int], backend: Backend) -> torch.Tensor:
+    """[H, W, C] -> [*size, C], no larger: each pixel the mean of the area it covers."""
+    if pixels.shape[:2] == size:
+        return pixels
+    if backend == "opencv":
+        return torch.from_numpy(cv2.resize(pixels.contiguous().numpy(), size[::-1], interpolation=cv2.INTER_AREA))
+    image = pixels if pixels.is_floating_point() else pixels.float()
+    rows, columns = (_area_weights(old, new).to(image) for old, new in zip(image.shape[:2], size, strict=True))
+    return torch.einsum("rh,hwc,qw->rqc", rows, image, columns)
+
+
+@lru_cache(maxsize=8)
+def _area_weights(old: int, new: int) -> torch.Tensor:
+    """How much of each of the old cells lies in each of the new ones, [new, old]."""
+    edges = np.arange(new + 1) * (old / new)
+    cells = np.arange(old)
+    covered = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
+    return torch.from_numpy(np.maximum(covered, 0) * (new / old)).float()
+
+
+def _pad_sphere(pixels: torch.Tensor, columns: float) -> torch.Tensor:
+    """[h, w, C] -> [h + 2, w + 2, C]: one more pixel all around, from where the sphere goes on: the other edge, or
+    beyond the pole (the same row, half a turn away). `columns` of the w are the whole turn."""
+    height, width, channels = pixels.shape
+    padded = pixels.new_empty(height + 2, width + 2, channels)
+    padded[1:-1, 1:-1] = pixels
+    padded[0, 1:-1] = pixels[0].roll(width // 2, 0)
+    padded[-1, 1:-1] = pixels[-1].roll(width // 2, 0)
+    share = width - columns  # of a column that overlaps with the first
+    for edge, near, far in ((-1, 1, 2), (0, -2, -3)):
+        if share:
+            mixed = padded[:, near] * (1 - share) + padded[:, far] * share
+            padded[:, edge] = mixed.round() if pixels.dtype == torch.uint8 else mixed
+        else:
+            padded[:, edge] = padded[:, near]
+    return padded
+
+
+def _warp_opencv(
+    padded: torch.Tensor,
+    views: tuple[View, ...],
+    samples: int,
+    sphere: tuple[float, float],
+    out: torch.Tensor,
+    indices: list[int],
+) -> None:
+    size = out.shape[-1]
+    source = padded.contiguous().numpy()
+    sampled = np.empty((samples * size, samples * size, 3), source.dtype)  # one for all: new memory is slow
+    for index, whole, steps in zip(indices, *_places(views, samples * size, sphere), strict=True):
+        cv2.remap(source, whole, steps, cv2.INTER_LINEAR, dst=sampled, borderMode=cv2.BORDER_REPLICATE)
+        view, unit = sampled, 1
+        if samples > 1 and sampled.dtype == np.uint8:  # in 1/64, so that the mean is not rounded
+            view, unit = sampled.astype(np.int16) << 6, 64
+        if samples > 1:
+            view = cv2.resize(view, (size, size), interpolation=cv2.INTER_AREA)
+        out[index].copy_(torch.from_numpy(view).permute(2, 0, 1))
+        if unit > 1:
+            out[index].div_(unit)
+
+
+def _warp_torch(
+    padded: torch.Tensor,
+    views: tuple[View, ...],
+    samples: int,
+    sphere: tuple[float, float],
+    out: torch.Tensor,
+    indices: list[int],
+) -> None:
+    source = padded.permute(2, 0, 1)[None].to(out.dtype)
+    height, width = padded.shape[:2]
+    scale = torch.tensor([2 / (width - 1), 2 / (height - 1)])
+    for index, whole, steps in zip(indices, *_places(views, samples * out.shape[-1], sphere), strict=True):
+        column_row = torch.from_numpy(whole).double()
+        column_row += torch.from_numpy(np.stack([steps % _STEPS, steps // _STEPS], -1).astype(np.float64)) / _STEPS
+        grid = (column_row * scale - 1).to(source)[None]  # [1, n, n, 2] in [-1, 1]
+        sampled = F.grid_sample(source, grid, mode="bilinear", padding_mode="border", align_corners=True)
+        out[index] = (F.avg_pool2d(sampled, samples) if samples > 1 else sampled)[0]
+
+
+@lru_cache(maxsize=4)
+def _places(
+    views: tuple[View, ...], side: int, sphere: tuple[float, float]
+) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Where the pixels of views lie in a padded source whose sphere has (rows, columns): whole columns and rows, int16
+    [side, side, 2], and 32 times the steps of 1/32 row plus those of 1/32 column, uint16 [side, side]. These are
+    OpenCV's fixed-point maps."""
+    whole, steps = [], []
+    for row, column in _directions(views, side):
+        place = np.stack([column * sphere[1] + 0.5, row * sphere[0] + 0.5], -1)  # half a pixel, and one of padding
+        place = np.rint(place * _STEPS).astype(np.int32)
+        whole.append((place // _STEPS).astype(np.int16))
+        steps.append((place[..., 1] % _STEPS * _STEPS + place[..., 0] % _STEPS).astype(np.uint16))
+    return tuple(whole), tuple(steps)
+
+
+@lru_cache(maxsize=4)
+def _directions(views: tuple[View, ...], side: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Where the pixels of each view look, as shares of the sphere's rows and columns in [0, 1]: float32 [side, side]
+    each, right to 0.001 of a pixel of a panorama 16,384 wide."""
+    directions = []
+    for view in views:
+        yaw, pitch = ray_angles(view.rays((side, side)))
+        directions.append(((0.5 - pitch / 180).astype(np.float32), (yaw / 360 + 0.5).astype(np.float32)))
+    return tuple(directions)
+
+
+@cache
+def _use_one_thread_in_a_worker(pid: int) -> None:
+    """The threads of OpenMP and OpenCV do not survive a fork (a worker of `datasets.map` would wait for them forever),
+    and workers share the cores as it is."""
+    if pid != _IMPORTED_IN:
+        torch.set_num_threads(1)
+        if cv2 is not None:
+            cv2.setNumThreads(0)
 
 
 def _flatten(images: Any) -> list[Any]:

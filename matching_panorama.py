@@ -29,10 +29,10 @@ class MatchedFeatures(NamedTuple):
     """Features of tokens that look the same way, for P pairs of views of each of B panoramas.
 
     Args:
-        x: tokens of the first views [B * P, L, D].
-        y: the second views, interpolated at the same rays [B * P, L, D].
-        second: which views these are [P].
-        nearest: the token of the second view nearest to the place [P, L].
+        x: tokens of the first views [N, L, D]; N = B * P, or fewer where views are masked.
+        y: the second views, interpolated at the same rays [N, L, D].
+        second: which views these are, counted through the batch [N], in [0, B * V).
+        nearest: the token of the second view nearest to the place [N, L].
     """
 
     x: torch.Tensor
@@ -70,6 +70,7 @@ def match_features(
     grid: Grid,
     overlap_pairs: tuple[str, ...] | None,
     overlap_ratio: float,
+    view_mask: torch.Tensor | None = None,
 ) -> list[MatchedFeatures]:
     """Features of tokens that look the same way.
 
@@ -79,6 +80,7 @@ def match_features(
         grid: (rows, columns) of the S tokens of a view.
         overlap_pairs: by rays, between `"neighbours"` and/or `"global"`; `None` for sequential strips.
         overlap_ratio: for strips, the share of the columns that two views have in common.
+        view_mask: [B, V], false for views that show nothing; no pair has one of these.
 
     Returns:
         One entry for each number L of matched tokens that occurs; none where nothing matches.
@@ -91,7 +93,12 @@ def match_features(
         y = torch.zeros_like(x)
         for corner in range(corners.shape[-1]):  # one at a time: all four would take four times the memory
             y = y + features[:, second, corners[:, :, corner]] * weights[:, :, corner].to(features.dtype)
-        matched.append(MatchedFeatures(x.flatten(0, 1), y.flatten(0, 1), second[:, 0], nearest))
+        first_view = torch.arange(len(features), device=features.device)[:, None] * features.shape[1]
+        pairs = [x, y, first_view + second[:, 0], nearest.expand(len(features), -1, -1)]  # each [B, P, ...]
+        if view_mask is None:
+            matched.append(MatchedFeatures(*(of_all.flatten(0, 1) for of_all in pairs)))
+        elif (seen := view_mask[:, first[:, 0]] & view_mask[:, second[:, 0]]).any():
+            matched.append(MatchedFeatures(*(of_all[seen] for of_all in pairs)))
     return matched
 
 

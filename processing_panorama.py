@@ -3,7 +3,8 @@
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ class PanoramaProcessor(ProcessorMixin):
             serves for padding where it has no padding token.
         chat_template: Jinja; without it the tokenizer's own, taught to read panoramas (see :meth:`teach_template`).
         num_image_tokens: placeholders a panorama expands to; `PanoramaConfig.num_image_tokens`.
+        image_tokens_per_view: how many of them belong to each view; `PanoramaConfig.image_tokens_per_view`. A partial
+            panorama expands to those of the views that show something.
         max_text_length, default_generation_prompt, vision_token_fallback_position: as in :class:`PanoramaConfig`.
         image_token: the placeholder in texts.
     """
@@ -89,6 +92,7 @@ class PanoramaProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
         num_image_tokens: int = 1024,
+        image_tokens_per_view: Sequence[int] | None = None,
         max_text_length: int = 1024,
         default_generation_prompt: str = "Describe this panorama.",
         vision_token_fallback_position: str = "start",
@@ -104,7 +108,12 @@ class PanoramaProcessor(ProcessorMixin):
             tokenizer.pad_token = tokenizer.eos_token
             logger.info("The tokenizer has no padding token; %r serves for it.", tokenizer.eos_token)
         tokenizer.padding_side = "left"
+        if image_tokens_per_view is not None and sum(image_tokens_per_view) != num_image_tokens:
+            raise ValueError(
+                f"image_tokens_per_view={list(image_tokens_per_view)} does not add up to {num_image_tokens=}"
+            )
         self.num_image_tokens = num_image_tokens
+        self.image_tokens_per_view = None if image_tokens_per_view is None else list(image_tokens_per_view)
         self.max_text_length = max_text_length
         self.default_generation_prompt = default_generation_prompt
         self.vision_token_fallback_position = vision_token_fallback_position
@@ -153,6 +162,7 @@ class PanoramaProcessor(ProcessorMixin):
             tokenizer,
             chat_template=cls.teach_template(tokenizer.chat_template, config.system_prompt),
             num_image_tokens=config.num_image_tokens,
+            image_tokens_per_view=config.image_tokens_per_view,
             max_text_length=config.max_text_length,
             default_generation_prompt=config.default_generation_prompt,
             vision_token_fallback_position=config.vision_token_fallback_position,
@@ -260,7 +270,21 @@ class PanoramaProcessor(ProcessorMixin):
         return self.default_generation_prompt
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        return self.image_token * self.num_image_tokens
+        return self.image_token * self._image_token_counts(image_inputs)[image_idx]
+
+    def _image_token_counts(self, image_inputs: Mapping[str, Any]) -> list[int]:
+        """What each panorama expands to, from `pixel_values` and `view_mask`."""
+        if "view_mask" not in image_inputs:
+            return [self.num_image_tokens] * len(image_inputs["pixel_values"])
+        if self.image_tokens_per_view is None:
+            raise ValueError(
+                "a partial panorama needs image_tokens_per_view to know what its views cost; make the processor with "
+                "PanoramaProcessor.from_config, or set it to PanoramaConfig.image_tokens_per_view"
+            )
+        return [
+            sum(count for count, seen in zip(self.image_tokens_per_view, views, strict=True) if seen)
+            for views in image_inputs["view_mask"]
+        ]
 
     def apply_chat_template(
         self,
@@ -320,13 +344,15 @@ class PanoramaProcessor(ProcessorMixin):
             add_special_tokens=False,
             return_offsets_mapping=True,
         )
+        counts = iter(self._image_token_counts(inputs) if "pixel_values" in inputs else [])
         rows, labels = [], []
         for ids, offsets, text, spoken in zip(
             inputs["input_ids"], inputs.pop("offset_mapping"), rendered, spans, strict=True
         ):
             # Spans are places in the rendered text, offsets in the one with expanded placeholders.
-            grown = len(self.image_token) * (self.num_image_tokens - 1)
-            spoken = [tuple(place + grown * text[:place].count(self.image_token) for place in span) for span in spoken]
+            grown = [len(self.image_token) * (next(counts) - 1) for _ in range(text.count(self.image_token))]
+            before = [0, *accumulate(grown)]
+            spoken = [tuple(place + before[text[:place].count(self.image_token)] for place in span) for span in spoken]
             ids = torch.tensor(ids)
             supervised = [any(a <= start < end <= b for a, b in spoken) for start, end in offsets]
             label = torch.where(torch.tensor(supervised), ids, IGNORE_INDEX)
@@ -340,6 +366,8 @@ class PanoramaProcessor(ProcessorMixin):
         }  # each [B, T]
         if "pixel_values" in inputs:
             data["pixel_values"] = torch.stack(list(inputs["pixel_values"]))
+        if "view_mask" in inputs:
+            data["view_mask"] = torch.stack(list(inputs["view_mask"]))
         return BatchFeature(data)
 
     def _spoken_by_the_assistant(

@@ -18,8 +18,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..configuration_panorama import PanoramaConfig
-from ..image_processing_panorama import PanoramaImageProcessor, to_erp_tensor
+from ..image_processing_panorama import PanoramaImageProcessor
 from ..modeling_panorama import PanoramaVLM
+from ..reading_panorama import to_erp_tensor
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 FIGURES = ("retrieval", "cosine_matched", "cosine_random", "feature_std", "effective_rank")

@@ -23,7 +23,8 @@ from ..geometry_panorama import (
     ray_correspondences,
     strip_correspondences,
 )
-from ..image_processing_panorama import erp_to_views, to_erp_tensor
+from ..image_processing_panorama import erp_to_views
+from ..reading_panorama import to_erp_tensor
 
 _MARGIN = 8
 

@@ -71,6 +71,15 @@ def tokenizer(samples) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|pad|>")
 
 
+@pytest.fixture(scope="session")
+def mosaic(panoramas) -> Image.Image:
+    """4,096 x 2,048 pixels with the detail of a real panorama: side by side."""
+    mosaic = Image.new("RGB", (4096, 2048))
+    for index in range(64):
+        mosaic.paste(panoramas[5 * index % 6], (index % 8 * 512, index // 8 * 256))
+    return mosaic
+
+
 @pytest.fixture
 def make(tokenizer):
     """`make(**options)` -> a tiny random model and its processor."""

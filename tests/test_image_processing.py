@@ -1,12 +1,11 @@
-import io
-
 import numpy as np
 import py360convert
 import pytest
 import torch
 from panorama_vlm import PanoramaImageProcessor, PanoramaProcessor
 from panorama_vlm.geometry_panorama import View, ViewPlan, make_view_plan, plan_rays
-from panorama_vlm.image_processing_panorama import erp_to_views, to_erp_tensor, views_to_erp
+from panorama_vlm.image_processing_panorama import erp_to_views, views_to_erp
+from panorama_vlm.reading_panorama import to_erp_tensor
 from PIL import Image
 
 
@@ -71,36 +70,94 @@ def test_a_large_panorama_is_reduced_before_it_is_sampled_so_that_it_does_not_al
     assert views[1:].std() < 0.15  # bilinear sampling alone would leave about 0.2
 
 
-def test_all_kinds_of_input_give_the_same_views(panoramas, tmp_path):
-    panorama = panoramas[0]
-    panorama.save(tmp_path / "a.png")
-    array = np.array(panorama)
-    kinds = [
-        panorama,
-        str(tmp_path / "a.png"),
-        tmp_path / "a.png",
-        (tmp_path / "a.png").read_bytes(),
-        array,
-        array.transpose(2, 0, 1),
-        (array / 255).astype(np.float32),
-        torch.tensor(array),
-        torch.tensor(array).permute(2, 0, 1),
-        panorama.convert("RGBA"),
-    ]
-    processor = PanoramaImageProcessor(image_size=32)
-    views = processor(images=kinds, return_tensors="pt")["pixel_values"]
-    assert views.shape == (len(kinds), 9, 3, 32, 32)
-    for other in views[1:]:
-        torch.testing.assert_close(other, views[0], rtol=0, atol=1e-6)
+@pytest.mark.parametrize("strategy", ["anyres_e2p", "cubemap", "sliding_window", "resize"])
+@pytest.mark.parametrize("width", [4096, 2048, 1502, 512])
+def test_opencv_and_torch_give_the_same_views_to_half_a_grey_level(mosaic, strategy, width):
+    pytest.importorskip("cv2")
+    erp = torch.from_numpy(np.array(mosaic.resize((width, width // 2)))).permute(2, 0, 1)
+    plan = make_view_plan(strategy, 90.0, 0.5)
+    for size in (64, 256):
+        by_opencv, by_torch = (erp_to_views(erp, plan, size, backend) for backend in ("opencv", "torch"))
+        assert by_opencv.std() > 20
+        assert (by_opencv - by_torch).abs().max() < 0.52  # two hundredths for float32
 
 
-def test_exif_orientation_is_honoured(panoramas):
-    upside_down = panoramas[0].transpose(Image.Transpose.ROTATE_180)
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    stream = io.BytesIO()
-    upside_down.save(stream, "PNG", exif=exif)
-    torch.testing.assert_close(to_erp_tensor(Image.open(stream)), to_erp_tensor(panoramas[0]))
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("strategy", ["anyres_e2p", "cubemap", "sliding_window", "resize"])
+def test_a_gpu_gives_the_same_views_to_half_a_grey_level(mosaic, strategy):
+    erp = torch.from_numpy(np.array(mosaic)).permute(2, 0, 1)
+    plan = make_view_plan(strategy, 90.0, 0.5)
+    on_gpu = erp_to_views(erp.cuda(), plan, 256)
+    assert on_gpu.is_cuda
+    assert (on_gpu.cpu() - erp_to_views(erp, plan, 256)).abs().max() < 0.52
+
+
+@pytest.mark.parametrize(("size", "least"), [(256, 42), (384, 42)])
+def test_views_are_close_to_a_supersampled_reference(mosaic, psnr, tmp_path, size, least):
+    """Each pixel of the reference is the mean of 8 x 8 places in the panorama at full size."""
+    mosaic.save(tmp_path / "a.jpg", quality=92)
+    full = torch.from_numpy(np.array(Image.open(tmp_path / "a.jpg"))).permute(2, 0, 1)[None].float()
+    plan = make_view_plan("anyres_e2p", 90.0, 0.5)
+    plain = PanoramaImageProcessor(size, image_mean=(0, 0, 0), image_std=(1, 1, 1))
+    views = plain(tmp_path / "a.jpg", return_tensors="pt")["pixel_values"][0] * 255
+    for index in (1, 3, 5):
+        row, column, _ = View("erp").cells(plan.views[index].rays((8 * size, 8 * size)), (2048, 4096))
+        place = np.stack([(2 * column + 1) / 4096 - 1, (2 * row + 1) / 2048 - 1], -1).astype(np.float32)
+        dense = torch.nn.functional.grid_sample(
+            full, torch.from_numpy(place)[None], padding_mode="border", align_corners=False
+        )
+        reference = torch.nn.functional.avg_pool2d(dense, 8)[0]
+        assert psnr(views[index], reference, 255) > least
+
+
+def test_prepared_views_are_kept_and_used_again(mosaic, tmp_path, monkeypatch):
+    mosaic.resize((1024, 512)).save(tmp_path / "a.png")
+    processor, kept = PanoramaImageProcessor(32), tmp_path / "kept"
+    fresh = processor(tmp_path / "a.png", return_tensors="pt")["pixel_values"]
+    first = processor(tmp_path / "a.png", cache_dir=kept, return_tensors="pt")["pixel_values"]
+    assert (first - fresh).abs().max() <= 0.5 / 127.5 + 1e-6
+    other_options = [{"image_size": 48}, {"fov_deg": 80.0}, {"yaw_offsets": [10.0]}, {"align_heading": True}]
+    for options in other_options:
+        processor(tmp_path / "a.png", cache_dir=kept, return_tensors="pt", **options)
+    assert len(list(kept.rglob("*.safetensors"))) == 1 + len(other_options)
+
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())  # the same content under another name
+    monkeypatch.setattr("panorama_vlm.image_processing_panorama.read_panorama", None)  # nothing is decoded any more
+    for source in (tmp_path / "a.png", str(tmp_path / "b.png"), (tmp_path / "b.png").read_bytes()):
+        again = processor(source, cache_dir=kept, return_tensors="pt")["pixel_values"]
+        assert torch.equal(again, first)
+    # Mean and standard deviation are applied to what is kept.
+    scaled = processor(tmp_path / "a.png", cache_dir=kept, image_std=(1, 1, 1), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(scaled, first / 2)
+
+
+def test_a_torn_file_in_the_cache_is_made_again_and_the_folder_is_not_saved_with_the_processor(
+    panoramas, tmp_path, caplog
+):
+    processor = PanoramaImageProcessor(32, cache_dir=tmp_path / "kept")
+    first = processor(panoramas[0], return_tensors="pt")["pixel_values"]
+    (file,) = (tmp_path / "kept").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    again = processor(panoramas[0], return_tensors="pt")["pixel_values"]
+    assert torch.equal(again, first)
+    assert "cannot be read and are made again" in caplog.text
+    assert [path.suffix for path in (tmp_path / "kept").rglob("*.*")] == [".safetensors"]
+    processor.save_pretrained(tmp_path / "saved")
+    assert "kept" not in (tmp_path / "saved" / "preprocessor_config.json").read_text()
+
+
+def test_workers_of_a_data_loader_make_the_same_views(mosaic, tmp_path):
+    processor = PanoramaImageProcessor(64)
+    mosaic.save(tmp_path / "a.jpg")
+    here = processor(tmp_path / "a.jpg", return_tensors="pt")["pixel_values"]  # OpenCV's threads run before the fork
+    loader = torch.utils.data.DataLoader(
+        [tmp_path / "a.jpg"] * 4,
+        batch_size=2,
+        num_workers=2,
+        collate_fn=lambda batch: processor(batch, return_tensors="pt"),
+    )
+    for batch in loader:
+        torch.testing.assert_close(batch["pixel_values"], here.expand(2, -1, -1, -1, -1))
 
 
 def test_values_are_normalised_with_mean_and_std(panoramas):
@@ -118,11 +175,6 @@ def test_options_of_a_call_hold_for_that_call(panoramas):
     assert processor(panoramas[0], return_tensors="pt")["pixel_values"].shape == (1, 9, 3, 32, 32)
 
 
-def test_a_panorama_that_is_not_two_to_one_is_taken_as_the_whole_sphere_with_a_warning(panoramas):
-    with pytest.warns(UserWarning, match="twice as wide as high, got 512 x 512"):
-        PanoramaImageProcessor(32)(panoramas[0].resize((512, 512)), return_tensors="pt")
-
-
 @pytest.mark.parametrize(
     ("image", "error", "message"),
     [
@@ -130,7 +182,7 @@ def test_a_panorama_that_is_not_two_to_one_is_taken_as_the_whole_sphere_with_a_w
         (np.zeros((5, 8, 7), np.uint8), ValueError, r"got \[5, 8, 7\]"),
         (np.full((4, 8, 3), np.nan), ValueError, r"values in \[0, 1\]"),
         (np.full((4, 8, 3), 200.0), ValueError, r"values in \[0, 1\]"),
-        (np.zeros((4, 8, 3), np.int64), ValueError, "uint8 or float"),
+        (np.zeros((4, 8, 3), np.int64), ValueError, "uint8, uint16 or float"),
     ],
 )
 def test_what_is_no_panorama_is_refused(image, error, message):

@@ -1,0 +1,425 @@
+"""Reading: whatever holds a panorama in, its pixels on the whole sphere out."""
+
+import hashlib
+import io
+import math
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+ImageSource = str | os.PathLike[str] | bytes | BinaryIO | dict[str, Any] | Image.Image | np.ndarray | torch.Tensor
+
+MAX_SIDE = 32_767  # pixels; what OpenCV's remap can address
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF", "JPEG2000", "BMP", "PPM")
+_SAME_FORMAT = {"MPO": "JPEG"}  # several JPEGs in one file: what phones write
+_MAGIC = {b"GIF8": "a GIF", b"%PDF": "a PDF", b"<svg": "an SVG", b"<!DO": "a web page", b"<htm": "a web page"}
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+_GPANO = "{http://ns.google.com/photos/1.0/panorama/}"
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Panorama:
+    """Pixels of the whole sphere.
+
+    Args:
+        pixels: [H, W, 3], uint8, or float32 in [0, 1].
+        seen: the part of it that the camera saw, as shares of its rows and columns (top, bottom, left, right); the
+            rest is filled. Right may pass 1: the part goes on at the left edge. `None` where all was seen.
+    """
+
+    pixels: torch.Tensor
+    seen: tuple[float, float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class PhotoSphere:
+    """Google's Photo Sphere XMP (https://developers.google.com/streetview/spherical-metadata), as far as it is used.
+
+    Args:
+        full: (height, width) of the whole sphere in pixels of the file.
+        crop: (height, width) of the part of it that the file holds.
+        top, left: where this part begins.
+        heading: compass direction of the middle of the whole sphere, in degrees; `None` where it is not known.
+    """
+
+    full: tuple[int, int] | None
+    crop: tuple[int, int] | None
+    top: int = 0
+    left: int = 0
+    heading: float | None = None
+
+
+def open_image(source: Any) -> Any:
+    """Open what names or holds a file, without decoding it; PIL images, arrays and tensors stay.
+
+    Args:
+        source: a path, bytes, a file object, or a row of a `datasets.Image` column (`{"bytes": ..., "path": ...}`).
+
+    Raises:
+        FileNotFoundError: for a path that does not exist.
+        ValueError: for a file that is no image of a format panoramas come in; the file and the reason are named.
+    """
+    if isinstance(source, dict):
+        if not source.get("bytes") and not source.get("path"):
+            raise ValueError(f"an image given as a dict needs 'bytes' or 'path', got the keys {sorted(source)}")
+        name = source.get("path")
+        return _open(io.BytesIO(source["bytes"]) if source.get("bytes") else str(name), str(name or "image in bytes"))
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _open(io.BytesIO(source), "image in bytes")
+    if isinstance(source, str | os.PathLike):
+        return _open(os.fspath(source), os.fspath(source))
+    if hasattr(source, "read") and hasattr(source, "seek"):
+        source.seek(0)
+        return _open(source, str(getattr(source, "name", "image in a file object")))
+    return source
+
+
+def read_panorama(
+    source: ImageSource,
+    needed_width: float = math.inf,
+    *,
+    fill: Sequence[float] = (0.5, 0.5, 0.5),
+    strict_aspect: bool = False,
+    align_heading: bool = False,
+    yaw_offset: float = 0.0,
+) -> Panorama:
+    """Decode a panorama, no larger than it has to be, and place it on the sphere.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where this leaves `needed_width`. The data of a Photo Sphere say
+    which part of the sphere the image shows. Without them an image twice as wide as high is the whole sphere, and any
+    other is taken as a band around the horizon (or, where it is higher, around the front) of the same degrees a pixel.
+
+    Args:
+        source: see :func:`open_image`, or a PIL image, an array or a tensor: [H, W], [H, W, 1, 3 or 4] or
+            [1, 3 or 4, H, W], of uint8, uint16, or float in [0, 1].
+        needed_width: pixels around the whole sphere that its user needs.
+        fill: for what the camera did not see, and behind what is transparent, in [0, 1].
+        strict_aspect: raise `ValueError` instead of a guess where nothing says which part of the sphere is shown.
+        align_heading: turn the panorama so that its front looks north, where it says where north is.
+        yaw_offset: degrees to the right of the front (or of north) that become the front.
+
+    Raises:
+        TypeError: for what is no image.
+        ValueError: for a file that is broken or too large, a shape or type that is no image, float values outside
+            [0, 1]; the file and the reason are named.
+    """
+    image = open_image(source)
+    sphere, name = None, "the panorama"
+    if isinstance(image, Image.Image):
+        name = _name(image)
+        _check_size(name, image.size)
+        try:
+            sphere = read_photo_sphere(image)
+            pixels = _decode(image, needed_width, sphere, fill)
+        except _BROKEN as error:
+            raise ValueError(f"cannot read {name}: {error}") from error
+    elif isinstance(image, np.ndarray | torch.Tensor):
+        pixels = _from_array(image, fill)
+        _check_size(name, (pixels.shape[1], pixels.shape[0]))
+    else:
+        raise TypeError(
+            "a panorama must be a path, bytes, a file object, a PIL image, an array or a tensor, got "
+            f"{type(image).__name__}"
+        )
+    panorama = _place(pixels, sphere, needed_width, fill, strict_aspect, name)
+    if align_heading and sphere is not None and sphere.heading is not None:
+        yaw_offset -= sphere.heading
+    return _turn(panorama, yaw_offset) if yaw_offset % 360 else panorama
+
+
+def to_erp_tensor(source: ImageSource) -> torch.Tensor:
+    """The whole panorama as float32 [3, H, W] in [0, 1]; see :func:`read_panorama`."""
+    pixels = read_panorama(source).pixels.permute(2, 0, 1)
+    return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+
+
+def read_photo_sphere(image: Image.Image) -> PhotoSphere | None:
+    """The Photo Sphere data of an opened image, `None` where it has none; what cannot be understood is warned about."""
+    packet = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
+    if not packet:
+        return None
+    packet = packet.encode() if isinstance(packet, str) else bytes(packet)
+    if b"GPano" not in packet:
+        return None
+    try:
+        if b"<!DOCTYPE" in packet:
+            raise ElementTree.ParseError("a document type is not allowed")
+        root = ElementTree.fromstring(packet[packet.index(b"<") : packet.rindex(b">") + 1])
+        found: dict[str, str] = {}
+        for element in root.iter():
+            found.update({key: value for key, value in element.attrib.items() if key.startswith(_GPANO)})
+            if element.tag.startswith(_GPANO) and element.text:
+                found[element.tag] = element.text
+        numbers = {key.removeprefix(_GPANO): float(value) for key, value in found.items() if _is_number(value)}
+        sizes = ("FullPanoHeightPixels", "FullPanoWidthPixels")
+        crops = ("CroppedAreaImageHeightPixels", "CroppedAreaImageWidthPixels")
+        full = tuple(int(numbers[key]) for key in sizes) if all(key in numbers for key in sizes) else None
+        crop = tuple(int(numbers[key]) for key in crops) if all(key in numbers for key in crops) else None
+        top, left = (int(numbers.get(f"CroppedArea{side}Pixels", 0)) for side in ("Top", "Left"))
+        return PhotoSphere(full, crop, top, left, numbers.get("PoseHeadingDegrees"))  # type: ignore[arg-type]
+    except (ElementTree.ParseError, ValueError, OverflowError) as error:
+        warnings.warn(f"the Photo Sphere data of {_name(image)} cannot be read, ignored: {error}", stacklevel=3)
+        return None
+
+
+def content_digest(source: Any) -> str:
+    """SHA-256 of what an image source holds: of the file where there is one, else of the pixels."""
+    if isinstance(source, dict) and not source.get("bytes"):
+        source = source.get("path")
+    data: Any
+    if isinstance(source, dict):
+        data = source["bytes"]
+    elif isinstance(source, str | os.PathLike):
+        data = Path(source).read_bytes()
+    elif isinstance(source, Image.Image) and _is_lazy(source):
+        source.fp.seek(0)  # type: ignore[attr-defined]
+        data = source.fp.read()  # type: ignore[attr-defined]
+    elif isinstance(source, Image.Image):
+        header = f"{source.mode} {source.size} {source.info.get('xmp')!r} {dict(source.getexif())}"
+        data = header.encode() + source.tobytes()
+    elif isinstance(source, np.ndarray | torch.Tensor):
+        array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
+        data = f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes()
+    elif hasattr(source, "read"):
+        source.seek(0)
+        data = source.read()
+    else:
+        data = source
+    return hashlib.sha256(data).hexdigest()
+
+
+# Files
+
+
+def _open(file: str | BinaryIO, name: str) -> Image.Image:
+    Image.init()
+    try:
+        image = Image.open(file, formats=[format for format in _FORMATS if format in Image.OPEN])
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"cannot read {name}: {_what_is_it(file)}") from error
+    except _BROKEN as error:
+        raise ValueError(f"cannot read {name}: {error}") from error
+    promised = Image.registered_extensions().get(Path(name).suffix.lower())
+    if promised is not None and _family(promised) != _family(image.format):
+        image.close()
+        raise ValueError(
+            f"cannot read {name}: it is named as {_family(promised)}, but holds {_family(image.format)}; rename it"
+        )
+    image.filename = name  # type: ignore[attr-defined]
+    return image
+
+
+def _family(format: str | None) -> str | None:
+    return _SAME_FORMAT.get(format or "", format)
+
+
+def _what_is_it(file: str | BinaryIO) -> str:
+    """Why PIL knows no image in it."""
+    if isinstance(file, str):
+        with open(file, "rb") as opened:
+            head = opened.read(16)
+    else:
+        file.seek(0)
+        head = file.read(16)
+    if not head:
+        return "it is empty"
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
+        return "it is HEIC: pip install pillow-heif and call pillow_heif.register_heif_opener()"
+    kinds = [kind for magic, kind in _MAGIC.items() if head.startswith(magic)]
+    readable = ", ".join(_FORMATS)
+    return (
+        f"it holds {kinds[0]}, not one of {readable}" if kinds else f"it is none of {readable}, or its head is broken"
+    )
+
+
+def _name(image: Image.Image) -> str:
+    return str(getattr(image, "filename", "") or "the panorama")
+
+
+def _check_size(name: str, size: tuple[int, int]) -> None:
+    if max(size) > MAX_SIDE or min(size) < 1:
+        raise ValueError(f"cannot read {name}: it is {size[0]} x {size[1]} pixels, a side must have 1 to {MAX_SIDE}")
+
+
+def _is_lazy(image: Image.Image) -> bool:
+    """Whether an image is opened, but not decoded yet."""
+    return bool(getattr(image, "tile", None)) and getattr(image, "fp", None) is not None
+
+
+def _decode(image: Image.Image, needed_width: float, sphere: PhotoSphere | None, fill: Sequence[float]) -> torch.Tensor:
+    """Pixels [H, W, 3] of an image; a JPEG that is not decoded yet is decoded small."""
+    if _family(image.format) == "JPEG" and _is_lazy(image):
+        # Opened a second time, because the one that was handed in would be small for its owner, too.
+        image.fp.seek(0)  # type: ignore[attr-defined]
+        again = Image.open(image.fp, formats=["JPEG"])  # type: ignore[attr-defined]
+        turned = again.getexif().get(0x0112, 1) >= 5
+        sides = [*again.size]
+        full_width = 2 * sides[0] if turned else max(sides[0], 2 * sides[1])
+        if sphere is not None and sphere.full is not None:
+            sides += [*sphere.full, *(sphere.crop or ()), sphere.top, sphere.left]
+            full_width = sphere.full[1]
+        for scale in (8, 4, 2):
+            if full_width / scale >= needed_width and all(side % scale == 0 for side in sides):
+                again.draft(again.mode, (again.width // scale, again.height // scale))
+                break
+        image = again
+    if image.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        return _from_array(np.array(image).astype(np.uint16), fill)
+    if image.mode == "I":  # 16 bit as well, in formats that PIL widens
+        values = np.array(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its values must be in [0, 65535], they are in [{values.min()}, {values.max()}]")
+        return _from_array(values.astype(np.uint16), fill)
+    if image.mode == "F":
+        return _from_array(np.array(image), fill)
+    if image.has_transparency_data:
+        return _from_array(np.array(image.convert("RGBA")), fill)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return torch.from_numpy(np.asarray(image).copy())  # np.array(image) takes eight times as long
+
+
+# Arrays
+
+
+def _from_array(image: np.ndarray | torch.Tensor, fill: Sequence[float]) -> torch.Tensor:
+    """[H, W, 3], uint8 or float32 in [0, 1]."""
+    given = image.dtype
+    is_uint16 = given == torch.uint16
+    if isinstance(image, np.ndarray):  # torch knows no big-endian numbers, and few operations on uint16
+        is_uint16 = image.dtype.kind == "u" and image.dtype.itemsize == 2
+        native = np.dtype(np.int32) if is_uint16 else image.dtype.newbyteorder("=")
+        image = torch.from_numpy(np.ascontiguousarray(image, native))
+    elif is_uint16:
+        image = image.to(torch.int32)
+    shape = list(image.shape)
+    if image.ndim == 2:
+        image = image[..., None]
+    elif image.ndim == 3 and shape[0] in (1, 3, 4) and shape[-1] not in (1, 3, 4):
+        image = image.permute(1, 2, 0)
+    if image.ndim != 3 or image.shape[-1] not in (1, 3, 4) or 0 in shape:
+        raise ValueError(f"a panorama must have the shape [H, W, 3], [3, H, W] or [H, W], got {shape}")
+    if image.is_floating_point():
+        image = image.float()
+        low, high = float(image.min()), float(image.max())
+        if not (low >= 0 and high <= 1):  # also catches NaN
+            raise ValueError(f"a float panorama must have values in [0, 1], got [{low:g}, {high:g}]")
+    elif image.dtype != torch.uint8:
+        if not is_uint16:
+            raise ValueError(f"a panorama must be of dtype uint8, uint16 or float, got {given}")
+        image = image.float() / 65535
+    if image.shape[-1] == 4:
+        image = _over_fill(image, fill)
+    return image.expand(-1, -1, 3).contiguous()
+
+
+def _over_fill(image: torch.Tensor, fill: Sequence[float]) -> torch.Tensor:
+    """[H, W, 4] -> [H, W, 3], transparent parts filled."""
+    colours, alpha = image[..., :3], image[..., 3:]
+    opaque = 255 if image.dtype == torch.uint8 else 1
+    if bool((alpha == opaque).all()):
+        return colours
+    share = alpha.float() / opaque
+    mixed = colours.float() * share + opaque * torch.tensor(fill, device=image.device) * (1 - share)
+    return (mixed.round() if image.dtype == torch.uint8 else mixed).to(image.dtype)
+
+
+# The sphere
+
+
+def _place(
+    pixels: torch.Tensor,
+    sphere: PhotoSphere | None,
+    needed_width: float,
+    fill: Sequence[float],
+    strict_aspect: bool,
+    name: str,
+) -> Panorama:
+    """Pixels [h, w, 3] at their place on the whole sphere."""
+    height, width = pixels.shape[:2]
+    area = _area_of(sphere, height, width, name)
+    if area is None:
+        if abs(width / height - 2) <= 0.02:
+            return Panorama(pixels)
+        whole = (width / 2, width) if width > 2 * height else (height, 2 * height)
+        degrees = f"{360 * width / whole[1]:.0f} x {180 * height / whole[0]:.0f}"
+        problem = f"{name} is {width} x {height} pixels, not 2:1, and has no Photo Sphere data"
+        if strict_aspect:
+            raise ValueError(
+                f"{problem}; give a whole panorama, write GPano data into the file, or use strict_aspect=False to take "
+                f"it as the middle {degrees} degrees"
+            )
+        warnings.warn(f"{problem}: taken as the middle {degrees} degrees of the sphere", stacklevel=4)
+        full = (math.ceil(whole[0]), math.ceil(whole[1]))
+        area = (*full, (full[0] - height) // 2, (full[1] - width) // 2)
+    full_height, full_width, top, left = area
+    if (full_height, full_width) == (height, width):
+        return Panorama(pixels)
+    seen = (top / full_height, (top + height) / full_height, left / full_width, (left + width) / full_width)
+
+    # Reduced before it is laid on the canvas, so that the canvas is no larger than what is needed.
+    most = max(1, int(full_width / needed_width))
+    k = max(k for k in range(1, most + 1) if full_width % k == full_height % k == 0)
+    neutral = torch.tensor(fill, device=pixels.device) * (255 if pixels.dtype == torch.uint8 else 1)
+    neutral = (neutral.round() if pixels.dtype == torch.uint8 else neutral).to(pixels.dtype)
+    row, column = top // k, left // k
+    rows, columns = -(-(top + height) // k) - row, -(-(left + width) // k) - column
+    part = neutral.expand(rows * k, columns * k, 3).clone()
+    part[top - row * k :, left - column * k :][:height, :width] = pixels
+    if k > 1:
+        reduced = F.avg_pool2d(part.permute(2, 0, 1)[None].float(), k)[0].permute(1, 2, 0)
+        part = (reduced.round() if pixels.dtype == torch.uint8 else reduced).to(pixels.dtype)
+    canvas = neutral.expand(full_height // k, full_width // k, 3).clone()
+    canvas[row : row + rows, column : column + columns] = part
+    return Panorama(canvas, seen)
+
+
+def _area_of(sphere: PhotoSphere | None, height: int, width: int, name: str) -> tuple[int, int, int, int] | None:
+    """Height and width of the whole sphere, top and left of the image in it, in pixels of the decoded image."""
+    if sphere is None or sphere.full is None:
+        return None
+    crop = sphere.crop or sphere.full
+    numbers = (*sphere.full, *crop)
+    fits = min(numbers) > 0 and min(sphere.top, sphere.left) >= 0 and abs(sphere.full[1] / sphere.full[0] - 2) <= 0.02
+    if fits:
+        scale = (height / crop[0], width / crop[1])
+        full = (round(sphere.full[0] * scale[0]), round(sphere.full[1] * scale[1]))
+        top, left = round(sphere.top * scale[0]), round(sphere.left * scale[1])
+        fits = abs(scale[0] / scale[1] - 1) <= 0.02 and max(full) <= MAX_SIDE
+        if fits and top + height <= full[0] and left + width <= full[1]:
+            return *full, top, left
+    warnings.warn(f"the Photo Sphere data of {name} do not fit its {width} x {height} pixels, ignored", stacklevel=5)
+    return None
+
+
+def _turn(panorama: Panorama, yaw: float) -> Panorama:
+    """The panorama with another front: `yaw` degrees to the right of the present one, to the nearest column."""
+    width = panorama.pixels.shape[1]
+    shift = round(yaw / 360 * width) % width
+    seen = panorama.seen
+    if seen is not None and seen[3] - seen[2] < 1:
+        left = (seen[2] - shift / width) % 1
+        seen = (seen[0], seen[1], left, left + seen[3] - seen[2])
+    return Panorama(panorama.pixels.roll(-shift, dims=1), seen)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
