@@ -1,69 +1,240 @@
-"""Options of a training run."""
+"""Options of a training run: a YAML file, and what the command line says otherwise."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import importlib.util
+import re
+import textwrap
+import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-STAGES = ("vision", "resampler", "finetune")
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .data import STAGES, DataSource
+
+CONFIGS = Path(__file__).with_name("configs")
+GROUPS = ("vision_tower", "resampler", "vicreg_projector", "projection", "language_model")
+
+
+def _option(default: Any, help: str) -> Any:
+    make = {"default_factory": lambda: default} if isinstance(default, dict | list) else {"default": default}
+    return field(**make, metadata={"help": help})
+
+
+@dataclass
+class StageConfig:
+    """How one stage is trained."""
+
+    epochs: float = _option(1.0, "passes over the data, where max_steps does not say how long")
+    max_steps: int | None = _option(None, "optimizer steps; a stream needs it")
+    batch_size: int = _option(4, "samples a process and micro-batch")
+    accumulation: int = _option(1, "micro-batches an optimizer step")
+    learning_rate: float = _option(2e-4, "peak of the schedule")
+    learning_rates: dict[str, float] = _option({}, f"peaks for parts of the model, of {', '.join(GROUPS)}")
+    weight_decay: float = _option(0.01, "of AdamW, for matrices")
+    warmup_ratio: float = _option(0.03, "share of the steps in which the learning rate rises")
+    schedule: str = _option("cosine", "linear, cosine, constant_with_warmup, ...: of transformers.get_scheduler")
+    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
+    data: list[DataSource] = _option([], "the stage's own data; without it that of the run")
+
+
+@dataclass
+class ComposeConfig:
+    """A new model from two others."""
+
+    vision: Any = _option(None, "Hub id or folder of a vision tower, or its configuration (random weights)")
+    language: Any = _option(None, "Hub id or folder of a causal language model, or its configuration (random weights)")
+    vision_kwargs: dict[str, Any] = _option({}, "for its from_pretrained")
+    language_kwargs: dict[str, Any] = _option({}, "for its from_pretrained, such as gguf_file")
+    tokenizer: str | None = _option(None, "Hub id or folder; `bytes` for one token a byte. Else the language model's")
 
 
 @dataclass
 class TrainConfig:
-    """One stage of training. The fields are the options of the command line."""
+    """A run of one stage, or of all three in order, each from the one before."""
 
-    stage: str = field(metadata={"help": "vision, resampler or finetune", "choices": STAGES})
-    data: str = field(
-        metadata={"help": "folder with metadata.jsonl: a JSON object of file_name, query, annotation a line"}
+    output: str = _option("output", "folder for checkpoints, logs and a folder of each trained stage")
+    stage: Literal["all", "vision", "resampler", "finetune"] = _option("all", "which stage to train")
+    model: str | None = _option(None, "folder or Hub id to start from; without it `compose` makes a new one")
+    compose: ComposeConfig = field(default_factory=ComposeConfig, metadata={"help": "a new model"})
+    options: dict[str, Any] = _option({}, "options of PanoramaConfig, such as overlap_ratio")
+    data: list[DataSource] = _option([], "what is mixed; on the command line also one path")
+    validation_share: float = _option(0.0, "share of the panoramas kept for validation, in [0, 1)")
+    vision: StageConfig = field(default_factory=StageConfig, metadata={"help": "stage 1"})
+    resampler: StageConfig = field(default_factory=StageConfig, metadata={"help": "stage 2"})
+    finetune: StageConfig = field(default_factory=StageConfig, metadata={"help": "stage 3"})
+    seed: int = _option(0, "of weights, order and augmentation")
+    random_heading: bool = _option(True, "turn panoramas to random headings in stage vision")
+    group_by_length: bool = _option(False, "let the samples of a step be of similar length")
+    num_workers: int = _option(1, "processes that read and cut panoramas")
+    cache_dir: str | None = _option(None, "folder that keeps prepared views for later epochs")
+    max_bad_share: float = _option(0.1, "the run fails when more samples than this share cannot be used")
+    gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, more time")
+    resume: str = _option("auto", "auto: from the newest whole checkpoint in output; no: start anew; or a checkpoint")
+    save_every: int = _option(500, "steps between two checkpoints; there is one at the end of a stage, too")
+    keep_checkpoints: int = _option(
+        3, "how many of the newest are kept, beside the one with the lowest evaluation loss"
     )
-    output: str = field(metadata={"help": "folder for the trained model and its processor"})
-    model: str | None = field(
-        default=None, metadata={"help": "folder or Hub id to start from, such as the output of the stage before"}
-    )
-    vision: str | None = field(default=None, metadata={"help": "without --model: Hub id or folder of a vision tower"})
-    language: str | None = field(
-        default=None, metadata={"help": "without --model: Hub id or folder of a language model"}
-    )
-    options: str = field(
-        default="{}", metadata={"help": "options of PanoramaConfig as JSON, such as '{\"overlap_ratio\": 0.25}'"}
-    )
-    epochs: int = field(default=1, metadata={"help": "passes over the data"})
-    batch_size: int = field(default=4, metadata={"help": "samples a step and process"})
-    learning_rate: float = field(default=2e-4, metadata={"help": "peak of the schedule"})
-    weight_decay: float = field(default=0.01, metadata={"help": "of AdamW"})
-    warmup_ratio: float = field(default=0.03, metadata={"help": "share of the steps in which the learning rate rises"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
-    num_workers: int = field(default=0, metadata={"help": "processes that cut views"})
-    log_every: int = field(default=10, metadata={"help": "steps between two log lines"})
-    seed: int = field(default=0, metadata={"help": "of weights, order and augmentation"})
+    log_every: int = _option(10, "steps between two lines of metrics.jsonl and of the trackers")
+    eval_every: int = _option(500, "steps between two evaluations on the validation share, and sample answers")
+    eval_samples: int = _option(4, "sample answers an evaluation")
+    trackers: list[str] = _option(["tensorboard"], "of Accelerate: tensorboard, trackio, wandb, ...")
+    project: str = _option("panorama-vlm", "name of the project in the trackers")
+    push_to_hub: str | None = _option(None, "repo to push to, as org/name")
+    hub_private: bool = _option(False, "make it private")
+    hub_every: int = _option(0, "also push at every n-th checkpoint; 0: only at the end")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages to train, in order."""
+        return STAGES if self.stage == "all" else (self.stage,)
+
+    def stage_config(self, stage: str) -> StageConfig:
+        """The options of a stage."""
+        return {"vision": self.vision, "resampler": self.resampler, "finetune": self.finetune}[stage]
 
     def check(self) -> None:
         """Raise `ValueError` for what is wrong, before anything is loaded."""
-        for name in ("epochs", "batch_size", "learning_rate", "max_grad_norm", "log_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "num_workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"--warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
-        if self.model is None and (self.vision is None or self.language is None):
-            raise ValueError("give --model, or both --vision and --language to compose a new one")
-        if self.model is not None and (self.vision is not None or self.language is not None):
-            raise ValueError("--vision and --language compose a new model: leave them out with --model, or --model")
-        metadata = Path(self.data, "metadata.jsonl")
-        if not metadata.is_file():
-            raise ValueError(f"--data needs a folder with metadata.jsonl, {str(metadata)!r} does not exist")
-        self.model_options()
+        for stage in self.stages:
+            options = self.stage_config(stage)
+            for name in ("batch_size", "accumulation", "learning_rate", "max_grad_norm"):
+                _require(getattr(options, name) > 0, f"{stage}.{name}", getattr(options, name), "positive")
+            _require(options.weight_decay >= 0, f"{stage}.weight_decay", options.weight_decay, "at least 0")
+            _require(0 <= options.warmup_ratio < 1, f"{stage}.warmup_ratio", options.warmup_ratio, "in [0, 1)")
+            _require(
+                options.epochs > 0 if options.max_steps is None else options.max_steps > 0,
+                f"{stage}.epochs and {stage}.max_steps",
+                f"{options.epochs} and {options.max_steps}",
+                "positive",
+            )
+            for group, rate in options.learning_rates.items():
+                _require(group in GROUPS, f"a key of {stage}.learning_rates", group, f"one of {', '.join(GROUPS)}")
+                _require(rate >= 0, f"{stage}.learning_rates.{group}", rate, "at least 0")
+            if not (options.data or self.data):
+                raise ValueError(f"stage {stage!r} has no data: name some with --data PATH or in the YAML file")
+        for name in ("save_every", "log_every", "eval_every", "keep_checkpoints"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
+        for name in ("num_workers", "eval_samples", "hub_every"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("validation_share", "max_bad_share"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        made = self.compose.vision is not None, self.compose.language is not None
+        if self.model is None and not all(made):
+            raise ValueError("give --model, or both compose.vision and compose.language to make a new one")
+        if self.model is not None and any(made):
+            raise ValueError("compose makes a new model: leave it out with --model, or --model")
 
-    def model_options(self) -> dict[str, Any]:
-        """`--options`, read."""
-        try:
-            options = json.loads(self.options)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--options must be JSON, got {self.options!r}: {error}") from error
-        if not isinstance(options, dict):
-            raise ValueError(f"--options must be a JSON object, got {self.options!r}")
-        return options
+
+def _require(holds: bool, name: str, value: Any, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def load_config(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration that a command line names.
+
+    Args:
+        arguments: `[CONFIG.yaml] [--option value ...]`. The file is a path or the name of a ready one, `option` a dotted
+            name such as `finetune.learning_rate` (hyphens stand for underscores), `value` YAML. An option without a value
+            is true.
+
+    Raises:
+        ValueError: for an unknown option, with a suggestion, or a value of the wrong type.
+    """
+    arguments = list(arguments)
+    parts = [OmegaConf.structured(TrainConfig)]
+    where = "the command line"
+    try:
+        if arguments and not arguments[0].startswith("--"):
+            file = where = arguments.pop(0)
+            found = next((path for path in (Path(file), CONFIGS / file) if path.is_file()), None)
+            if found is None:
+                ready = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
+                raise ValueError(f"there is no file {file!r}; ready ones are {ready}")
+            parts.append(OmegaConf.merge(*parts, OmegaConf.load(found)))
+            where = "the command line"
+        merged = OmegaConf.merge(*parts, OmegaConf.from_dotlist(_dotlist(arguments)))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        name = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise ValueError(f"in {where}: {name}{str(error).splitlines()[0]}") from error
+    assert isinstance(config, TrainConfig)
+    config.data = [_resolve(source) for source in config.data]
+    for stage in STAGES:
+        options = config.stage_config(stage)
+        options.data = [_resolve(source) for source in options.data]
+    for part in ("vision", "language"):
+        if isinstance(value := getattr(config.compose, part), str):
+            setattr(config.compose, part, package_path(value))
+    config.check()
+    return config
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write every option, so that the run can be repeated with this file alone."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def package_path(path: str) -> str:
+    """`PACKAGE:PATH` is a path inside an installed Python package; any other path stays."""
+    match = re.fullmatch(r"(\w{2,}):(.*)", path)
+    if match is None or "//" in path:
+        return path
+    spec = importlib.util.find_spec(match[1])
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    if not folders:
+        raise ValueError(f"{path!r} names the package {match[1]!r}, which is not installed: pip install it")
+    return str(
+        next((p for p in (Path(folder, match[2]) for folder in folders) if p.exists()), Path(folders[0], match[2]))
+    )
+
+
+def describe() -> str:
+    """Every option with its default and what it does."""
+    lines = ["usage: accelerate launch -m panorama_vlm.train [CONFIG.yaml] [--option value ...]", ""]
+    lines += [f"Ready files: {', '.join(sorted(path.name for path in CONFIGS.glob('*.yaml')))}", ""]
+    return "\n".join(lines + _describe(TrainConfig, ""))
+
+
+def _describe(of: type, prefix: str) -> list[str]:
+    lines = []
+    types = typing.get_type_hints(of)
+    for option in dataclasses.fields(of):
+        if dataclasses.is_dataclass(types[option.name]):
+            if option.name in STAGES and option.name != STAGES[0]:
+                lines.append(f"--{prefix}{option.name}.*: {option.metadata['help']}, the same options")
+            else:
+                lines.append(f"--{prefix}{option.name}.*: {option.metadata['help']}")
+                lines += _describe(types[option.name], f"{prefix}{option.name}.")  # type: ignore[arg-type]
+            continue
+        default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+        words = textwrap.wrap(f"{option.metadata['help']} (default: {default})", 90)
+        lines += [f"--{prefix}{option.name}", *(f"      {line}" for line in words)]
+    return lines
+
+
+def _dotlist(arguments: list[str]) -> list[str]:
+    """`--a.b-c 1 --d` -> `a.b_c=1`, `d=true`."""
+    settings = []
+    while arguments:
+        option = arguments.pop(0)
+        if not option.startswith("--"):
+            raise ValueError(f"expected --option value, got {option!r}; a YAML file comes first")
+        name, equals, value = option[2:].partition("=")
+        if not equals:
+            value = arguments.pop(0) if arguments and not arguments[0].startswith("--") else "true"
+        name = name.replace("-", "_")
+        if name.split(".")[-1] == "data" and not value.startswith("["):
+            value = f"[{{path: '{value}'}}]"
+        settings.append(f"{name}={value}")
+    return settings
+
+
+def _resolve(source: DataSource) -> DataSource:
+    images = None if source.images is None else package_path(source.images)
+    return dataclasses.replace(source, path=package_path(source.path), images=images)

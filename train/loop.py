@@ -1,115 +1,700 @@
-"""The loop: one stage, on any number of processes."""
+"""The loop: stages in order, on any number of processes, resumed where they were stopped."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
+import json
 import logging
-from collections.abc import Callable
+import math
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_scheduler
 
+from ..checkpoint_panorama import (
+    commit_folder,
+    newest_checkpoint,
+    read_state,
+    save_adapters,
+    unfinished_folder,
+    whole_folder,
+    write_state,
+)
 from ..modeling_panorama import PanoramaVLM, choose_attention
-from ..processing_panorama import PanoramaProcessor
-from .config import TrainConfig
-from .data import ConversationCollator, VisionCollator, load_samples
+from ..processing_panorama import IGNORE_INDEX
+from .build import load_start
+from .card import read_history, write_model_card
+from .config import GROUPS, TrainConfig, save_config
+from .data import BatchStream, ConversationCollator, Samples, SkippedSamples, Step, VisionCollator, open_data
+from .hub import HubPusher
 
 logger = logging.getLogger(__name__)
 
+PREEMPTED = 75  # exit status after SIGTERM: everything is saved, start again (EX_TEMPFAIL of sysexits.h)
+VERSIONS = ("panorama-vlm", "torch", "transformers", "accelerate", "peft", "datasets", "huggingface-hub")
+Batch = dict[str, torch.Tensor]
 
-def train(config: TrainConfig) -> list[float]:
-    """Train one stage and save a folder that loads anywhere.
+
+class Preempted(Exception):
+    """The run was asked to stop, and has saved where it is."""
+
+
+def train(config: TrainConfig) -> dict[str, list[float]]:
+    """Train the stages of a run, each from the one before.
+
+    In `config.output` are left: `config.yaml`; `vision/`, `resampler/`, `finetune/`, folders of the trained models that
+    load anywhere (with LoRA, `finetune/adapter/` as well); `checkpoints/`; `logs/STAGE/` with `metrics.jsonl`,
+    `samples.jsonl` and `skipped.jsonl`.
 
     Returns:
-        The loss of every step, mean over processes.
+        The loss of every step of each stage that was trained now; a resumed stage begins where it was resumed.
 
     Raises:
+        ValueError: for data or options that are wrong as a whole.
+        TooManyBadSamples: when more samples than `config.max_bad_share` cannot be used.
         FloatingPointError: when the loss is not finite; the step is named.
+        Preempted: after SIGTERM, when a checkpoint is written.
     """
-    accelerator = Accelerator()
-    set_seed(config.seed)
-    model, processor = load_model(config)
-    precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
-    if (attention := choose_attention(accelerator.device, precision)) != "sdpa":
-        model.set_attn_implementation(attention)
-    trained = model.set_stage(config.stage)  # type: ignore[arg-type]
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if accelerator.is_main_process:
-        count = sum(parameter.numel() for parameter in parameters)
-        logger.info("Stage %s trains %s parameters in %d tensors.", config.stage, f"{count:,}", len(trained))
-
-    samples = load_samples(config.data)
-    collate: Callable[[list[dict[str, Any]]], Any] = ConversationCollator(processor)
-    if config.stage == "vision":
-        first_lines = {name: index for index, name in reversed(list(enumerate(samples["file_name"])))}
-        samples = samples.select(sorted(first_lines.values()))  # each panorama once
-        collate = VisionCollator(processor, config.seed + accelerator.process_index)
-    loader = DataLoader(
-        samples,
-        batch_size=config.batch_size,
-        shuffle=True,
-        collate_fn=collate,
-        num_workers=config.num_workers,
-        generator=torch.Generator().manual_seed(config.seed),
+    output = Path(config.output)
+    accelerator = Accelerator(
+        log_with=config.trackers or None,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
     )
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    steps = config.epochs * len(loader)
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(steps * config.warmup_ratio), steps)
-
-    losses: list[float] = []
-    progress = tqdm(total=steps, desc=config.stage, disable=not accelerator.is_main_process)
-    for _ in range(config.epochs):
-        for batch in loader:
-            output = model(**batch, stage=config.stage)
-            loss = output.loss
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(accelerator.reduce(loss.detach(), "mean").item())
-            if not torch.isfinite(torch.tensor(losses[-1])):
-                raise FloatingPointError(f"the loss of step {len(losses)} of stage {config.stage!r} is {losses[-1]}")
-            progress.update()
-            progress.set_postfix(loss=f"{losses[-1]:.4f}")
-            if accelerator.is_main_process and len(losses) % config.log_every == 0:
-                figures = {"loss": losses[-1], "learning_rate": schedule.get_last_lr()[0]}
-                if config.stage == "vision":
-                    figures |= accelerator.unwrap_model(model).overlap_metrics(output.hidden_states.detach())
-                with logging_redirect_tqdm():
-                    logger.info("step %d: %s", len(losses), " ".join(f"{k}={v:.4g}" for k, v in figures.items()))
-    progress.close()
-
+    resumed = _find_checkpoint(config, output)
+    pusher = None
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(model)
-        model.eval().save_pretrained(config.output)
-        processor.save_pretrained(config.output)
-        logger.info("Saved %s.", config.output)
+        output.mkdir(parents=True, exist_ok=True)
+        save_config(config, output / "config.yaml")
+        if config.push_to_hub:
+            pusher = HubPusher(config.push_to_hub, private=config.hub_private)
+            pusher.check()
+    if config.trackers:
+        accelerator.init_trackers(config.project, config=_flat(dataclasses.asdict(config)))
+    losses: dict[str, list[float]] = {}
+    with _sigterm() as asked_to_stop:
+        start: str | None = None
+        for stage in config.stages:
+            folder = output / stage
+            if folder.is_dir():
+                logger.info("Stage %s is done: %s.", stage, folder)
+            else:
+                run = _StageRun(config, accelerator, stage, start, pusher, asked_to_stop)
+                losses[stage] = run.train(resumed)
+                del run
+                accelerator.free_memory()
+            start = str(folder)
+    if pusher is not None and start is not None:
+        pusher.push(start, f"Stage {config.stages[-1]} of PanoramaVLM")
+        for command in pusher.finish():
+            logger.error("Not everything is on the Hub. This pushes it:\n%s", command)
+    if config.trackers:
+        accelerator.end_training()
     accelerator.wait_for_everyone()
     return losses
 
 
-def load_model(config: TrainConfig) -> tuple[PanoramaVLM, PanoramaProcessor]:
-    """The model and processor to start from, in float32: mixed precision is a matter of `accelerate launch`."""
-    options = config.model_options()
-    if config.model is not None:
-        model = PanoramaVLM.from_pretrained(config.model, dtype=torch.float32, **options)
-        return model, PanoramaProcessor.from_pretrained(config.model)
-    if config.vision is None or config.language is None:
-        raise ValueError("without a model to start from, vision and language must be given")
-    processor = PanoramaProcessor.from_vision_text_pretrained(config.vision, config.language, **options)
-    model = PanoramaVLM.from_vision_text_pretrained(
-        config.vision,
-        config.language,
-        vision_kwargs={"dtype": torch.float32},
-        language_kwargs={"dtype": torch.float32},
-        image_token_id=processor.image_token_id,
-        **options,
-    )
-    return model, processor
+def _find_checkpoint(config: TrainConfig, output: Path) -> Path | None:
+    """The checkpoint to go on from."""
+    if config.resume == "no":
+        if any((output / name).exists() for name in ("checkpoints", *config.stages)):
+            raise ValueError(f"--resume no, but {str(output)!r} holds a run: choose another --output, or delete it")
+        return None
+    if config.resume == "auto":
+        return newest_checkpoint(output / "checkpoints")
+    read_state(config.resume)
+    return Path(config.resume)
+
+
+class _StageRun:
+    """One stage: everything it needs, and its loop."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        stage: str,
+        start: str | None,
+        pusher: HubPusher | None,
+        asked_to_stop: list[bool],
+    ):
+        self.config, self.accelerator, self.stage, self.start = config, accelerator, stage, start
+        self.pusher, self.asked_to_stop = pusher, asked_to_stop
+        self.options = config.stage_config(stage)
+        self.output = Path(config.output)
+        self.logs = self.output / "logs" / stage
+        set_seed(config.seed)
+        model, self.processor = load_start(config, start)
+        precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+        if (attention := choose_attention(accelerator.device, precision)) != "sdpa":
+            model.set_attn_implementation(attention)
+        trained = model.set_stage(stage)  # type: ignore[arg-type]
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        if accelerator.is_main_process:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            logger.info("Stage %s trains %s parameters in %d tensors.", stage, f"{count:,}", len(trained))
+
+        sources = self.options.data or config.data
+        train, self.validation = open_data(
+            sources, stage=stage, seed=config.seed, validation_share=config.validation_share
+        )
+        self.samples = train
+        self.sources = [
+            {"path": source.path, "samples": None if train.streaming else len(train), "weight": source.weight}
+            for source in sources
+        ]
+        self.stream = self._batches(train)
+        optimizer = torch.optim.AdamW(self._parameter_groups(model), lr=self.options.learning_rate)
+        self.model, self.optimizer = self._prepare(model, optimizer)
+        warmup = int(self.stream.steps * self.options.warmup_ratio)
+        self.schedule = get_scheduler(self.options.schedule, self.optimizer, warmup, self.stream.steps)
+        accelerator.register_for_checkpointing(self.schedule)
+        self.skipped = SkippedSamples(
+            self.logs / "skipped.jsonl", config.max_bad_share, write=accelerator.is_main_process
+        )
+        self.step = 0
+        self.best: tuple[float, int] | None = None
+        self.results: dict[str, float] = {}
+        self.seconds = 0.0
+        self._filler: Batch | None = None
+
+    def _batches(self, samples: Samples, training: bool = True) -> BatchStream:
+        collate: Any
+        if self.stage == "vision":
+            heading = training and self.config.random_heading
+            collate = VisionCollator(self.processor, self.config.seed, self.config.cache_dir, heading)
+        else:
+            collate = ConversationCollator(self.processor, self.config.cache_dir)
+        steps = self.options.max_steps if training else (self.config.eval_samples or 1) if samples.streaming else None
+        return BatchStream(
+            samples,
+            collate,
+            batch_size=self.options.batch_size,
+            accumulation=self.options.accumulation if training else 1,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            seed=self.config.seed,
+            epochs=self.options.epochs if training else 1,
+            max_steps=steps,
+            shuffle=training,
+            group_by_length=training and self.config.group_by_length and self.stage != "vision",
+        )
+
+    def _loader(self, stream: BatchStream) -> DataLoader:
+        workers = self.config.num_workers
+        return DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator().manual_seed(self.config.seed),  # else it would draw from dropout's
+        )
+
+    def _parameter_groups(self, model: PanoramaVLM) -> list[dict[str, Any]]:
+        """Parameters by part of the model, matrices apart from vectors, which do not decay."""
+        groups = []
+        for part in GROUPS:
+            rate = self.options.learning_rates.get(part, self.options.learning_rate)
+            trained = [p for n, p in model.named_parameters() if n.startswith(f"{part}.") and p.requires_grad]
+            for decays in (True, False):
+                chosen = [parameter for parameter in trained if (parameter.ndim > 1) == decays]
+                decay = self.options.weight_decay if decays else 0.0
+                if chosen:
+                    groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "name": part})
+        return groups
+
+    def _prepare(self, model: PanoramaVLM, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is not None:
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.options.batch_size
+        model, optimizer = self.accelerator.prepare(model, optimizer)
+        return model, optimizer
+
+    @property
+    def plain(self) -> PanoramaVLM:
+        """The model without what Accelerate wraps around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    # The loop
+
+    def train(self, resumed: Path | None) -> list[float]:
+        """All steps that are left, then the folder of the stage."""
+        if resumed is not None:
+            self._resume(resumed)
+        losses: list[float] = []
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        progress = tqdm(
+            total=self.stream.steps,
+            initial=self.step,
+            desc=self.stage,
+            disable=not self.accelerator.is_main_process,
+            smoothing=0.05,
+        )
+        self.stream.start_step = self.step
+        clock = _Clock(self.seconds)
+        with progress, logging_redirect_tqdm():
+            steps = iter(self._loader(self.stream))
+            while self.step < self.stream.steps:
+                with clock.waiting():
+                    made: Step = next(steps)
+                figures = self._optimizer_step(made, trained)
+                losses.append(figures["loss"])
+                self.step = made.index + 1
+                clock.count(figures)
+                progress.update()
+                progress.set_postfix(loss=f"{figures['loss']:.4f}")
+                self.seconds = clock.seconds
+                if self.step % self.config.log_every == 0 or self.step == self.stream.steps:
+                    self._log({**figures, **clock.rates(), "epoch": (made.index + 1) / self.stream.epoch_steps})
+                stop = bool(figures["stop"])
+                last = self.step == self.stream.steps
+                if self.step % self.config.eval_every == 0 or last:
+                    self._evaluate()
+                if self.step % self.config.save_every == 0 or last or stop:
+                    self._save_checkpoint()
+                if stop and not last:
+                    logger.warning("Asked to stop: saved step %d of stage %s.", self.step, self.stage)
+                    raise Preempted(f"stopped at step {self.step} of stage {self.stage}")
+        self._finish()
+        return losses
+
+    def _optimizer_step(self, made: Step, trained: list[torch.nn.Parameter]) -> dict[str, float]:
+        """One step on the samples of all processes: the loss is their mean, however they are spread."""
+        batches: list[Batch] = [dict(batch) for batch in made.micro_batches]
+        counts = [
+            [int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) if "labels" in batch else 0, len_(batch)]
+            for batch in batches
+        ]
+        tokens, panoramas = (sum(count[i] for count in counts) for i in (0, 1))
+        image_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches if "attention_mask" in batch)
+        own = torch.tensor(
+            [tokens, panoramas, len(batches), len(made.skipped), image_tokens, self.asked_to_stop[0]],
+            dtype=torch.float64 if self.accelerator.device.type != "mps" else torch.float32,
+            device=self.accelerator.device,
+        )
+        everyone = self.accelerator.gather(own[None])  # [processes, 6]
+        tokens, panoramas, _, bad, all_tokens, _ = everyone.sum(0).tolist()
+        passes = max(1, int(everyone[:, 2].max()))
+        records = gather_object(made.skipped) if bad else []
+        self.skipped.add(records, made.seen)
+        world = self.accelerator.num_processes
+        unit = tokens if self.stage != "vision" else panoramas
+
+        totals: dict[str, torch.Tensor] = {}
+        output = None
+        for number in range(passes):
+            is_filler = number >= len(batches)
+            batch = self._stand_in() if is_filler else batches[number]
+            batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
+            share = 0.0 if is_filler else counts[number][1] * world / max(panoramas, 1)
+            with nullcontext() if number == passes - 1 else self.accelerator.no_sync(self.model):
+                if self.stage == "vision":
+                    output = self.model(**batch, stage=self.stage)
+                    loss = output.loss * share
+                    parts = {name: output[name] for name in ("invariance", "variance", "covariance") if name in output}
+                    parts = {name: value * share for name, value in parts.items()}
+                else:
+                    output = self.model(**batch, stage=self.stage, num_items_in_batch=max(tokens, 1) / world)
+                    loss = output.ar_loss * (0.0 if is_filler else 1.0)
+                    parts = {"ar_loss": loss}
+                    if output.overlap_loss is not None:
+                        overlap = output.overlap_loss * share
+                        loss = loss + self.plain.config.overlap_loss_weight_finetune * overlap
+                        parts["overlap_loss"] = overlap
+                self.accelerator.backward(loss)
+            for name, value in {"loss": loss, **parts}.items():
+                totals[name] = totals.get(name, 0.0) + value.detach().float() / world
+        names = sorted(totals)
+        reduced = self.accelerator.reduce(torch.stack([totals[name] for name in names]), "sum")
+        figures = dict(zip(names, reduced.tolist(), strict=True))
+        if not math.isfinite(figures["loss"]):
+            raise FloatingPointError(
+                f"the loss of step {made.index + 1} of stage {self.stage!r} is {figures['loss']}: lower the learning rate, "
+                "or use bf16 instead of fp16; the last checkpoint is whole"
+            )
+        norm = self.accelerator.clip_grad_norm_(trained, self.options.max_grad_norm)
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+        self.optimizer.zero_grad()
+        log_now = (made.index + 1) % self.config.log_every == 0
+        if self.stage == "vision" and log_now and batches and output is not None and passes == len(batches):
+            mask = batch.get("view_mask")
+            figures |= self.plain.overlap_metrics(output.hidden_states.detach(), mask)
+        figures |= {"grad_norm": 0.0 if norm is None else float(norm), "stop": float(everyone[:, 5].max())}
+        return {**figures, "supervised": unit, "panoramas": panoramas, "tokens": all_tokens}
+
+    def _stand_in(self) -> Batch:
+        """A black panorama, for a process that has fewer micro-batches than the others: all must run forward and
+        backward equally often. It counts for nothing."""
+        if self._filler is None:
+            images: Any = torch.zeros(64, 128, 3, dtype=torch.uint8)
+            if self.stage == "vision":
+                inputs = self.processor.image_processor(images, return_tensors="pt")
+            else:
+                parts = [{"type": "image", "image": images}, {"type": "text", "text": "What is this?"}]
+                turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Nothing."}]
+                inputs = self.processor.apply_chat_template(turns, return_labels=True)
+            self._filler = dict(inputs)
+        return self._filler
+
+    # What is written
+
+    def _log(self, figures: dict[str, float]) -> None:
+        rates = {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+        line = {name: value for name, value in {**figures, **rates}.items() if name not in ("stop", "supervised")}
+        if self.accelerator.is_main_process:
+            _append(self.logs / "metrics.jsonl", {"stage": self.stage, "step": self.step, **line})
+            shown = ("loss", "grad_norm", "retrieval", "effective_rank", "panoramas_per_second", "waiting")
+            logger.info("step %d: %s", self.step, " ".join(f"{n}={line[n]:.4g}" for n in shown if n in line))
+        if self.config.trackers:
+            self.accelerator.log({f"{self.stage}/{name}": value for name, value in line.items()}, step=self.step)
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """The loss on the validation share, and answers to the first of its questions (or of the trained ones)."""
+        if self.validation is None and (self.stage == "vision" or not self.config.eval_samples):
+            return
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        if self.validation is not None:
+            self.results = self._validate()
+            if self.accelerator.is_main_process:
+                _append(self.logs / "metrics.jsonl", {"stage": self.stage, "step": self.step, **self.results})
+                logger.info("step %d: %s", self.step, " ".join(f"{n}={v:.4g}" for n, v in self.results.items()))
+            if self.config.trackers:
+                results = {f"{self.stage}/{name}": value for name, value in self.results.items()}
+                self.accelerator.log(results, step=self.step)
+        if self.stage != "vision" and self.config.eval_samples:
+            answers = self._sample_answers(self.validation or self.samples)
+            if self.accelerator.is_main_process:
+                for answer in answers:
+                    _append(self.logs / "samples.jsonl", {"step": self.step, **answer})
+        for module in training:
+            module.training = True
+
+    def _validate(self) -> dict[str, float]:
+        totals = torch.zeros(2, dtype=torch.float64, device="cpu")
+        stream = self._batches(self.validation, training=False)  # type: ignore[arg-type]
+        for made in self._loader(stream):
+            batch = dict(made.micro_batches[0]) if made.micro_batches else None
+            inputs = self._stand_in() if batch is None else batch
+            inputs = {name: value.to(self.accelerator.device) for name, value in inputs.items()}
+            if self.stage == "vision":
+                weight, loss = len_(inputs), self.model(**inputs, stage=self.stage).loss
+            else:
+                weight = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+                loss = self.model(**inputs, stage=self.stage, return_logits=False).ar_loss
+            if batch is not None:
+                totals += torch.tensor([float(loss) * weight, weight], dtype=torch.float64)
+        total, weight = self.accelerator.reduce(totals.to(self.accelerator.device, torch.float32), "sum").tolist()
+        loss = total / weight if weight else math.nan
+        return (
+            {"eval_loss": loss}
+            if self.stage == "vision"
+            else {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+        )
+
+    def _sample_answers(self, samples: Samples) -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = []
+        for sample in samples:
+            if len(answers) == self.config.eval_samples:
+                break
+            messages = sample.get("messages") or []
+            asked = [i for i, message in enumerate(messages) if message["role"] == "user"][:1]
+            if not asked or "error" in sample:
+                continue
+            prompt = messages[: asked[0] + 1]
+            try:
+                inputs = self.processor.apply_chat_template(
+                    prompt, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+                ).to(self.accelerator.device)
+            except (ValueError, TypeError, OSError) as error:
+                logger.debug("No sample answer for %s: %s", sample.get("name"), error)
+                answers.append({})
+                continue
+            output = self.plain.generate(
+                **inputs,
+                max_new_tokens=64,
+                do_sample=False,
+                return_dict_in_generate=True,
+                tokenizer=self.processor.tokenizer,
+                synced_gpus=self.accelerator.distributed_type != DistributedType.NO,
+            )
+            images = [part["image"] for part in prompt[-1]["content"] if part["type"] == "image"]
+            words = [part["text"] for part in prompt[-1]["content"] if part["type"] == "text"]
+            reference = messages[asked[0] + 1]["content"] if len(messages) > asked[0] + 1 else []
+            answers.append(
+                {
+                    "image": Path(images[0]).name if images and isinstance(images[0], str) else sample.get("name"),
+                    "question": "".join(words).strip(),
+                    "answer": output.text[0].strip(),
+                    "reference": "".join(part.get("text", "") for part in reference).strip(),
+                }
+            )
+        return [answer for answer in answers if answer]
+
+    # Checkpoints
+
+    def _save_checkpoint(self) -> None:
+        """Everything a later run needs to go on, to the bit; the folder appears when it is whole."""
+        folder = self.output / "checkpoints" / f"{self.stage}-{self.step:07d}"
+        unfinished = unfinished_folder(folder)
+        main = self.accelerator.is_main_process
+        if main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(unfinished))
+        loss = self.results.get("eval_loss")
+        if loss is not None and (self.best is None or loss < self.best[0]):
+            self.best = (loss, self.step)
+        self.accelerator.wait_for_everyone()
+        if main:
+            self.plain.config.save_pretrained(unfinished)
+            self.processor.save_pretrained(unfinished)
+            write_state(
+                unfinished,
+                {
+                    "stage": self.stage,
+                    "step": self.step,
+                    "total_steps": self.config.stages.index(self.stage) * 10**9 + self.step,
+                    "seconds": self.seconds,
+                    "results": self.results,
+                    "best": self.best,
+                    "run": self._fingerprint(),
+                },
+            )
+            commit_folder(unfinished, folder)
+            self._rotate()
+            if self.pusher is not None and self._is_push_due():
+                pushed = self.output / f".hub-{folder.name}"
+                with whole_folder(pushed) as unfinished_push:
+                    self._export(unfinished_push)
+                self.pusher.push(pushed, f"Step {self.step} of stage {self.stage}", temporary=True)
+        self.accelerator.wait_for_everyone()
+
+    def _is_push_due(self) -> bool:
+        number = math.ceil(self.step / self.config.save_every)
+        full_weights = self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        due = self.config.hub_every > 0 and number % self.config.hub_every == 0 and self.step < self.stream.steps
+        if due and not full_weights:
+            logger.warning("Weights in shards are pushed at the end of the run, not at checkpoints.")
+        return due and full_weights
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What has to be the same for a run to go on: it decides which samples a step holds."""
+        return {
+            "seed": self.config.seed,
+            "samples of a step": self.stream.global_batch,
+            "steps": self.stream.steps,
+            "samples": None if self.samples.streaming else len(self.samples),
+            "schedule": self.options.schedule,
+        }
+
+    def _rotate(self) -> None:
+        """Keep the newest checkpoints, and the best one of this stage."""
+        folders = sorted((self.output / "checkpoints").glob(f"{self.stage}-*"))
+        keep = {folder.name for folder in folders[-self.config.keep_checkpoints :]}
+        if self.best is not None:
+            keep.add(f"{self.stage}-{self.best[1]:07d}")
+        for folder in folders:
+            if folder.name not in keep:
+                shutil.rmtree(folder)
+
+    def _resume(self, folder: Path) -> None:
+        state = read_state(folder)
+        if state["stage"] != self.stage:
+            return
+        now, then = self._fingerprint(), state["run"]
+        if changed := [name for name in now if now[name] != then.get(name)]:
+            differences = ", ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in changed)
+            raise ValueError(
+                f"{str(folder)!r} cannot be resumed with these options: {differences}. Set them back (batch_size x "
+                "accumulation x processes is what counts), or choose another --output"
+            )
+        self.accelerator.load_state(str(folder))
+        self.step, self.seconds, self.results = state["step"], state["seconds"], state["results"]
+        self.best = None if state["best"] is None else tuple(state["best"])
+        self.skipped.rewind(self.step, self.stream.seen_before(self.step))
+        if self.accelerator.is_main_process:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                _truncate(self.logs / name, self.step)
+        logger.info("Going on from step %d of stage %s, in %s.", self.step, self.stage, folder)
+
+    def _finish(self) -> None:
+        """The folder of the trained stage, whole or not there."""
+        gathered = None
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            gathered = self.accelerator.get_state_dict(self.model)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            with whole_folder(self.output / self.stage) as folder:
+                self._export(folder, gathered)
+            logger.info("Saved %s.", self.output / self.stage)
+        self.accelerator.wait_for_everyone()
+
+    def _export(self, folder: Path, gathered: dict[str, torch.Tensor] | None = None) -> None:
+        """The model as a folder that loads anywhere, with its processor, card and adapters."""
+        model = self.plain
+        if gathered is not None:  # weights lie in shards: a second model takes them in
+            plain = PanoramaVLM(model.config)
+            if model.has_lora:
+                plain.add_lora()
+            plain.set_stage(self.stage)  # type: ignore[arg-type]
+            plain.load_state_dict(gathered)
+            plain.generation_config = model.generation_config
+            model = plain
+        was_training = [module for module in model.modules() if module.training]
+        model.eval().save_pretrained(folder)
+        if model.has_lora:
+            save_adapters(model, folder / "adapter", self.start or self.config.model, model.state_dict())
+        for module in was_training:
+            module.training = True
+        self.processor.save_pretrained(folder)
+        stages = json.loads((self.output / "stages.json").read_text()) if (self.output / "stages.json").exists() else {}
+        stages[self.stage] = {
+            "name": self.stage,
+            "steps": self.step,
+            "samples": self.stream.seen_before(self.step),
+            "seconds": self.seconds,
+            "hyperparameters": {n: v for n, v in dataclasses.asdict(self.options).items() if n != "data"},
+            "data": self.sources,
+            "results": self.results,
+            "skipped": self.skipped.bad,
+        }
+        (self.output / "stages.json").write_text(json.dumps(stages, indent=1), encoding="utf-8")
+        history = {
+            name: read_history(self.output / "logs" / name / "metrics.jsonl").get(name, [])
+            for name in stages
+            if (self.output / "logs" / name / "metrics.jsonl").is_file()
+        }
+        answers = [json.loads(line) for line in _lines(self.logs / "samples.jsonl")]
+        write_model_card(
+            folder,
+            config=model.config,
+            run={
+                "repo_id": self.config.push_to_hub,
+                "stages": [{**stages[name], "history": history.get(name, [])} for name in stages],
+                "samples": [answer for answer in answers if answer["step"] == self.step],
+                "versions": _versions(),
+            },
+        )
+
+
+class _Clock:
+    """Throughput since the last log line."""
+
+    def __init__(self, seconds_before: float):
+        self.before, self.begin = seconds_before, time.perf_counter()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.since, self.waited, self.tokens, self.panoramas, self.steps = time.perf_counter(), 0.0, 0.0, 0.0, 0
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all resumptions."""
+        return self.before + time.perf_counter() - self.begin
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for data."""
+        begin = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begin
+
+    def count(self, figures: dict[str, float]) -> None:
+        self.tokens += figures["tokens"]
+        self.panoramas += figures["panoramas"]
+        self.steps += 1
+
+    def rates(self) -> dict[str, float]:
+        """Tokens and panoramas a second, the share of the time spent waiting for data, GiB of memory."""
+        passed = time.perf_counter() - self.since
+        rates = {"tokens_per_second": self.tokens / passed, "panoramas_per_second": self.panoramas / passed}
+        rates |= {"seconds_per_step": passed / self.steps, "waiting": self.waited / passed}
+        if torch.cuda.is_available():
+            rates["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            rates["memory_gib"] = peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+        self._reset()
+        return rates
+
+
+@contextmanager
+def _sigterm() -> Iterator[list[bool]]:
+    """A flag that SIGTERM, what schedulers send before they take a node away, sets."""
+    asked = [False]
+
+    def ask(*_: Any) -> None:
+        asked[0] = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, ask)
+    except ValueError:  # not in the main thread: whoever runs it there has to stop it
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def len_(batch: Batch) -> int:
+    """Panoramas of a batch."""
+    return len(batch["pixel_values"])
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drop the lines after a step, and one that was cut off when the run was killed."""
+    kept = []
+    for line in _lines(path):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue
+    if path.is_file():
+        path.write_text("".join(kept), encoding="utf-8")
+
+
+def _flat(options: dict[str, Any]) -> dict[str, str | int | float | bool]:
+    """Options as trackers take them."""
+    return {k: v if isinstance(v, str | int | float | bool) else json.dumps(v, default=str) for k, v in options.items()}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

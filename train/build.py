@@ -1,0 +1,77 @@
+"""What a run starts from: a saved model, or a new one composed of two others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from ..modeling_panorama import PanoramaVLM
+from ..processing_panorama import IMAGE_TOKEN, PanoramaProcessor
+from .config import ComposeConfig, TrainConfig
+
+
+def load_start(config: TrainConfig, model: str | None = None) -> tuple[PanoramaVLM, PanoramaProcessor]:
+    """The model and processor that a stage starts from, in float32: mixed precision is a matter of `accelerate launch`.
+
+    Args:
+        config: of the run.
+        model: folder of the stage before; without it what the configuration names.
+    """
+    model = model or config.model
+    if model is not None:
+        loaded = PanoramaVLM.from_pretrained(model, dtype=torch.float32, **config.options)
+        return loaded, PanoramaProcessor.from_pretrained(model)
+    return compose(config.compose, config.options)
+
+
+def compose(parts: ComposeConfig, options: dict[str, Any]) -> tuple[PanoramaVLM, PanoramaProcessor]:
+    """A new model and its processor."""
+    tokenizer = _tokenizer(parts)
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    language, vision = parts.language, parts.vision
+    if isinstance(language, str):
+        options = {"language_model_name": language, **options}
+        language = AutoModelForCausalLM.from_pretrained(language, **{"dtype": torch.float32, **parts.language_kwargs})
+    else:
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        made = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **language})
+        language = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    statistics = {}
+    if isinstance(vision, str):
+        mean, std = PanoramaProcessor.image_statistics(vision, parts.vision_kwargs)
+        statistics = {"image_mean": mean, "image_std": std}
+    else:
+        vision = AutoModel.from_config(AutoConfig.for_model(**vision), dtype=torch.float32)
+    model = PanoramaVLM.from_vision_text_pretrained(
+        vision,
+        language,
+        vision_kwargs={"dtype": torch.float32, **parts.vision_kwargs} if isinstance(vision, str) else None,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        **options,
+    )
+    return model, PanoramaProcessor.from_config(model.config, tokenizer, **statistics)
+
+
+def _tokenizer(parts: ComposeConfig) -> Any:
+    if parts.tokenizer == "bytes":
+        return bytes_tokenizer()
+    if parts.tokenizer is not None:
+        return AutoTokenizer.from_pretrained(parts.tokenizer)
+    if not isinstance(parts.language, str):
+        raise ValueError(
+            "compose.tokenizer must name a Hub id or folder, or be `bytes`, where compose.language is a configuration"
+        )
+    names = {name: value for name, value in parts.language_kwargs.items() if name != "dtype"}
+    return AutoTokenizer.from_pretrained(parts.language, **names)
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte of UTF-8, and an end of text: for small experiments with random weights."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
