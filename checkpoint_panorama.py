@@ -137,8 +137,8 @@ def load_checkpoint(
         logger.info("%s is a training checkpoint: stage %s, step %d.", path, state["stage"], state["step"])
         if not (path / "model.safetensors").is_file():
             raise ValueError(
-                f"the checkpoint {str(path)!r} holds the weights in the shards of FSDP or DeepSpeed; it can be resumed, and "
-                "the folder of the finished stage can be loaded"
+                f"the checkpoint {str(path)!r} holds the weights in the shards of FSDP or DeepSpeed; it can be "
+                "resumed, and the folder of the finished stage can be loaded"
             )
         config = cls.config_class.from_pretrained(path)
         weights = load_file(path / "model.safetensors")

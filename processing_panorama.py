@@ -191,15 +191,22 @@ class PanoramaProcessor(ProcessorMixin):
             text_config=AutoConfig.from_pretrained(language, **language_kwargs),
             **options,
         )
+        return cls.from_config(config, tokenizer, *cls.image_statistics(vision, vision_kwargs))
+
+    @staticmethod
+    def image_statistics(
+        vision: str, vision_kwargs: dict[str, Any] | None = None
+    ) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and standard deviation that a pretrained vision tower expects, from its own image processor."""
         try:
-            tower = AutoImageProcessor.from_pretrained(vision, **vision_kwargs)
+            tower = AutoImageProcessor.from_pretrained(vision, **(vision_kwargs or {}))
         except (OSError, ValueError):
             warnings.warn(
                 f"{vision!r} has no image processor to take image_mean and image_std from; SigLIP's 0.5 is used",
-                stacklevel=2,
+                stacklevel=3,
             )
-            return cls.from_config(config, tokenizer)
-        return cls.from_config(config, tokenizer, tower.image_mean, tower.image_std)
+            return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+        return tower.image_mean, tower.image_std
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Make model inputs.

@@ -24,12 +24,6 @@ from ..processing_panorama import PanoramaProcessor
 from .views import draw_views
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
-# What each stage is given; the language model starts from random weights, so it trains whole and not through LoRA.
-STAGES = {
-    "vision": ["--epochs", "20", "--batch_size", "4", "--learning_rate", "1e-3"],
-    "resampler": ["--epochs", "4", "--batch_size", "8", "--learning_rate", "1e-3"],
-    "finetune": ["--epochs", "90", "--batch_size", "8", "--learning_rate", "2e-3"],
-}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(os.cpu_count())]
 
@@ -103,14 +97,10 @@ def main(arguments: list[str] | None = None) -> None:
     draw_views(first, processor.image_processor.view_plan).save(output / "views.png")
     print(f"The views of {samples[0]['file_name']}: {output / 'views.png'}")
 
-    model = output / "start"
-    for stage, options in STAGES.items():
-        trained = output / stage
-        command = ["-m", "panorama_vlm.train", "--stage", stage, "--model", str(model), "--data", str(SAMPLES)]
-        command += ["--output", str(trained), *options]
-        print(f"\n$ accelerate launch {' '.join(command)}", flush=True)
-        subprocess.run([*LAUNCH, *command], check=True)
-        model = trained
+    command = ["-m", "panorama_vlm.train", "quickstart.yaml", "--model", str(output / "start"), "--output", str(output)]
+    print(f"\n$ accelerate launch {' '.join(command)}", flush=True)
+    subprocess.run([*LAUNCH, *command], check=True)
+    model = output / "finetune"
 
     answers_file = output / "answers.json"
     print("\nA new process loads the folder with trust_remote_code=True, without the package, and answers:", flush=True)

@@ -1,127 +1,402 @@
+"""The trainer as its users run it: commands, folders, files."""
+
 import json
+import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from panorama_vlm import PanoramaProcessor, PanoramaVLM
-from panorama_vlm.train.config import TrainConfig
-from panorama_vlm.train.data import ConversationCollator, VisionCollator, load_samples
+from panorama_vlm.checkpoint_panorama import newest_checkpoint, read_state, whole_folder
+from panorama_vlm.train.config import CONFIGS, describe, load_config, save_config
+from panorama_vlm.train.data import TooManyBadSamples
+from panorama_vlm.train.loop import PREEMPTED, train
+from safetensors.torch import load_file
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
+NO_DROPOUT = "{latent_dimension: 32, vicreg_projector_dim: 48, lora_rank: 4, lora_dropout: 0.0}"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-@pytest.fixture
-def start(make, tmp_path):
-    """A folder with a tiny model and its processor."""
-    model, processor = make(use_lora=False)
-    model.save_pretrained(tmp_path / "start")
-    processor.save_pretrained(tmp_path / "start")
-    return tmp_path / "start"
+def launch(*arguments, processes=1):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["-m", "panorama_vlm.train", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
 
 
-def launch(*arguments):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "panorama_vlm.train"]
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
+def run_here(output, *arguments):
+    """Train in this process."""
+    return train(load_config(["tiny.yaml", "--output", str(output), *map(str, arguments)]))
+
+
+def metrics(output, stage, name="loss"):
+    lines = (Path(output) / "logs" / stage / "metrics.jsonl").read_text().splitlines()
+    return [line[name] for line in map(json.loads, lines) if name in line]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A whole run of tiny.yaml with a validation share."""
+    output = tmp_path_factory.mktemp("trained")
+    options = ["--validation_share", 0.2, "--eval_every", 3, "--keep_checkpoints", 1, "--trackers", "[tensorboard]"]
+    losses = run_here(output, *options)
+    return output, losses
+
+
+# What a run leaves
 
 
 @pytest.mark.slow
-def test_each_stage_is_one_command_trains_its_parts_and_starts_from_the_one_before(start, tmp_path, panoramas, ask):
-    model = start
+def test_a_run_of_three_stages_leaves_folders_that_load_and_says_what_it_did(trained, ask, panoramas):
+    output, losses = trained
+    assert [len(losses[stage]) for stage in ("vision", "resampler", "finetune")] == [8, 6, 6]
+    before = None
     changed_parts = {
-        "vision": {"resampler", "vicreg_projector"},
+        "vision": None,
         "resampler": {"resampler", "projection"},
         "finetune": {"resampler", "projection", "language_model"},
     }
     for stage, expected in changed_parts.items():
-        output = tmp_path / stage
-        options = ["--epochs", 1, "--batch_size", 8, "--learning_rate", 1e-3, "--log_every", 1]
-        run = launch("--stage", stage, "--model", model, "--data", SAMPLES, "--output", output, *options)
-        assert run.returncode == 0, run.stderr
-        assert "it/s, loss=" in run.stderr  # the progress bar
-        assert ("retrieval=" in run.stderr and "effective_rank=" in run.stderr) == (stage == "vision")
-        before, after = PanoramaVLM.from_pretrained(model), PanoramaVLM.from_pretrained(output)
-        weights = dict(before.named_parameters())
-        changed = {name.split(".")[0] for name, p in after.named_parameters() if not torch.equal(p, weights[name])}
-        assert changed == expected
-        model = output
-    processor = PanoramaProcessor.from_pretrained(model)
+        after = PanoramaVLM.from_pretrained(output / stage)
+        assert not after.has_lora
+        if before is not None:
+            weights = dict(before.named_parameters())
+            changed = {n.split(".")[0] for n, p in after.named_parameters() if not torch.equal(p, weights[n])}
+            assert changed == expected
+        before = after
+        card = (output / stage / "README.md").read_text()
+        assert "library_name: transformers" in card and str(output) not in card
+        assert (output / stage / "loss_curve.png").stat().st_size > 1000
+        assert metrics(output, stage) == pytest.approx(losses[stage])
+        assert len(metrics(output, stage, "eval_loss")) >= 2
+    processor = PanoramaProcessor.from_pretrained(output / "finetune")
     assert after.generate(**ask(processor, panoramas[0]), max_new_tokens=2).shape[0] == 1
+
+    line = json.loads((output / "logs/finetune/metrics.jsonl").read_text().splitlines()[0])
+    wanted = {"loss", "ar_loss", "overlap_loss", "grad_norm", "tokens_per_second", "panoramas_per_second", "waiting"}
+    assert wanted | {"memory_gib", "learning_rate/language_model", "epoch"} <= set(line)
+    assert {"retrieval", "effective_rank", "invariance", "variance", "covariance"} <= set(
+        json.loads((output / "logs/vision/metrics.jsonl").read_text().splitlines()[0])
+    )
+    answers = [json.loads(text) for text in (output / "logs/finetune/samples.jsonl").read_text().splitlines()]
+    assert {"step", "image", "question", "answer", "reference"} == set(answers[0])
+    assert [answer["step"] for answer in answers] == [3, 3, 6, 6]
+    assert list(output.rglob("events.out.tfevents*"))
+    again = load_config([str(output / "config.yaml")])
+    assert again == load_config([str(output / "config.yaml"), "--stage", "all"])
 
 
 @pytest.mark.slow
-def test_the_vision_stage_lowers_its_loss_and_a_lora_finetune_memorises(start, tmp_path):
-    from panorama_vlm.train.loop import train
+def test_the_best_and_the_newest_checkpoint_are_kept(trained):
+    output, _ = trained
+    for stage in ("vision", "resampler", "finetune"):
+        kept = {path.name for path in (output / "checkpoints").glob(f"{stage}-*")}
+        states = [read_state(output / "checkpoints" / name) for name in kept]
+        newest = max(states, key=lambda state: state["step"])
+        assert kept == {f"{stage}-{newest['step']:07d}", f"{stage}-{newest['best'][1]:07d}"}
 
-    common = {"data": str(SAMPLES), "batch_size": 4, "learning_rate": 3e-3}
-    losses = train(TrainConfig(stage="vision", model=str(start), output=str(tmp_path / "vision"), epochs=10, **common))
-    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
-    options = json.dumps({"use_lora": True, "lora_rank": 8})
-    losses = train(
-        TrainConfig("finetune", output=str(tmp_path / "lora"), model=str(start), options=options, epochs=4, **common)
+
+@pytest.mark.slow
+def test_a_finished_run_does_nothing_and_another_one_does_not_overwrite_it(trained):
+    output, _ = trained
+    weights = (output / "finetune/model.safetensors").stat().st_mtime_ns
+    assert train(load_config([str(output / "config.yaml")])) == {}
+    assert (output / "finetune/model.safetensors").stat().st_mtime_ns == weights
+    with pytest.raises(ValueError, match="holds a run: choose another --output"):
+        train(load_config([str(output / "config.yaml"), "--resume", "never"]))
+    (newest,) = [path for path in (output / "checkpoints").glob("finetune-0000006")]
+    folder = output / "finetune"
+    folder.rename(output / "moved")
+    try:
+        with pytest.raises(ValueError, match="seed was 0 and is 1"):
+            train(load_config([str(output / "config.yaml"), "--seed", "1"]))
+        assert train(load_config([str(output / "config.yaml"), "--resume", str(newest)])) == {"finetune": []}
+        assert same_weights(folder, output / "moved")
+    finally:
+        shutil.rmtree(output / "moved", ignore_errors=True)
+
+
+def same_weights(first, second):
+    a, b = (load_file(Path(folder) / "model.safetensors") for folder in (first, second))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# Loading
+
+
+@pytest.mark.slow
+def test_from_checkpoint_tells_a_checkpoint_a_folder_and_adapters_apart(trained, ask, panoramas, caplog):
+    output, _ = trained
+    processor = PanoramaProcessor.from_pretrained(output / "finetune")
+    inputs = ask(processor, panoramas[0])
+    expected = PanoramaVLM.from_pretrained(output / "finetune").eval()(**inputs).logits
+    caplog.set_level("INFO", "panorama_vlm")
+    kinds = {
+        output / "finetune": "is a saved folder",
+        output / "finetune/adapter": "holds LoRA adapters",
+        output / "checkpoints/finetune-0000006": "is a training checkpoint: stage finetune, step 6",
+    }
+    for path, words in kinds.items():
+        caplog.clear()
+        model = PanoramaVLM.from_checkpoint(path).eval()
+        assert words in caplog.text
+        assert model.has_lora == ("saved folder" not in words)
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+        model.merge_lora()
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="is no training checkpoint .* or PEFT adapter folder"):
+        PanoramaVLM.from_checkpoint(output / "logs")
+    with pytest.raises(ValueError, match="no such folder"):
+        PanoramaVLM.from_checkpoint(output / "nowhere")
+
+
+@pytest.mark.slow
+def test_peft_loads_the_adapters_onto_the_language_model(trained):
+    from peft import PeftModel
+
+    output, _ = trained
+    base, tuned = (PanoramaVLM.from_pretrained(output / stage) for stage in ("resampler", "finetune"))
+    merged = PeftModel.from_pretrained(base.language_model, output / "finetune/adapter").merge_and_unload()
+    for name, weight in tuned.language_model.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], weight)
+
+
+# The same run, however it is spread
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "steps"), [("vision", 20), ("resampler", 20), ("finetune", 20)])
+def test_two_processes_have_the_losses_of_one_with_twice_the_batch(tmp_path, stage, steps):
+    common = ["tiny.yaml", "--stage", stage, "--options", NO_DROPOUT, f"--{stage}.max_steps", steps]
+    common += ["--save_every", 1000, "--eval_samples", 0]
+    # Ten samples a step: of 12 panoramas or 48 questions the last batch of an epoch has two or eight.
+    spread = {
+        "one": (1, ["batch_size", 10, "accumulation", 1]),
+        "two": (2, ["batch_size", 5, "accumulation", 1]),
+        "two_accumulated": (2, ["batch_size", 1, "accumulation", 5]),
+    }
+    losses = {}
+    for name, (processes, (*options,)) in spread.items():
+        options = [f"--{stage}.{value}" if isinstance(value, str) else value for value in options]
+        run = launch(*common, "--output", tmp_path / name, *options, processes=processes)
+        assert run.returncode == 0, run.stderr[-3000:]
+        losses[name] = torch.tensor(metrics(tmp_path / name, stage), dtype=torch.float64)
+        assert len(losses[name]) == steps
+    assert losses["one"].std() > 1e-3  # it learns, so what it learned from shows
+    for name in ("two", "two_accumulated"):
+        torch.testing.assert_close(losses[name], losses["one"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_accumulated_losses_are_normalised_by_all_supervised_tokens(tmp_path):
+    """Against the loss of the whole batch in one piece, written plainly."""
+    from panorama_vlm.train.build import load_start
+    from panorama_vlm.train.data import BatchStream, ConversationCollator, open_data
+
+    options = ["--stage", "resampler", "--resampler.batch_size", 1, "--resampler.accumulation", 7]
+    options += ["--resampler.max_steps", 1, "--options", NO_DROPOUT]
+    losses = run_here(tmp_path / "run", *options)["resampler"]
+    config = load_config(["tiny.yaml", *map(str, options)])
+    torch.manual_seed(config.seed)
+    from accelerate.utils import set_seed
+
+    set_seed(config.seed)
+    model, processor = load_start(config)
+    samples, _ = open_data(config.data, stage="resampler", seed=0)
+    stream = BatchStream(samples, ConversationCollator(processor), batch_size=7, max_steps=1)
+    (batch,) = next(iter(stream)).micro_batches
+    logits = model.eval()(**{**batch, "labels": None}, stage="resampler").logits.double()
+    overlap = model.overlap_loss(model.encode_views(batch["pixel_values"]))[0]
+    plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    expected = plain + model.config.overlap_loss_weight_finetune * overlap
+    assert losses[0] == pytest.approx(float(expected), abs=1e-5)
+
+
+# Nothing is lost
+
+
+@pytest.fixture
+def data_with_bad_rows(tmp_path, samples):
+    """The samples, a broken image, a missing one and an empty answer among them."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for row in samples:
+        shutil.copy(SAMPLES / row["file_name"], folder)
+    (folder / "broken.jpg").write_bytes((SAMPLES / "park.jpg").read_bytes()[:5000])
+    bad = [
+        {"file_name": "broken.jpg", "query": "q", "annotation": "a"},
+        {"file_name": "missing.jpg", "query": "q", "annotation": "a"},
+        {"file_name": "park.jpg", "query": "sky", "annotation": ""},
+    ]
+    rows = samples[:20] + bad + samples[20:]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_ends_with_the_weights_of_one_that_was_not(tmp_path, data_with_bad_rows):
+    generator = random.Random(0)
+    arguments = ["tiny.yaml", "--data", data_with_bad_rows, "--max_bad_share", 0.4, "--save_every", 2]
+    arguments += ["--vision.epochs", 3, "--resampler.max_steps", 14, "--finetune.max_steps", 14]
+    arguments += ["--eval_every", 5, "--validation_share", 0.1, "--num_workers", 1]
+    command = [sys.executable, "-m", "panorama_vlm.train", *map(str, arguments), "--output"]
+    whole = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, text=True, env=ENVIRONMENT)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+
+    def lines(output):
+        return sum(len(path.read_text().splitlines()) for path in output.glob("logs/*/metrics.jsonl"))
+
+    killed, log, ways = tmp_path / "killed", tmp_path / "log", []
+    for attempt in range(10):
+        begun = time.monotonic()
+        with log.open("w") as words:
+            process = subprocess.Popen([*command, str(killed)], stdout=words, stderr=words, env=ENVIRONMENT)
+        start = lines(killed) if attempt == 0 else None
+        how = signal.SIGTERM if attempt in (3, 7) else signal.SIGKILL
+        wanted = generator.randint(1, 4)
+        while process.poll() is None and time.monotonic() - begun < 120:
+            if start is None and time.monotonic() - begun > 3:
+                start = lines(killed)  # after the lines of steps that are made again were dropped
+            if start is not None and lines(killed) >= start + wanted:
+                time.sleep(generator.random() * 0.1)
+                break
+            time.sleep(0.01)
+        process.send_signal(how)
+        ways.append(process.wait(60))
+        assert ways[-1] in (-signal.SIGKILL, PREEMPTED), log.read_text()[-3000:]
+    assert ways.count(-signal.SIGKILL) == 8 and ways.count(PREEMPTED) == 2
+    last = subprocess.run([*command, str(killed)], capture_output=True, text=True, env=ENVIRONMENT)
+    assert last.returncode == 0, last.stderr[-3000:]
+
+    for stage in ("vision", "resampler", "finetune"):
+        assert same_weights(tmp_path / "whole" / stage, killed / stage), stage
+        assert metrics(tmp_path / "whole", stage) == metrics(killed, stage)
+        skipped = [
+            [json.loads(line) for line in (output / "logs" / stage / "skipped.jsonl").read_text().splitlines()]
+            for output in (tmp_path / "whole", killed)
+        ]
+        assert skipped[0] == skipped[1]
+    reasons = {record["reason"].split(":")[0] for record in skipped[0]}
+    assert {"unreadable image", "missing image", "empty answer"} >= reasons and reasons
+    file = "finetune/adapter/adapter_model.safetensors"
+    assert (tmp_path / "whole" / file).read_bytes() == (killed / file).read_bytes()
+
+
+def test_a_torn_checkpoint_is_ignored_with_a_word_and_the_one_before_it_found(tmp_path, caplog):
+    from panorama_vlm.checkpoint_panorama import write_state
+
+    for step in (2, 4, 6):
+        with whole_folder(tmp_path / f"vision-{step}") as folder:
+            (folder / "model.safetensors").write_bytes(bytes(100))
+            write_state(folder, {"stage": "vision", "step": step, "total_steps": step})
+    assert newest_checkpoint(tmp_path).name == "vision-6"
+    (tmp_path / "vision-6/model.safetensors").write_bytes(bytes(60))
+    assert newest_checkpoint(tmp_path).name == "vision-4"
+    assert "vision-6" in caplog.text and "model.safetensors has 60 bytes instead of 100" in caplog.text
+    (tmp_path / "vision-4/trainer_state.json").unlink()
+    assert newest_checkpoint(tmp_path).name == "vision-2"
+    with pytest.raises(RuntimeError, match="killed"), whole_folder(tmp_path / "vision-8") as folder:
+        (folder / "model.safetensors").write_bytes(bytes(10))
+        raise RuntimeError("killed while writing")
+    caplog.clear()
+    assert newest_checkpoint(tmp_path).name == "vision-2"
+    assert "was not finished when the run was stopped" in caplog.text
+    with pytest.raises(ValueError, match="is not whole"):
+        read_state(tmp_path / "vision-6")
+
+
+def test_a_folder_that_is_written_again_is_replaced_whole(tmp_path):
+    for content in ("first", "second"):
+        with whole_folder(tmp_path / "a") as folder:
+            (folder / content).write_text(content)
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "second"]
+
+
+def test_too_many_bad_samples_end_the_run_and_say_why(tmp_path):
+    rows = [{"file_name": "park.jpg" if i % 2 else "none.jpg", "query": "q", "annotation": "a"} for i in range(40)]
+    shutil.copy(SAMPLES / "park.jpg", tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["--stage", "resampler", "--data", tmp_path, "--resampler.max_steps", 10]
+    with pytest.raises(TooManyBadSamples, match="could not be used, more than the allowed share of 0.1.*missing image"):
+        run_here(tmp_path / "run", *options)
+    with pytest.raises(ValueError, match="the folder has no metadata.jsonl"):
+        run_here(tmp_path / "other", "--stage", "resampler", "--data", SAMPLES.parent / "tests")
+
+
+@pytest.mark.slow
+def test_the_whole_language_model_and_tower_train_where_lora_is_off(tmp_path):
+    options = "{latent_dimension: 32, vicreg_projector_dim: 48, use_lora: false, finetune_vision_tower: true}"
+    losses = run_here(
+        tmp_path, "--stage", "finetune", "--options", options, "--finetune.max_steps", 12, "--gradient_checkpointing"
     )
-    assert losses[-1] < losses[0]
-    assert not PanoramaVLM.from_pretrained(tmp_path / "lora").has_lora
+    assert losses["finetune"][-1] < losses["finetune"][0]
+    assert not (tmp_path / "finetune/adapter").exists()
+    rates = json.loads((tmp_path / "logs/finetune/metrics.jsonl").read_text().splitlines()[0])
+    assert {"learning_rate/vision_tower", "learning_rate/language_model"} <= set(rates)
+
+
+@pytest.mark.slow
+def test_prepared_views_and_a_stage_of_its_own_rates_train_too(tmp_path):
+    options = ["--cache_dir", tmp_path / "views", "--num_workers", 2, "--vision.learning_rates", "{resampler: 0.0}"]
+    losses = run_here(tmp_path / "run", "--stage", "vision", *options)
+    assert len(losses["vision"]) == 8
+    assert list((tmp_path / "views").rglob("*.safetensors"))
+    line = json.loads((tmp_path / "run/logs/vision/metrics.jsonl").read_text().splitlines()[-1])
+    assert line["learning_rate/resampler"] == 0 and line["grad_norm"] > 0
+
+
+# The command line
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("arguments", "message"),
     [
-        ({"epochs": 0}, "--epochs must be positive, got 0"),
-        ({"learning_rate": -1.0}, "--learning_rate must be positive"),
-        ({"warmup_ratio": 1.0}, r"--warmup_ratio must be in \[0, 1\)"),
-        ({"model": None}, "give --model, or both --vision and --language"),
-        ({"vision": "a"}, "leave them out with --model"),
-        ({"data": "nowhere"}, "metadata.jsonl' does not exist"),
-        ({"options": "{"}, "--options must be JSON"),
-        ({"options": "[1]"}, "--options must be a JSON object"),
+        (["nope.yaml"], "there is no file 'nope.yaml'; ready ones are .*tiny.yaml"),
+        (["tiny.yaml", "--finetune.epoch", "3"], "finetune.epoch: .*Did you mean: 'epochs'"),
+        (["tiny.yaml", "--vision.epochs", "many"], "vision.epochs: Value 'many'"),
+        (["tiny.yaml", "--stage", "fine"], "Invalid value 'fine', expected one of"),
+        (["tiny.yaml", "--vision.batch_size", "0"], "vision.batch_size must be positive, got 0"),
+        (["tiny.yaml", "--vision.warmup_ratio", "1"], r"vision.warmup_ratio must be in \[0, 1\), got 1"),
+        (["tiny.yaml", "--finetune.learning_rates", "{head: 1}"], "must be one of vision_tower, .*got head"),
+        (["tiny.yaml", "--model", "m"], "leave it out with --model"),
+        (["--data", "x"], "give --model, or both compose.vision and compose.language"),
+        (["tiny.yaml", "--data", "[]"], "stage 'vision' has no data"),
+        (["tiny.yaml", "vision"], "expected --option value, got 'vision'"),
+        (["tiny.yaml", "--data", "no_such_package:x"], "'no_such_package', which is not installed"),
     ],
 )
-def test_wrong_options_are_found_before_anything_is_loaded(options, message):
-    config = TrainConfig(**{"stage": "vision", "data": str(SAMPLES), "output": "x", "model": "m", **options})
+def test_wrong_options_are_found_before_anything_is_loaded(arguments, message):
     with pytest.raises(ValueError, match=message):
-        config.check()
+        load_config(arguments)
 
 
-def test_the_command_line_says_in_one_line_what_is_wrong(tmp_path):
-    arguments = ["--stage", "vision", "--data", str(tmp_path), "--output", "x", "--model", "m"]
-    run = subprocess.run([sys.executable, "-m", "panorama_vlm.train", *arguments], capture_output=True, text=True)
+def test_options_of_the_command_line_win_over_the_file_and_the_resolved_ones_are_a_file_again(tmp_path):
+    config = load_config(["tiny.yaml", "--finetune.epochs=7", "--push-to-hub", "org/name", "--hub-private"])
+    assert config.finetune.epochs == 7 and config.finetune.accumulation == 2
+    assert config.push_to_hub == "org/name" and config.hub_private
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config([str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_ready_files_are_right(file):
+    config = load_config([file] if file != "quickstart.yaml" else [file, "--model", "start"])
+    assert config.stages == ("vision", "resampler", "finetune")
+
+
+def test_the_command_line_says_in_one_line_what_is_wrong_and_explains_every_option():
+    run = subprocess.run(
+        [sys.executable, "-m", "panorama_vlm.train", "tiny.yaml", "--stages", "all"], capture_output=True, text=True
+    )
     assert run.returncode == 1
-    assert run.stderr.splitlines()[-1].startswith("error: --data needs a folder with metadata.jsonl")
-
-
-def test_samples_have_their_panorama_question_and_answer(samples):
-    loaded = load_samples(str(SAMPLES))
-    assert len(loaded) == 48
-    assert loaded[5]["query"] == samples[5]["query"]
-    assert loaded[5]["image"].size == (512, 256)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ({"file_name": "a.jpg", "query": "q"}, r"lacks the fields \['annotation'\]"),
-        ({"file_name": "a.jpg", "query": "q", "annotation": "a"}, "1 panoramas of metadata.jsonl do not exist"),
-    ],
-)
-def test_data_that_lacks_something_is_refused(tmp_path, line, message):
-    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
-    with pytest.raises(ValueError, match=message):
-        load_samples(str(tmp_path))
-
-
-def test_batches_hold_what_their_stage_needs(make):
-    _, processor = make()
-    rows = [load_samples(str(SAMPLES))[i] for i in (0, 1)]
-    assert set(VisionCollator(processor, 0)(rows)) == {"pixel_values"}
-    batch = ConversationCollator(processor)(rows)
-    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "labels"}
-
-
-def test_the_vision_stage_sees_each_panorama_under_a_new_heading(make):
-    _, processor = make()
-    rows = [load_samples(str(SAMPLES))[0]]
-    collate = VisionCollator(processor, 0)
-    assert not torch.equal(collate(rows)["pixel_values"], collate(rows)["pixel_values"])
+    assert run.stderr.splitlines()[-1].startswith("error: in the command line: stages: Key 'stages'")
+    text = describe()
+    for option in ("--output", "--vision.learning_rates", "--compose.tokenizer", "--push_to_hub", "--resume"):
+        assert f"\n{option}\n" in text

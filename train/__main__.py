@@ -16,8 +16,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(describe())
         return
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "datasets", "PIL"):
+    for noisy in ("httpx", "datasets", "PIL", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("accelerate.utils.other").setLevel(
+        logging.ERROR
+    )  # that tied weights are saved once is as it should
     try:
         train(load_config(arguments))
     except (ValueError, TooManyBadSamples, FloatingPointError) as error:

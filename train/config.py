@@ -75,11 +75,9 @@ class TrainConfig:
     cache_dir: str | None = _option(None, "folder that keeps prepared views for later epochs")
     max_bad_share: float = _option(0.1, "the run fails when more samples than this share cannot be used")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, more time")
-    resume: str = _option("auto", "auto: from the newest whole checkpoint in output; no: start anew; or a checkpoint")
+    resume: str = _option("auto", "auto: from the newest whole checkpoint in output; never; or a checkpoint")
     save_every: int = _option(500, "steps between two checkpoints; there is one at the end of a stage, too")
-    keep_checkpoints: int = _option(
-        3, "how many of the newest are kept, beside the one with the lowest evaluation loss"
-    )
+    keep_checkpoints: int = _option(3, "the newest ones that are kept, beside the one with the lowest evaluation loss")
     log_every: int = _option(10, "steps between two lines of metrics.jsonl and of the trackers")
     eval_every: int = _option(500, "steps between two evaluations on the validation share, and sample answers")
     eval_samples: int = _option(4, "sample answers an evaluation")
@@ -139,9 +137,9 @@ def load_config(arguments: Sequence[str]) -> TrainConfig:
     """The configuration that a command line names.
 
     Args:
-        arguments: `[CONFIG.yaml] [--option value ...]`. The file is a path or the name of a ready one, `option` a dotted
-            name such as `finetune.learning_rate` (hyphens stand for underscores), `value` YAML. An option without a value
-            is true.
+        arguments: `[CONFIG.yaml] [--option value ...]`. The file is a path or the name of a ready one, `option` a
+            dotted name such as `finetune.learning_rate` (hyphens stand for underscores), `value` YAML. An option
+            without a value is true.
 
     Raises:
         ValueError: for an unknown option, with a suggestion, or a value of the wrong type.
@@ -189,9 +187,8 @@ def package_path(path: str) -> str:
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     if not folders:
         raise ValueError(f"{path!r} names the package {match[1]!r}, which is not installed: pip install it")
-    return str(
-        next((p for p in (Path(folder, match[2]) for folder in folders) if p.exists()), Path(folders[0], match[2]))
-    )
+    paths = [Path(folder, match[2]) for folder in folders]
+    return str(next((path for path in paths if path.exists()), paths[0]))
 
 
 def describe() -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -70,15 +71,18 @@ def train(config: TrainConfig) -> dict[str, list[float]]:
         Preempted: after SIGTERM, when a checkpoint is written.
     """
     output = Path(config.output)
+    if missing := set(config.trackers) - {str(tracker) for tracker in get_available_trackers()}:
+        raise ValueError(f"trackers {sorted(missing)} are not installed: pip install them, or use --trackers '[]'")
     accelerator = Accelerator(
         log_with=config.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
     )
-    resumed = _find_checkpoint(config, output)
+    checkpoint = _find_checkpoint(config, output)
+    resumed_stage = None if checkpoint is None else read_state(checkpoint)["stage"]
     pusher = None
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        save_config(config, output / "config.yaml")
+
         if config.push_to_hub:
             pusher = HubPusher(config.push_to_hub, private=config.hub_private)
             pusher.check()
@@ -93,7 +97,7 @@ def train(config: TrainConfig) -> dict[str, list[float]]:
                 logger.info("Stage %s is done: %s.", stage, folder)
             else:
                 run = _StageRun(config, accelerator, stage, start, pusher, asked_to_stop)
-                losses[stage] = run.train(resumed)
+                losses[stage] = run.train(checkpoint if stage == resumed_stage else None)
                 del run
                 accelerator.free_memory()
             start = str(folder)
@@ -109,9 +113,9 @@ def train(config: TrainConfig) -> dict[str, list[float]]:
 
 def _find_checkpoint(config: TrainConfig, output: Path) -> Path | None:
     """The checkpoint to go on from."""
-    if config.resume == "no":
+    if config.resume == "never":
         if any((output / name).exists() for name in ("checkpoints", *config.stages)):
-            raise ValueError(f"--resume no, but {str(output)!r} holds a run: choose another --output, or delete it")
+            raise ValueError(f"--resume never, but {str(output)!r} holds a run: choose another --output, or delete it")
         return None
     if config.resume == "auto":
         return newest_checkpoint(output / "checkpoints")
@@ -163,7 +167,7 @@ class _StageRun:
         self.model, self.optimizer = self._prepare(model, optimizer)
         warmup = int(self.stream.steps * self.options.warmup_ratio)
         self.schedule = get_scheduler(self.options.schedule, self.optimizer, warmup, self.stream.steps)
-        accelerator.register_for_checkpointing(self.schedule)
+
         self.skipped = SkippedSamples(
             self.logs / "skipped.jsonl", config.max_bad_share, write=accelerator.is_main_process
         )
@@ -203,6 +207,7 @@ class _StageRun:
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=_ignore_sigterm,
             generator=torch.Generator().manual_seed(self.config.seed),  # else it would draw from dropout's
         )
 
@@ -237,6 +242,12 @@ class _StageRun:
         """All steps that are left, then the folder of the stage."""
         if resumed is not None:
             self._resume(resumed)
+        self.skipped.rewind(self.step, self.stream.seen_before(self.step))
+        if self.accelerator.is_main_process:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                _truncate(self.logs / name, self.step)
+        if self.accelerator.is_main_process:
+            save_config(self.config, self.output / "config.yaml")
         losses: list[float] = []
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         progress = tqdm(
@@ -277,10 +288,7 @@ class _StageRun:
     def _optimizer_step(self, made: Step, trained: list[torch.nn.Parameter]) -> dict[str, float]:
         """One step on the samples of all processes: the loss is their mean, however they are spread."""
         batches: list[Batch] = [dict(batch) for batch in made.micro_batches]
-        counts = [
-            [int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) if "labels" in batch else 0, len_(batch)]
-            for batch in batches
-        ]
+        counts = [(_supervised(batch), len(batch["pixel_values"])) for batch in batches]
         tokens, panoramas = (sum(count[i] for count in counts) for i in (0, 1))
         image_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches if "attention_mask" in batch)
         own = torch.tensor(
@@ -325,8 +333,8 @@ class _StageRun:
         figures = dict(zip(names, reduced.tolist(), strict=True))
         if not math.isfinite(figures["loss"]):
             raise FloatingPointError(
-                f"the loss of step {made.index + 1} of stage {self.stage!r} is {figures['loss']}: lower the learning rate, "
-                "or use bf16 instead of fp16; the last checkpoint is whole"
+                f"the loss of step {made.index + 1} of stage {self.stage!r} is {figures['loss']}: lower the learning "
+                "rate, or use bf16 instead of fp16; the last checkpoint is whole"
             )
         norm = self.accelerator.clip_grad_norm_(trained, self.options.max_grad_norm)
         self.optimizer.step()
@@ -397,19 +405,16 @@ class _StageRun:
             inputs = self._stand_in() if batch is None else batch
             inputs = {name: value.to(self.accelerator.device) for name, value in inputs.items()}
             if self.stage == "vision":
-                weight, loss = len_(inputs), self.model(**inputs, stage=self.stage).loss
+                weight, loss = len(inputs["pixel_values"]), self.model(**inputs, stage=self.stage).loss
             else:
-                weight = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+                weight = _supervised(inputs)
                 loss = self.model(**inputs, stage=self.stage, return_logits=False).ar_loss
             if batch is not None:
                 totals += torch.tensor([float(loss) * weight, weight], dtype=torch.float64)
         total, weight = self.accelerator.reduce(totals.to(self.accelerator.device, torch.float32), "sum").tolist()
         loss = total / weight if weight else math.nan
-        return (
-            {"eval_loss": loss}
-            if self.stage == "vision"
-            else {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
-        )
+        perplexity = {} if self.stage == "vision" else {"eval_perplexity": math.exp(min(loss, 700))}
+        return {"eval_loss": loss, **perplexity}
 
     def _sample_answers(self, samples: Samples) -> list[dict[str, Any]]:
         answers: list[dict[str, Any]] = []
@@ -476,6 +481,7 @@ class _StageRun:
                     "step": self.step,
                     "total_steps": self.config.stages.index(self.stage) * 10**9 + self.step,
                     "seconds": self.seconds,
+                    "schedule": self.schedule.state_dict(),
                     "results": self.results,
                     "best": self.best,
                     "run": self._fingerprint(),
@@ -520,8 +526,6 @@ class _StageRun:
 
     def _resume(self, folder: Path) -> None:
         state = read_state(folder)
-        if state["stage"] != self.stage:
-            return
         now, then = self._fingerprint(), state["run"]
         if changed := [name for name in now if now[name] != then.get(name)]:
             differences = ", ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in changed)
@@ -530,12 +534,9 @@ class _StageRun:
                 "accumulation x processes is what counts), or choose another --output"
             )
         self.accelerator.load_state(str(folder))
+        self.schedule.load_state_dict(state["schedule"])
         self.step, self.seconds, self.results = state["step"], state["seconds"], state["results"]
         self.best = None if state["best"] is None else tuple(state["best"])
-        self.skipped.rewind(self.step, self.stream.seen_before(self.step))
-        if self.accelerator.is_main_process:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                _truncate(self.logs / name, self.step)
         logger.info("Going on from step %d of stage %s, in %s.", self.step, self.stage, folder)
 
     def _finish(self) -> None:
@@ -658,9 +659,14 @@ def _sigterm() -> Iterator[list[bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def len_(batch: Batch) -> int:
-    """Panoramas of a batch."""
-    return len(batch["pixel_values"])
+def _ignore_sigterm(worker: int) -> None:
+    """Schedulers send SIGTERM to every process; workers have to go on until the loop has saved where it is."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _supervised(batch: Batch) -> int:
+    """Tokens that are learned; the first of a row has nothing to be told from."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) if "labels" in batch else 0
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
