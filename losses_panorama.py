@@ -1,7 +1,9 @@
 """Overlap losses: what two views say of the same directions should agree, and should not collapse.
 
-Everything here works on *matched* features: `x[p, l]` and `y[p, l]` are what the two views of pair `p` say
-of the same ray. Which tokens match is the business of the geometry; these functions only compare them.
+They work on *matched* features: `x[p, l]` and `y[p, l]` are what the two views of pair `p` say of the same
+ray. Which tokens match is the business of the geometry; these functions only compare them.
+
+The language loss, `chunked_cross_entropy`, is the last section.
 
 Shapes: P pairs of views, L matched tokens a pair, D feature dimensions, S tokens a view.
 
@@ -11,6 +13,8 @@ Everything is computed in float32 (float64 stays float64), under autocast and fo
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +24,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 VICREG_MODES = ("pairwise", "batchwise")
+IGNORED = -100  # the label of a position that is not supervised, as in torch and transformers
+CHUNK_BYTES = 2**27  # of the logits that the language loss works on at a time
 POOLED_ROWS = 1024  # batchwise statistics take in at most this many tokens at a time
 
 
@@ -315,9 +321,12 @@ def _row_logsumexp(queries: Tensor, keys: Tensor, temperature: float, max_entrie
     return torch.cat(sums)
 
 
-def _recomputed(function: Any, *tensors: Tensor) -> Tensor:
-    """`function(*tensors)`, whose intermediates are computed again in backward instead of kept."""
-    result: Tensor = checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+def _recomputed(function: Any, *tensors: Tensor, random: bool = False) -> Tensor:
+    """`function(*tensors)`, whose intermediates are computed again in backward instead of kept.
+
+    `random`: whether it may draw random numbers, which then are the same again.
+    """
+    result: Tensor = checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=random)
     return result
 
 
@@ -391,6 +400,98 @@ def check_finite(features: Tensor, name: str) -> None:
         f"(shape {list(features.shape)}, {features.dtype}). Look at the inputs and at the step before; "
         "in half precision use bfloat16, and for training a lower learning rate or gradient clipping"
     )
+
+
+class LogitTransform(NamedTuple):
+    """What a language model makes of the output of its head: `softcap * tanh(scale * output / softcap)`.
+
+    `softcap` is that of Gemma 2 (Gemma Team, "Gemma 2", 2024, section 2), `None` where there is none.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, output: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            output = output * self.scale
+        return output if self.softcap is None else self.softcap * torch.tanh(output / self.softcap)
+
+
+def logit_transforms(config: Any) -> list[LogitTransform]:
+    """What a language model with this configuration may do to its head's output, the likeliest first.
+
+    The names do not say it all (Granite divides by `logits_scaling`, HyperCLOVA X multiplies), so that the
+    caller has to try which of them it is.
+    """
+    inverse, direct = ["logits_scaling"], ["logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"]
+    found = [1 / value for name in inverse if (value := getattr(config, name, None))]
+    found += [value for name in direct if (value := getattr(config, name, None))]
+    scales = [float(value) for value in found if isinstance(value, int | float)] + [1.0]
+    softcap = getattr(config, "final_logit_softcapping", None)
+    caps = [softcap, None] if softcap else [None]
+    return [LogitTransform(scale, cap) for cap in caps for scale in dict.fromkeys(scales)]
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    vocab_size: int,
+    num_items: int | Tensor | None = None,
+    transform: LogitTransform | None = None,
+    chunk_bytes: int | None = CHUNK_BYTES,
+) -> Tensor:
+    """Cross-entropy of `transform(head(hidden))` and `labels` at the cost of what is supervised, gradients too.
+
+    The head sees supervised positions only, a chunk of them at a time. The logits of a chunk are computed again in
+    backward instead of kept; those of the last chunk, which backward needs first, are kept. So there are never
+    more than a few tensors of `chunk_bytes`, however many positions there are.
+
+    Args:
+        hidden: the language model's last hidden states, [..., D].
+        head: [n, D] -> [n, vocab_size], as a rule a module. It is called, and its weights are not looked at, so that
+            adapters and sharded weights work.
+        labels: [...] integers in [0, vocab_size), already shifted: `labels[i]` is what `hidden[i]` should
+            predict. -100 where nothing is supervised.
+        vocab_size: how many logits a position has.
+        num_items: the sum is divided by it, so that the losses of micro-batches (or processes) add up to that of the
+            whole batch; by the number of supervised positions where it is not given.
+        transform: what stands between the head and the softmax.
+        chunk_bytes: bytes of a chunk of logits in float32 (float64 where the head computes in it); a chunk has one
+            position at least. `None`: one chunk, for a head whose every call is a collective operation.
+
+    Returns:
+        The loss, a scalar, computed in float32 (float64 stays float64). Without any supervised position it is 0,
+        whatever `num_items`, with a gradient that is zero and reaches everything (a mean over nothing would be NaN,
+        and one such micro-batch would spoil the sum; processes that wait for all gradients get them). Where
+        `num_items` is not given either, there is a warning.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+    """
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(f"labels must be {list(hidden.shape[:-1])}, one for each position, got {list(labels.shape)}")
+    supervised = labels != IGNORED
+    hidden, labels = hidden[supervised], labels[supervised]  # [N, D], [N]
+
+    def part(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = _full_precision(head(hidden))  # [n, vocab_size]
+        if transform is not None:
+            logits = transform(logits)
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    count = len(labels)
+    width = vocab_size * (8 if hidden.dtype == torch.float64 else 4)
+    rows = max(count, 1) if chunk_bytes is None else max(chunk_bytes // width, 1)
+    *earlier, last = zip(hidden.split(rows), labels.split(rows), strict=True)
+    total = torch.stack([*(_recomputed(part, *chunk, random=True) for chunk in earlier), part(*last)]).sum()
+    if count == 0:
+        if num_items is None:
+            warnings.warn("a batch has no supervised token: its language loss is 0", stacklevel=2)
+        return total
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(total.device)
+    return total / (count if num_items is None else num_items)
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

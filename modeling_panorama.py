@@ -23,11 +23,23 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import ModelOutput, is_flash_attn_2_available
 from transformers.utils.generic import can_return_tuple
 
+from .checkpoint_panorama import load_checkpoint
 from .configuration_panorama import PanoramaConfig
-from .losses_panorama import VICRegTerms, check_finite, densecl, overlap_metrics, vicreg
+from .losses_panorama import (
+    CHUNK_BYTES,
+    IGNORED,
+    LogitTransform,
+    VICRegTerms,
+    check_finite,
+    chunked_cross_entropy,
+    densecl,
+    logit_transforms,
+    overlap_metrics,
+    vicreg,
+)
 from .matching_panorama import MatchedFeatures, image_tokens, match_features
 from .outputs_panorama import GenerationOutput, TrainingStageOutput, VisionStageOutput
 from .resampler_panorama import RESAMPLERS
@@ -170,6 +182,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
         )
         self.loss_type = "ForCausalLM"
+        self._logit_transforms: dict[tuple[type, ...], LogitTransform | None] = {}  # see `_logit_transform`
         self.view_plan = config.view_plan
         self.token_grid = config.token_grid
         self.num_image_tokens = config.num_image_tokens
@@ -240,6 +253,23 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
                 kwargs.setdefault("attn_implementation", choice)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, **kwargs: Any
+    ) -> PanoramaVLM:
+        """Load whatever training wrote, and log which it is: a training checkpoint (of one machine or DDP), a saved
+        folder, or a folder of LoRA adapters (known by `adapter_config.json`), with what they belong to.
+
+        Args:
+            path: the folder.
+            base: of adapters, what they belong to; without it the folder that they name.
+            kwargs: for `from_pretrained`, such as `dtype`.
+
+        Raises:
+            ValueError: for a folder that is none of these or is not whole.
+        """
+        return load_checkpoint(cls, path, base, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`. LoRA adapters are saved merged into the language model, so that the
         folder loads anywhere; the model itself keeps them."""
@@ -304,6 +334,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
                     parameter.requires_grad_("lora_" in name)
             elif getattr(self, part) is not None:
                 getattr(self, part).requires_grad_(True)
+        self.training = True
         for module in self.children():
             module.train(any(parameter.requires_grad for parameter in module.parameters()))
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
@@ -398,45 +429,70 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             resized = {}  # does so by itself
         return self.vision_tower(pixel_values=images, **resized).last_hidden_state
 
-    def project_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the language model is shown: [B, V, S, D_latent] -> [B, num_image_tokens, D_lm]."""
+    def project_tokens(self, tokens: torch.Tensor, view_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """What the language model is shown: [B, V, S, D_latent] -> [B, num_image_tokens, D_lm].
+
+        With `view_mask` [B, V] the tokens of views that show nothing are left out: [tokens of all panoramas, D_lm].
+        """
         indices, codes = image_tokens(
             self.view_plan, self.token_grid, self.config.token_selection, self.config.ray_frequencies, tokens.device
         )
-        return self.projection(tokens.flatten(1, 2)[:, indices], codes)
+        features = self.projection(tokens.flatten(1, 2)[:, indices], codes)
+        return features if view_mask is None else features[view_mask[:, indices // tokens.shape[2]]]
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, view_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """Panoramas as the language model sees them.
 
         Args:
             pixel_values: [B, V, 3, H, W], or [B, 3, H, W] where a panorama is one view.
+            view_mask: [B, V], false for views that show nothing.
 
         Returns:
             `last_hidden_state` [B, V, S, D_latent], the resampled tokens, and `pooler_output`
-            [B, num_image_tokens, D_lm], what takes the place of the `<image>` tokens.
+            [B, num_image_tokens, D_lm], what takes the place of the `<image>` tokens; with `view_mask` it is
+            [tokens of all panoramas, D_lm].
         """
         tokens = self.encode_views(self._check_pixels(pixel_values, self.view_plan.num_views))
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=self.project_tokens(tokens))
+        view_mask = self._check_view_mask(view_mask, tokens)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tokens, pooler_output=self.project_tokens(tokens, view_mask)
+        )
+
+    def _check_view_mask(self, view_mask: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor | None:
+        """The mask where it says something, [B, V] bool."""
+        if view_mask is None:
+            return None
+        if view_mask.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"view_mask must be {list(tokens.shape[:2])}, one value a view of pixel_values, got "
+                f"{list(view_mask.shape)}"
+            )
+        return view_mask.to(tokens.device, torch.bool)
 
     def _is_placeholder(self, input_ids: torch.Tensor) -> torch.Tensor:
         token = self.config.image_token_id
         return torch.eq(input_ids, -1 if token is None else token)  # [B, T]
 
-    def get_placeholder_mask(self, input_ids: torch.Tensor, num_panoramas: int) -> torch.Tensor:
+    def get_placeholder_mask(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
         """Where the `<image>` tokens stand, [B, T]. Raises `ValueError` where their number does not fit."""
         mask = self._is_placeholder(input_ids)
-        wanted = num_panoramas * self.num_image_tokens
+        wanted = 0 if image_features is None else image_features.shape[:-1].numel()
         if not torch.compiler.is_compiling() and wanted != (found := int(mask.sum())):
+            partial = image_features is not None and image_features.ndim == 2
+            count = 0 if image_features is None else len(image_features)
+            panoramas = "partial panoramas" if partial else f"{count} panoramas"
             raise ValueError(
-                f"{num_panoramas} panoramas need {wanted} <image> tokens ({self.num_image_tokens} each), but "
+                f"{panoramas} need {wanted} <image> tokens ({self.num_image_tokens} each{', or fewer' * partial}), but "
                 f"input_ids holds {found} (image_token_id={self.config.image_token_id}); use the processor saved with "
-                "this model"
+                "this model, and hand over all that it returns"
             )
         return mask
 
     def _embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
         """Token embeddings [B, T, D_lm] with the panoramas in place of the placeholders."""
-        mask = self.get_placeholder_mask(input_ids, 0 if image_features is None else len(image_features))
+        mask = self.get_placeholder_mask(input_ids, image_features)
         # The placeholder's id may lie outside the vocabulary, and its embedding is never used.
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
         if image_features is None:
@@ -445,12 +501,15 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
 
     # Overlap consistency
 
-    def matched_features(self, features: torch.Tensor, by_rays: bool | None = None) -> list[MatchedFeatures]:
+    def matched_features(
+        self, features: torch.Tensor, by_rays: bool | None = None, view_mask: torch.Tensor | None = None
+    ) -> list[MatchedFeatures]:
         """Features of tokens that look the same way, by rays or as sequential strips.
 
         Args:
             features: [B, V, S, D].
             by_rays: `config.use_anyres_e2p_vicreg` where it is not given.
+            view_mask: [B, V], false for views that show nothing; no pair has one of these.
 
         Returns:
             One entry for each number L of matched tokens that occurs.
@@ -465,9 +524,13 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             _warn_once(f"{reason}: falling back to sequential VICReg mode")
             by_rays = False
         overlap_pairs = tuple(self.config.overlap_pairs) if by_rays else None
-        return match_features(features, self.view_plan, self.token_grid, overlap_pairs, self.config.overlap_ratio)
+        return match_features(
+            features, self.view_plan, self.token_grid, overlap_pairs, self.config.overlap_ratio, view_mask
+        )
 
-    def _compute_vicreg_overlap_loss(self, features: torch.Tensor) -> tuple[torch.Tensor, VICRegTerms | None]:
+    def _compute_vicreg_overlap_loss(
+        self, features: torch.Tensor, view_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, VICRegTerms | None]:
         """The overlap loss of the features of a batch of panoramas.
 
         Two modes say which tokens are a pair. With rays (`use_anyres_e2p_vicreg=True`) each token of a view is paired
@@ -485,6 +548,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
 
         Args:
             features: [B, V, S, D].
+            view_mask: [B, V], false for views that show nothing; no pair has one of these.
 
         Returns:
             The loss, a scalar, and VICReg's unweighted terms, scalars each (`None` for DenseCL).
@@ -497,7 +561,12 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"VICReg requires at least 2 views, got {features.shape[1]}")
         if not torch.compiler.is_compiling():
             check_finite(features, "the features of stage 'vision'")
-        matched = self.matched_features(features)
+        matched = self.matched_features(features, view_mask=view_mask)
+        if not matched and view_mask is not None:
+            raise ValueError(
+                "no two views of these partial panoramas see the same part of what their cameras saw, there is nothing "
+                "to compare; leave such panoramas out of stage 'vision'"
+            )
         if not matched:
             raise ValueError(
                 f"no token looks the same way in two views: fov_deg={self.config.fov_deg} with "
@@ -530,32 +599,34 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             gather=self.config.vicreg_use_ddp_gather,
         )
 
-    def overlap_metrics(self, features: torch.Tensor) -> dict[str, float]:
+    def overlap_metrics(self, features: torch.Tensor, view_mask: torch.Tensor | None = None) -> dict[str, float]:
         """Is stage `vision` learning or collapsing? See :func:`losses_panorama.overlap_metrics`.
 
         Args:
             features: [B, V, S, D], such as `VisionStageOutput.hidden_states`.
+            view_mask: [B, V], false for views that show nothing.
 
         Returns:
             Means over the pairs of views, always of the pairs by rays where the plan has rays: `cosine_matched`,
             `cosine_random`, `retrieval`, `feature_std`, `effective_rank`.
         """
         totals: dict[str, float] = {}
-        matched = self.matched_features(features, by_rays=self.view_plan.has_rays)
+        matched = self.matched_features(features, self.view_plan.has_rays, view_mask)
         pairs = sum(len(m.x) for m in matched)
         for m in matched:
-            candidates = features[:, m.second].flatten(0, 1)  # [B * P, S, D]
-            target = m.nearest.repeat(len(features), 1)  # [B * P, L]
-            for name, value in overlap_metrics(m.x, m.y, candidates, target).items():
+            candidates = features.flatten(0, 1)[m.second]  # [N, S, D]
+            for name, value in overlap_metrics(m.x, m.y, candidates, m.nearest).items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(m.x) / pairs
         return totals
 
-    def overlap_loss(self, tokens: torch.Tensor) -> tuple[torch.Tensor, VICRegTerms | None]:
+    def overlap_loss(
+        self, tokens: torch.Tensor, view_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, VICRegTerms | None]:
         """The overlap loss of resampled tokens [B, V, S, D_latent], through the projector where there is one.
 
         See :meth:`_compute_vicreg_overlap_loss` for what is returned.
         """
-        return self._compute_vicreg_overlap_loss(self._overlap_features(tokens))
+        return self._compute_vicreg_overlap_loss(self._overlap_features(tokens), view_mask)
 
     def _overlap_features(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, V, S, D_latent] -> what the overlap loss compares, [B, V, S, D]."""
@@ -599,6 +670,9 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        view_mask: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        return_logits: bool | None = None,
         **kwargs: Any,
     ) -> VisionStageOutput | TrainingStageOutput:
         """One step of a stage.
@@ -611,8 +685,16 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             stage: `"vision"` computes the overlap loss of `pixel_values` and does not run the language model; the
                 other two run it.
             inputs_embeds: [B, T, D_lm] instead of `input_ids` and `pixel_values`.
+            view_mask: [panoramas, V], false for views of a partial panorama that show nothing the camera saw: they
+                take no part in the overlap loss, and their tokens are not shown to the language model.
             position_ids, past_key_values, use_cache, logits_to_keep, kwargs: as in any causal language model of
                 transformers.
+            num_items_in_batch: `ar_loss` is the sum over supervised tokens divided by it, instead of their mean: the
+                losses of micro-batches then add up to that of the whole batch. `transformers.Trainer` gives it.
+            return_logits: whether logits are computed where `labels` are given. Without them the loss costs what is
+                supervised: the head runs on those positions only, in chunks, with the same loss and gradients, and
+                `logits` is `None`. Not given: yes, but not in training mode, unless `logits_to_keep` asks for them or
+                `model.loss_function` was set to one that needs them.
 
         Raises:
             ValueError: for a shape, a number of views or a number of placeholders that does not fit.
@@ -620,39 +702,52 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
         if stage not in TRAINED_PARTS:
             raise ValueError(f"stage must be one of {sorted(TRAINED_PARTS)}, got {stage!r}")
         if stage == "vision":
-            return self._vision_stage(pixel_values)
+            return self._vision_stage(pixel_values, view_mask)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         image_features = tokens = None
         if pixel_values is not None:
             tokens = self.encode_views(self._check_pixels(pixel_values, self.view_plan.num_views))
-            image_features = self.project_tokens(tokens)
+            view_mask = self._check_view_mask(view_mask, tokens)
+            image_features = self.project_tokens(tokens, view_mask)
         if input_ids is not None:
             inputs_embeds = self._embed(input_ids, image_features)  # [B, T, D_lm]
 
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
-        loss = ar_loss = overlap_loss = None
-        if labels is not None:
-            ar_loss = self.loss_function(
-                logits=outputs.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+        given = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+        }
+        if return_logits is None:
+            all_positions = isinstance(logits_to_keep, int) and logits_to_keep == 0
+            return_logits = not (self.training and all_positions) or hasattr(self, "_loss_function")
+        loss = ar_loss = overlap_loss = logits = None
+        if labels is not None and not return_logits:
+            outputs, ar_loss = self._loss_without_logits(
+                labels, num_items_in_batch, **given, use_cache=bool(use_cache), **kwargs
             )
+        else:
+            outputs = self.language_model(**given, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs)
+            logits = outputs.logits
+            if labels is not None:
+                ar_loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=self.config.text_config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    **kwargs,
+                )
+        if ar_loss is not None:
             loss = ar_loss
             if self.config.overlap_loss_weight_finetune > 0 and tokens is not None:
-                overlap_loss, _ = self.overlap_loss(tokens)
+                overlap_loss, _ = self.overlap_loss(tokens, view_mask)
                 loss = ar_loss + self.config.overlap_loss_weight_finetune * overlap_loss
         return TrainingStageOutput(
             loss=loss,
             ar_loss=ar_loss,
             overlap_loss=overlap_loss,
-            logits=outputs.logits,
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -662,13 +757,119 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
     if TYPE_CHECKING:
         __call__ = forward
 
-    def _vision_stage(self, pixel_values: torch.Tensor | None) -> VisionStageOutput:
+    def _loss_without_logits(
+        self,
+        labels: torch.Tensor,
+        num_items: int | torch.Tensor | None,
+        shift_labels: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> tuple[ModelOutput, torch.Tensor]:
+        """The outputs of the language model's body and the autoregressive loss, from supervised positions only.
+
+        Args:
+            labels: [B, T]; `shift_labels` [B, T] are they, already shifted.
+            inputs: of the language model.
+        """
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]  # [B, T]
+        transform = self._logit_transform(inputs["inputs_embeds"])
+        if transform is not None:
+            outputs = self.get_decoder()(**inputs)
+            head = self.get_output_embeddings()
+            hidden, chunk_bytes = outputs.last_hidden_state, None if _is_sharded(head) else CHUNK_BYTES
+        else:  # the language model's own logits, of the positions where any of the batch is supervised
+            keep = (shift_labels != IGNORED).any(0)
+            keep[0] |= ~keep.any()
+            positions = keep.nonzero()[:, 0].to(inputs["inputs_embeds"].device)  # [K]
+            outputs = self.language_model(**inputs, logits_to_keep=positions)
+            hidden, head, chunk_bytes = outputs.logits, nn.Identity(), CHUNK_BYTES  # [B, K, vocabulary]
+            if hidden.shape[1] != len(positions):  # a language model that does not know logits_to_keep
+                hidden = hidden[:, positions]
+            shift_labels = shift_labels[:, keep]
+        loss = _language_loss(
+            hidden,
+            head,
+            shift_labels.to(hidden.device),
+            self.config.text_config.vocab_size,
+            num_items=num_items,
+            transform=transform,
+            chunk_bytes=chunk_bytes,
+        )
+        return outputs, loss
+
+    @torch.compiler.disable
+    def _logit_transform(self, inputs_embeds: torch.Tensor) -> LogitTransform | None:
+        """How the language model's logits follow from its head, found once for each language model.
+
+        `None`, with a warning, where they follow in no way that is known.
+        """
+        parts = (self.language_model, self.get_decoder(), self.get_output_embeddings())
+        kind = tuple(type(part) for part in parts)
+        if kind not in self._logit_transforms:
+            self._logit_transforms[kind] = self._find_logit_transform(inputs_embeds[:1, :2].detach())
+            if self._logit_transforms[kind] is None:
+                _warn_once(
+                    f"the logits of {kind[0].__name__} are not those of its head, as far as is known: the language "
+                    "loss takes the model's own logits of all supervised positions at once, which needs more memory"
+                )
+        return self._logit_transforms[kind]
+
+    @torch.no_grad()
+    def _find_logit_transform(self, probe: torch.Tensor) -> LogitTransform | None:
+        """Runs the language model on `probe` [1, n, D_lm], and tries what its logits are.
+
+        It runs in evaluation mode (so draws no random numbers) with the last hidden state made so large that a soft
+        cap shows. Autocast keeps no copies of weights meanwhile: copies made here would have no gradient later.
+        """
+        decoder, head = self.get_decoder(), self.get_output_embeddings()
+        if head is None or decoder is self.language_model:
+            return None
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def enlarge(module: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, ModelOutput) and output.get("last_hidden_state") is not None:
+                hidden = output["last_hidden_state"]
+                peak = head(hidden).abs().max().float().clamp(min=1e-6)
+                output["last_hidden_state"] = (hidden * (64 / peak)).to(hidden.dtype)
+                seen.append((hidden, output["last_hidden_state"]))
+            return output
+
+        device = probe.device.type
+        modes = {module: module.training for module in self.language_model.modules()}
+        handle = decoder.register_forward_hook(enlarge)
+        try:
+            self.language_model.eval()
+            enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+            with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
+                logits = self.language_model(inputs_embeds=probe, use_cache=False).logits
+                handle.remove()
+                if len(seen) != 1:
+                    return None
+                own, enlarged = seen[0]
+                alone = decoder(inputs_embeds=probe, use_cache=False).last_hidden_state
+                output = head(enlarged)
+        finally:
+            handle.remove()
+            for module, mode in modes.items():
+                module.training = mode
+        if own.shape != alone.shape:
+            raise ValueError(
+                f"the language model makes {own.shape[1]} positions of {probe.shape[1]}: adapters that put tokens in "
+                "front (prompt or prefix tuning) are not supported; use LoRA"
+            )
+        if output.shape != logits.shape or not _agree(alone, own):
+            return None
+        output = output if output.dtype == torch.float64 else output.float()
+        transforms = logit_transforms(self.config.text_config)
+        return next((transform for transform in transforms if _agree(transform(output), logits)), None)
+
+    def _vision_stage(self, pixel_values: torch.Tensor | None, view_mask: torch.Tensor | None) -> VisionStageOutput:
         if pixel_values is None:
             raise ValueError("stage 'vision' needs pixel_values, got None")
         expected = self.config.vision_stage_expected_views
         pixel_values = self._check_pixels(pixel_values, expected if expected and expected > 1 else None)
         features = self._overlap_features(self.encode_views(pixel_values))  # [B, V, S, D]
-        raw, terms = self._compute_vicreg_overlap_loss(features)
+        raw, terms = self._compute_vicreg_overlap_loss(features, self._check_view_mask(view_mask, features))
         loss = self.config.vicreg_loss_weight * raw
         return VisionStageOutput(
             loss=loss,
@@ -691,6 +892,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        view_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | GenerationOutput:
         """Answer.
@@ -701,6 +903,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
                 warning.
             attention_mask: [B, T].
             tokenizer: decodes the answer into `GenerationOutput.text`; also for `stop_strings`.
+            view_mask: [panoramas, V], as in :meth:`forward`.
             kwargs: as in `GenerationMixin.generate`: `max_new_tokens`, `do_sample`, `streamer`,
                 `return_dict_in_generate`, ... A `temperature` outside [0.1, 1.0] is clamped, with a warning.
 
@@ -709,6 +912,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             :class:`GenerationOutput`.
         """
         given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+        given["view_mask"] = view_mask
         for name, value in given.items():
             if value is not None and not isinstance(value, torch.Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -724,11 +928,13 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
         if input_ids is None and "inputs" in kwargs:
             input_ids = kwargs.pop("inputs")
         if input_ids is None and kwargs.get("inputs_embeds") is None:
-            input_ids, attention_mask = self._default_prompt(pixel_values, tokenizer)
+            input_ids, attention_mask = self._default_prompt(pixel_values, tokenizer, view_mask)
 
         prompt = input_ids
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
-            image_features = None if pixel_values is None else self.get_image_features(pixel_values).pooler_output
+            image_features = None
+            if pixel_values is not None:
+                image_features = self.get_image_features(pixel_values, view_mask).pooler_output
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
             # The panoramas are embedded once, here. Everything that looks at ids while generating (penalties,
@@ -753,16 +959,25 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
         return GenerationOutput(**known)
 
     def _default_prompt(
-        self, pixel_values: torch.Tensor | None, tokenizer: PreTrainedTokenizerBase | None
+        self,
+        pixel_values: torch.Tensor | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        view_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`input_ids` and `attention_mask` that ask each panorama the default prompt."""
         if pixel_values is None or tokenizer is None:
             raise ValueError("generate needs input_ids, or pixel_values and tokenizer= to ask the default prompt")
         words = self.config.default_generation_prompt
         _warn_once(f"no input_ids: asking the default prompt {words!r}")
-        images = [self.config.image_token_id] * self.config.num_image_tokens
-        ids = torch.tensor([images + tokenizer(words, add_special_tokens=False)["input_ids"]] * len(pixel_values))
-        return ids.to(pixel_values.device), torch.ones_like(ids).to(pixel_values.device)
+        words = tokenizer(words, add_special_tokens=False)["input_ids"]
+        counts = torch.tensor(self.config.image_tokens_per_view)
+        seen = torch.ones(len(pixel_values), len(counts)) if view_mask is None else view_mask.cpu()
+        images = [[self.config.image_token_id] * int(counts[views.bool()].sum()) for views in seen]
+        width = max(map(len, images))
+        padded = [[0] * (width - len(tokens)) for tokens in images]  # on the left
+        ids = torch.tensor([zeros + tokens + words for zeros, tokens in zip(padded, images, strict=True)])
+        mask = torch.tensor([zeros + [1] * (len(row) - len(zeros)) for zeros, row in zip(padded, ids, strict=True)])
+        return ids.to(pixel_values.device), mask.to(pixel_values.device)
 
 
 def _clamp_temperature(temperature: float) -> float:
@@ -771,6 +986,23 @@ def _clamp_temperature(temperature: float) -> float:
     if clamped != temperature:
         warnings.warn(f"temperature {temperature} is outside [{low}, {high}]: clamped to {clamped}", stacklevel=3)
     return clamped
+
+
+# The loss picks supervised positions, whose number the compiler cannot know.
+_language_loss = torch.compiler.disable(chunked_cross_entropy)
+
+
+def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two ways to compute the same in the precision of `b` gave the same."""
+    tolerance = 4 * torch.finfo(b.dtype).eps ** (1.0 if b.dtype.itemsize == 2 else 0.75)
+    a, b = a.double(), b.double()
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether each call of the module gathers weights from all processes (FSDP of its own, ZeRO-3)."""
+    by_class = any(".fsdp" in base.__module__ for base in type(module).__mro__)
+    return by_class or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 @cache

@@ -42,7 +42,8 @@ class TrainingStageOutput(ModelOutput):
         loss: what to minimise, where labels are given: `ar_loss`, and the weighted overlap loss where one is asked for.
         ar_loss: the autoregressive loss (cross-entropy of the next token).
         overlap_loss: the unweighted overlap loss where `overlap_loss_weight_finetune` is positive.
-        logits: [B, T, vocabulary], or of the positions that `logits_to_keep` names.
+        logits: [B, T, vocabulary], or of the positions that `logits_to_keep` names; `None` where there are labels
+            in training mode (see `return_logits`).
         past_key_values: the language model's cache.
         hidden_states, attentions: the language model's, where asked for.
         image_hidden_states: what the language model was shown of the panoramas, [panoramas, num_image_tokens, D_lm].

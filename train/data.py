@@ -741,6 +741,7 @@ class VisionCollator(_Collator):
         super().__init__(processor, cache_dir)
         self.seed, self.random_heading = seed, random_heading
         self.step_deg = 1 if cache_dir is None else 45
+        self.neighbours = processor.image_processor.view_plan.neighbours()
 
     def prepare(self, sample: RawSample) -> dict[str, torch.Tensor]:
         options = {}
@@ -748,7 +749,12 @@ class VisionCollator(_Collator):
             generator = np.random.default_rng((self.seed, sample.get("epoch", 0), sample.get("index", 0)))
             options["yaw_offsets"] = [float(self.step_deg * generator.integers(360 // self.step_deg))]
         image = _present(sample["image"])
-        return self.processor.image_processor(images=[image], return_tensors="pt", **options)
+        inputs = self.processor.image_processor(images=[image], return_tensors="pt", **options)
+        if "view_mask" in inputs:
+            seen = inputs["view_mask"][0]
+            if not any(seen[first] and seen[second] for first, second in self.neighbours):
+                raise BadSample("nothing to compare: no two neighbouring views show what the camera saw")
+        return inputs
 
 
 class ConversationCollator(_Collator):
