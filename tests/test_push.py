@@ -515,3 +515,28 @@ def test_the_history_of_a_resumed_and_killed_run_is_read(tmp_path):
     path.write_text("nonsense\n" + entries[0])
     with pytest.raises(ValueError, match="line 1 of .*metrics.jsonl.*nonsense"):
         read_history(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["passing", "lasting"])
+def test_a_run_ends_whole_whatever_the_hub_does(server, tmp_path, fault):
+    """The trainer itself, from its command line: pushes at checkpoints and at the end."""
+    if fault == "passing":
+        for kind in (500, 429, "cut"):
+            server.fail(kind, 1, match="/commit/")
+    else:
+        server.fail(403, 1000, match="/commit/")
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "panorama_vlm.train", "tiny.yaml", "--output", str(output), "--stage", "resampler"]
+    command += ["--push-to-hub", REPO, "--hub-private", "--hub-every", "1", "--save_every", "2"]
+    environment = {**os.environ, "HF_ENDPOINT": server.endpoint, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert not list(output.glob(".hub-*")) or fault == "lasting"
+    assert (output / "resampler/model.safetensors").is_file() and list((output / "checkpoints").iterdir())
+    if fault == "lasting":
+        (command,) = re.findall(r"^hf upload .*$", run.stderr, re.MULTILINE)
+        server.heal()
+        subprocess.run(["bash", "-c", command], check=True, capture_output=True, env=environment)
+    assert pushed(server) == content(output / "resampler")
+    assert "loss_curve.png" in pushed(server)
