@@ -233,6 +233,7 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
                 "image_token_id must be given where the language model is given as a model; "
                 "it is PanoramaProcessor.image_token_id"
             )
+        _forget_gguf(language)
         attention = {"vision_config": vision.config, "text_config": language.config}
         attention = {part: config._attn_implementation for part, config in attention.items()}
         config = PanoramaConfig(vision.config, language.config, attn_implementation=attention, **options)
@@ -978,6 +979,23 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
         ids = torch.tensor([zeros + tokens + words for zeros, tokens in zip(padded, images, strict=True)])
         mask = torch.tensor([zeros + [1] * (len(row) - len(zeros)) for zeros, row in zip(padded, ids, strict=True)])
         return ids.to(pixel_values.device), mask.to(pixel_values.device)
+
+
+def _forget_gguf(language: PreTrainedModel) -> None:
+    """A model read from a GGUF file without special kernels has plain weights, but its configuration still says GGUF,
+    and what is saved could not be loaded and saved again."""
+    quantization = getattr(language.config, "quantization_config", None)
+    if str(getattr(quantization, "quant_method", "")).split(".")[-1].lower() != "gguf":
+        return
+    if not all(parameter.is_floating_point() for parameter in language.parameters()):
+        raise ValueError(
+            "the language model keeps the blocks of its GGUF file, which cannot be trained or saved; load it with "
+            "quantization_config=GgufConfig(dequantize=True)"
+        )
+    del language.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in language.__dict__:
+            delattr(language, name)
 
 
 def _clamp_temperature(temperature: float) -> float:

@@ -150,3 +150,15 @@ def test_loading_peaks_at_no_more_than_1_3_times_the_weights_and_initialises_not
     with CountDraws() as loaded:
         PanoramaVLM.from_pretrained(tmp_path / "real", dtype=torch.float32)
     assert loaded.drawn == 0
+
+
+@pytest.mark.slow
+def test_a_folder_made_from_gguf_is_loaded_and_saved_again(composed, tmp_path):
+    model, _ = composed
+    model.save_pretrained(tmp_path / "first")
+    assert "gguf" not in (tmp_path / "first/config.json").read_text()
+    again = PanoramaVLM.from_pretrained(tmp_path / "first", dtype=torch.float32)
+    again.save_pretrained(tmp_path / "second")
+    assert again.language_model.dtype == torch.float32
+    for (name, weight), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(weight, other), name

@@ -187,6 +187,7 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_batch(tmp_path, sta
         options = [f"--{stage}.{value}" if isinstance(value, str) else value for value in options]
         run = launch(*common, "--output", tmp_path / name, *options, processes=processes)
         assert run.returncode == 0, run.stderr[-3000:]
+        assert f"on {processes} processes" in run.stderr
         losses[name] = torch.tensor(metrics(tmp_path / name, stage), dtype=torch.float64)
         assert len(losses[name]) == steps
     assert losses["one"].std() > 1e-3  # it learns, so what it learned from shows

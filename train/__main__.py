@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+
+import psutil
 
 from .config import describe, load_config
 from .data import TooManyBadSamples
@@ -15,6 +18,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(describe())
         return
+    if (processes := _processes_asked_for()) > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        os.execv(sys.executable, [sys.executable, *command, "-m", "panorama_vlm.train", *arguments])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "datasets", "PIL", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -29,6 +35,20 @@ def main(arguments: list[str] | None = None) -> None:
     except Preempted as stopped:
         print(f"{stopped}; start the same command again to go on (exit status {PREEMPTED})", file=sys.stderr)
         sys.exit(PREEMPTED)
+
+
+def _processes_asked_for() -> int:
+    """How many processes `accelerate launch --cpu --num_processes n` was asked for: without MPI it starts one, whatever
+    n is, and says nothing. 1 where another launcher has done its work."""
+    if "WORLD_SIZE" in os.environ or os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
+        return 1
+    parent = psutil.Process().parent()
+    words = [] if parent is None else parent.cmdline()
+    if not any("accelerate" in word for word in words[:4]):
+        return 1
+    pairs = [[*word.split("=", 1), after][:2] for word, after in zip(words, [*words[1:], ""], strict=True)]
+    asked = [value for name, value in pairs if name.replace("-", "_") == "__num_processes" and value.isdigit()]
+    return int(asked[0]) if asked else 1
 
 
 if __name__ == "__main__":

@@ -151,7 +151,13 @@ class _StageRun:
         if accelerator.is_main_process:
             self.logs.mkdir(parents=True, exist_ok=True)
             count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            logger.info("Stage %s trains %s parameters in %d tensors.", stage, f"{count:,}", len(trained))
+            logger.info(
+                "Stage %s trains %s parameters in %d tensors on %d processes.",
+                stage,
+                f"{count:,}",
+                len(trained),
+                accelerator.num_processes,
+            )
 
         sources = self.options.data or config.data
         train, self.validation = open_data(
