@@ -26,7 +26,7 @@ from .reading_panorama import ImageSource, content_digest, open_image, read_pano
 try:  # faster on a CPU; without it torch makes the same views
     import cv2
 except ImportError:
-    cv2 = None
+    cv2 = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 

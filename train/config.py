@@ -207,7 +207,7 @@ def _describe(of: type, prefix: str) -> list[str]:
                 lines.append(f"--{prefix}{option.name}.*: {option.metadata['help']}, the same options")
             else:
                 lines.append(f"--{prefix}{option.name}.*: {option.metadata['help']}")
-                lines += _describe(types[option.name], f"{prefix}{option.name}.")  # type: ignore[arg-type]
+                lines += _describe(types[option.name], f"{prefix}{option.name}.")
             continue
         default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
         words = textwrap.wrap(f"{option.metadata['help']} (default: {default})", 90)
