@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -243,10 +244,14 @@ def erp_to_views(erp: torch.Tensor, plan: ViewPlan, image_size: int, backend: Ba
     for kind, fov in sorted({(view.kind, view.fov) for view in plan.views}):
         indices = [index for index, view in enumerate(plan.views) if (view.kind, view.fov) == (kind, fov)]
         source, sphere, samples = _prefilter(pixels, kind, fov, image_size, backend)
-        padded = _pad_sphere(source, sphere[1])  # [h + 2, w + 2, C]
-        views = tuple(plan.views[index] for index in indices)
-        warp = _warp_opencv if backend == "opencv" else _warp_torch
-        warp(padded, views, samples, sphere, out, indices)
+        _warp(
+            source,
+            sphere,
+            [plan.views[index] for index in indices],
+            samples,
+            [out[index] for index in indices],
+            backend,
+        )
     return out
 
 
@@ -261,7 +266,7 @@ def view_mask(plan: ViewPlan, seen: tuple[float, float, float, float] | None) ->
         return torch.ones(plan.num_views, dtype=torch.bool)
     top, bottom, left, right = seen
     mask = []
-    for row, column in _directions(plan.views, 64):  # shares of the sphere's rows and columns
+    for row, column in (_directions(view, 64) for view in plan.views):  # shares of the sphere's rows and columns
         inside = (row > top) & (row < bottom) & ((column - left) % 1 < right - left)
         mask.append(bool(inside.any()))
     return torch.tensor(mask)
@@ -398,73 +403,81 @@ def _pad_sphere(pixels: torch.Tensor, columns: float) -> torch.Tensor:
     return padded
 
 
-def _warp_opencv(
-    padded: torch.Tensor,
-    views: tuple[View, ...],
-    samples: int,
+def _warp(
+    source: torch.Tensor,
     sphere: tuple[float, float],
-    out: torch.Tensor,
-    indices: list[int],
+    views: Sequence[View],
+    samples: int,
+    out: Sequence[torch.Tensor],
+    backend: Backend,
 ) -> None:
-    size = out.shape[-1]
-    source = padded.contiguous().numpy()
-    sampled = np.empty((samples * size, samples * size, 3), source.dtype)  # one for all: new memory is slow
-    for index, whole, steps in zip(indices, *_places(views, samples * size, sphere), strict=True):
-        cv2.remap(source, whole, steps, cv2.INTER_LINEAR, dst=sampled, borderMode=cv2.BORDER_REPLICATE)
-        view, unit = sampled, 1
-        if samples > 1 and sampled.dtype == np.uint8:  # in 1/64, so that the mean is not rounded
-            view, unit = sampled.astype(np.int16) << 6, 64
-        if samples > 1:
-            view = cv2.resize(view, (size, size), interpolation=cv2.INTER_AREA)
-        out[index].copy_(torch.from_numpy(view).permute(2, 0, 1))
-        if unit > 1:
-            out[index].div_(unit)
+    """Sample the source [h, w, C], whose `sphere` rows and columns are the whole sphere, into each of `out`
+    [C, side, side], at `samples` places a side of a pixel."""
+    _, width, channels = source.shape
+    padded = _pad_sphere(source, sphere[1])
+    turns = sphere[1] == width
+    if turns:  # the sphere twice, so that views of one pitch share their places: only the window differs
+        padded = torch.cat([padded, padded[:, 2:]], dim=1)
+    side = samples * out[0].shape[-1]
+    buffer = np.empty((side, side, channels), np.uint8 if padded.dtype == torch.uint8 else np.float32)
+    for view, target in zip(views, out, strict=True):
+        start, rest = divmod(view.yaw / 360 * width, 1) if turns else (0, view.yaw / 360 * sphere[1])
+        window = padded[:, int(start) % width :][:, : width + 2]
+        places = _places(replace(view, yaw=rest * 360 / sphere[1], row=0), side, sphere)
+        if backend == "opencv":
+            _warp_opencv(window.numpy(), places, samples, buffer, target)
+        else:
+            _warp_torch(window, places, samples, target)
+
+
+def _warp_opencv(
+    window: np.ndarray,
+    places: tuple[np.ndarray, np.ndarray],
+    samples: int,
+    buffer: np.ndarray,
+    target: torch.Tensor,
+) -> None:
+    cv2.remap(window, *places, cv2.INTER_LINEAR, dst=buffer, borderMode=cv2.BORDER_REPLICATE)
+    view = buffer
+    if samples > 1:
+        is_uint8 = buffer.dtype == np.uint8
+        view = buffer.astype(np.int16) << 6 if is_uint8 else buffer  # in 1/64, so that the mean is not rounded
+        view = cv2.resize(view, (target.shape[-1], target.shape[-1]), interpolation=cv2.INTER_AREA)
+        view = view.astype(np.float32) * np.float32(1 / 64) if is_uint8 else view
+    target.copy_(torch.from_numpy(view.astype(np.float32, copy=False)).permute(2, 0, 1))
 
 
 def _warp_torch(
-    padded: torch.Tensor,
-    views: tuple[View, ...],
-    samples: int,
-    sphere: tuple[float, float],
-    out: torch.Tensor,
-    indices: list[int],
+    window: torch.Tensor, places: tuple[np.ndarray, np.ndarray], samples: int, target: torch.Tensor
 ) -> None:
-    source = padded.permute(2, 0, 1)[None].to(out.dtype)
-    height, width = padded.shape[:2]
-    scale = torch.tensor([2 / (width - 1), 2 / (height - 1)])
-    for index, whole, steps in zip(indices, *_places(views, samples * out.shape[-1], sphere), strict=True):
-        column_row = torch.from_numpy(whole).double()
-        column_row += torch.from_numpy(np.stack([steps % _STEPS, steps // _STEPS], -1).astype(np.float64)) / _STEPS
-        grid = (column_row * scale - 1).to(source)[None]  # [1, n, n, 2] in [-1, 1]
-        sampled = F.grid_sample(source, grid, mode="bilinear", padding_mode="border", align_corners=True)
-        out[index] = (F.avg_pool2d(sampled, samples) if samples > 1 else sampled)[0]
+    whole, steps = places
+    height, width = window.shape[:2]
+    column_row = torch.from_numpy(whole).double()
+    column_row += torch.from_numpy(np.stack([steps % _STEPS, steps // _STEPS], -1).astype(np.float64)) / _STEPS
+    grid = column_row * torch.tensor([2 / (width - 1), 2 / (height - 1)]) - 1  # [n, n, 2] in [-1, 1]
+    source = window.permute(2, 0, 1)[None].to(target.dtype)
+    sampled = F.grid_sample(source, grid.to(source)[None], padding_mode="border", align_corners=True)
+    target.copy_((F.avg_pool2d(sampled, samples) if samples > 1 else sampled)[0])
 
 
-@lru_cache(maxsize=4)
-def _places(
-    views: tuple[View, ...], side: int, sphere: tuple[float, float]
-) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Where the pixels of views lie in a padded source whose sphere has (rows, columns): whole columns and rows, int16
+@lru_cache(maxsize=64)
+def _places(view: View, side: int, sphere: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Where the pixels of a view lie in a padded source whose sphere has (rows, columns): whole columns and rows, int16
     [side, side, 2], and 32 times the steps of 1/32 row plus those of 1/32 column, uint16 [side, side]. These are
     OpenCV's fixed-point maps."""
-    whole, steps = [], []
-    for row, column in _directions(views, side):
-        place = np.stack([column * sphere[1] + 0.5, row * sphere[0] + 0.5], -1)  # half a pixel, and one of padding
-        place = np.rint(place * _STEPS).astype(np.int32)
-        whole.append((place // _STEPS).astype(np.int16))
-        steps.append((place[..., 1] % _STEPS * _STEPS + place[..., 0] % _STEPS).astype(np.uint16))
-    return tuple(whole), tuple(steps)
+    row, column = _directions(view, side)
+    place = np.stack([column * sphere[1] + 0.5, row * sphere[0] + 0.5], -1)  # half a pixel, and one of padding
+    place = np.rint(place * _STEPS).astype(np.int32)
+    steps = place[..., 1] % _STEPS * _STEPS + place[..., 0] % _STEPS
+    return (place // _STEPS).astype(np.int16), steps.astype(np.uint16)
 
 
-@lru_cache(maxsize=4)
-def _directions(views: tuple[View, ...], side: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """Where the pixels of each view look, as shares of the sphere's rows and columns in [0, 1]: float32 [side, side]
-    each, right to 0.001 of a pixel of a panorama 16,384 wide."""
-    directions = []
-    for view in views:
-        yaw, pitch = ray_angles(view.rays((side, side)))
-        directions.append(((0.5 - pitch / 180).astype(np.float32), (yaw / 360 + 0.5).astype(np.float32)))
-    return tuple(directions)
+@lru_cache(maxsize=64)
+def _directions(view: View, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the pixels of a view look, as shares of the sphere's rows and columns in [0, 1]: float32 [side, side] each,
+    right to 0.001 of a pixel of a panorama 16,384 wide."""
+    yaw, pitch = ray_angles(view.rays((side, side)))
+    return (0.5 - pitch / 180).astype(np.float32), (yaw / 360 + 0.5).astype(np.float32)
 
 
 @cache

@@ -291,7 +291,9 @@ def _decode(image: Image.Image, needed_width: float, sphere: PhotoSphere | None,
     if image.has_transparency_data:
         return _from_array(np.array(image.convert("RGBA")), fill)
     image = image if image.mode == "RGB" else image.convert("RGB")
-    return torch.from_numpy(np.asarray(image).copy())  # np.array(image) takes eight times as long
+    pixels = torch.empty(image.height, image.width, 3, dtype=torch.uint8)
+    pixels.numpy()[:] = np.asarray(image)  # np.array(image) takes eight times as long
+    return pixels
 
 
 # Arrays

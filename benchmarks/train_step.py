@@ -33,7 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -244,11 +244,11 @@ class Worker:
 # What is printed
 
 
-def compare(sizes: Sizes, batch: int, repetitions: int, threads: int) -> str:
+def compare(sizes: Sizes, batch: int, repetitions: int, threads: int, variants: Sequence[str]) -> str:
     """Prints the lines of one batch size and returns the verdict."""
     workers: dict[str, Worker] = {}
     try:
-        for variant in VARIANTS:  # making them one after another, each warms up with one step
+        for variant in variants:  # making them one after another, each warms up with one step
             workers[variant] = Worker(variant, sizes, batch, threads)
         times: dict[str, list[float]] = {variant: [] for variant in workers}
         for _ in range(repetitions):
@@ -352,6 +352,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS, help=f"of the body (default: {LAYERS})")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="panoramas a step (default: 1)")
     parser.add_argument("--repetitions", type=int, default=3, help="the median of them is shown (default: 3)")
+    parser.add_argument("--without-full", action="store_true", help="leave (a) out, which takes as long as (b)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -368,6 +369,7 @@ def main() -> None:
         print(json.dumps(differences(Sizes(*json.loads(arguments.differences)))))
         return
 
+    variants = [variant for variant in VARIANTS if variant != "full" or not arguments.without_full]
     sizes = Sizes(arguments.body, arguments.layers, device=arguments.device, dtype=arguments.dtype)
     repetitions = arguments.repetitions
     if arguments.smoke:
@@ -377,7 +379,7 @@ def main() -> None:
     equal = check(sizes._replace(dtype="float32"), arguments.threads)
     print("| batch | model | image tokens | trained | step | min-max s | time | peak activations | memory |")
     print("|--:|---|--:|--:|--:|--:|--:|--:|--:|")
-    verdicts = [compare(sizes, batch, repetitions, arguments.threads) for batch in arguments.batch]
+    verdicts = [compare(sizes, batch, repetitions, arguments.threads, variants) for batch in arguments.batch]
     print("", *verdicts, sep="\n")
     if not equal:
         sys.exit(1)

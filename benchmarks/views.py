@@ -1,0 +1,725 @@
+"""From JPEG files and decoded arrays to the nine normalised views of `anyres_e2p`, beside the ways others take.
+
+    pip install py360convert==1.0.4 opencv-python-headless && pip install --no-deps pyequilib==0.6.0
+    python -m panorama_vlm.benchmarks.views [--sizes 2048 4096 8192] [--views 256 384] [--repeats 5] [--mosaics 3]
+
+Each way gives float32 [9, 3, side, side], mean and standard deviation 0.5, from the same files: mosaics of the twelve
+real panorama samples at their own resolution, so that there is real detail at every size. In one run:
+
+- Speed: the ways take turns, so that a busy moment of the machine hits all of them; shown are the median and, in
+  brackets, the best. One core is one process with one thread, tied to a core; two cores are two such processes, which
+  start each turn together. Ratios are of medians. Maps are prepared in a turn that is not counted, for all who keep
+  them.
+- Peak memory: the most memory of a fresh process (VmHWM on Linux, else ru_maxrss) in three runs of the job, above
+  what it has after the imports and one tiny panorama, which loads libraries (and with the array, where that is the
+  source). Prepared maps count.
+- PSNR: to the mean of 8 x 8 bilinear samples a pixel of the panorama decoded at full size, computed here from plain
+  formulas; of the eight tiles together, mean over the mosaics. The global view is compared with the exact mean over
+  areas; py360convert has no such view, and Pillow's filter, used with it, is a triangle: softer, which is no fault.
+
+Two cores and memory are measured for the smallest views, arrays up to 4,096 columns, so that all takes minutes. Exits
+with 1 where a claim that the project makes does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from panorama_vlm import image_processing_panorama as processing
+from panorama_vlm import reading_panorama as reading
+from panorama_vlm.benchmarks.overlap_loss import peak_resident, reset_peak_resident
+from panorama_vlm.geometry_panorama import make_view_plan
+from panorama_vlm.image_processing_panorama import PanoramaImageProcessor
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+Source = Path | np.ndarray
+SAMPLES = Path(__file__).resolve().parent.parent / "samples"
+INSTALL = "pip install py360convert==1.0.4 opencv-python-headless && pip install --no-deps pyequilib==0.6.0"
+TILES = 8  # of 90 degrees, around the horizon, the first one in front
+PLAN = make_view_plan("anyres_e2p", 90.0, 0.5)
+FILE, ARRAY = "file", "array"
+CLAIMED_FILE, CLAIMED_ARRAY = (4096, 256), (2048, 256)  # (columns of the panorama, side of the views) of the claims
+
+
+class Job(NamedTuple):
+    """A panorama of `width` columns, as a JPEG file or a decoded array, to views of `side` x `side` pixels."""
+
+    kind: str
+    width: int
+    side: int
+
+
+class Times(NamedTuple):
+    """Panoramas a second."""
+
+    median: float
+    best: float
+
+
+# The ways
+
+
+@lru_cache(maxsize=4)
+def processor(side: int) -> PanoramaImageProcessor:
+    return PanoramaImageProcessor(side)
+
+
+def ours(source: Source, side: int) -> torch.Tensor:
+    return processor(side)(source, return_tensors="pt")["pixel_values"][0]
+
+
+def ours_without_opencv(source: Source, side: int) -> torch.Tensor:
+    with patch.object(processing, "cv2", None):
+        return ours(source, side)
+
+
+def ours_one_sample(source: Source, side: int) -> torch.Tensor:
+    """No option of ours: as little quality as the others, nothing reduced first and one bilinear sample a pixel."""
+
+    def as_it_is(pixels: torch.Tensor, kind: str, *args: Any) -> tuple[torch.Tensor, tuple[float, float], int]:
+        return prefilter(pixels, kind, *args) if kind == "erp" else (pixels, (pixels.shape[0], pixels.shape[1]), 1)
+
+    prefilter = processing._prefilter
+    with patch.object(processing, "_prefilter", as_it_is):
+        return ours(source, side)
+
+
+def by_py360convert(source: Source, side: int) -> torch.Tensor:
+    """With its own cache of maps and, inside, OpenCV where that is installed. Its outermost samples lie on the borders
+    of the tile, so the field of view is narrowed to put them where ours are."""
+    import py360convert
+
+    image = np.asarray(Image.open(source)) if isinstance(source, Path) else source
+    fov = 2 * math.degrees(math.atan(1 - 1 / side))
+    tiles = [
+        py360convert.e2p(image, fov, (360 / TILES * k + 180) % 360 - 180, 0, (side, side), mode="bilinear")
+        for k in range(TILES)
+    ]
+    whole = np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+    return normalised([whole, *tiles])
+
+
+@lru_cache(maxsize=4)
+def equi2pers(side: int) -> Any:
+    from equilib import Equi2Pers
+
+    return Equi2Pers(side, side, 90.0, mode="bilinear", clip_output=False)
+
+
+def by_pyequilib(source: Source, side: int) -> torch.Tensor:
+    """All tiles in one batch of float32 in torch, without its clipping of the output: four times as fast as with
+    uint8. Its grid lies half a pixel of the tile and one of the panorama aside; the camera is turned back by that."""
+    image = np.asarray(Image.open(source)) if isinstance(source, Path) else source
+    image = image if image.flags.writeable else image.copy()
+    erp = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    aside = 1 / side - 2 * math.pi / image.shape[1]  # radians
+    rotations = [
+        {"roll": 0.0, "pitch": aside, "yaw": -(2 * math.pi * k / TILES + aside)}  # its yaw turns left
+        for k in range(TILES)
+    ]
+    views = torch.empty(1 + TILES, 3, side, side)
+    views[1:] = equi2pers(side)(erp.expand(TILES, -1, -1, -1), rotations)
+    views[:1] = F.interpolate(erp, (side, side), mode="area")
+    return views.sub_(127.5).div_(127.5)
+
+
+@lru_cache(maxsize=4)
+def prepared_maps(width: int, height: int, side: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    import cv2
+
+    places = (np.broadcast_arrays(*place) for place in tile_places(width, height, side))
+    return [cv2.convertMaps(x.astype(np.float32), y.astype(np.float32), cv2.CV_16SC2) for x, y in places]
+
+
+def by_opencv(source: Source, side: int) -> torch.Tensor:
+    import cv2
+
+    image = cv2.imread(str(source), cv2.IMREAD_COLOR_RGB) if isinstance(source, Path) else source
+    maps = prepared_maps(image.shape[1], image.shape[0], side)
+    tiles = [cv2.remap(image, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP) for places in maps]
+    return normalised([cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA), *tiles])
+
+
+def normalised(views: Sequence[np.ndarray]) -> torch.Tensor:
+    """uint8 [side, side, 3] each -> [V, 3, side, side], as fast as we know."""
+    out = torch.empty(len(views), 3, *views[0].shape[:2])
+    for place, view in zip(out, views, strict=True):
+        place.copy_(torch.from_numpy(view).permute(2, 0, 1))
+    return out.sub_(127.5).div_(127.5)
+
+
+def bare_decode(source: Source, side: int) -> np.ndarray:
+    """A JPEG file at the reduced scale at which we decode it, and nothing else: the limit."""
+    image = Image.open(source)
+    full = image.width
+    scale = next((s for s in (8, 4, 2) if full / s >= processing._needed_width(PLAN, side) and full % s == 0), 1)
+    image.draft(image.mode, (full // scale, image.height // scale))
+    return np.asarray(image)
+
+
+OURS, TORCH, ONE_SAMPLE, DECODE = "ours", "ours, torch only", "ours, one sample a pixel", "bare decode"
+PY360, EQUILIB, REMAP = "py360convert", "pyequilib", "OpenCV remap"
+WAYS: dict[str, Callable[[Source, int], Any]] = {
+    DECODE: bare_decode,
+    OURS: ours,
+    TORCH: ours_without_opencv,
+    ONE_SAMPLE: ours_one_sample,
+    PY360: by_py360convert,
+    EQUILIB: by_pyequilib,
+    REMAP: by_opencv,
+}
+NEEDS = {OURS: "cv2", ONE_SAMPLE: "cv2", PY360: "py360convert", EQUILIB: "equilib", REMAP: "cv2"}
+PACKAGES = {"cv2": "opencv-python-headless", "equilib": "pyequilib", "py360convert": "py360convert"}
+
+
+def missing() -> dict[str, str]:
+    """Why a module that a way needs cannot be imported."""
+    found = {}
+    for module in dict.fromkeys(NEEDS.values()):
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a peer raises is to be shown, not to end the run
+            found[module] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def ways_of(job: Job) -> list[str]:
+    """The ways that can do a job and can be imported."""
+    absent = missing()
+    apart = DECODE if job.kind == ARRAY else ONE_SAMPLE
+    return [way for way in WAYS if NEEDS.get(way) not in absent and way != apart]
+
+
+# Panoramas and the reference
+
+
+def mosaic(width: int, seed: int, tile: tuple[int, int] = (512, 256)) -> Image.Image:
+    """The twelve samples side by side at their own resolution, in an order of the seed's: `width` x `width / 2`."""
+    samples = [Image.open(path).convert("RGB") for path in sorted(SAMPLES.glob("*.jpg"))]
+    rng = np.random.default_rng(seed)
+    whole = Image.new("RGB", (width, width // 2))
+    order: list[int] = []
+    for top in range(0, width // 2, tile[1]):
+        for left in range(0, width, tile[0]):
+            order = order or list(rng.permutation(len(samples)))
+            whole.paste(samples[order.pop()], (left, top))
+    return whole
+
+
+def write_mosaics(folder: Path, widths: Sequence[int], mosaics: int) -> dict[int, list[Path]]:
+    """JPEG files of quality 92 (4:2:0), by width."""
+    files = {width: [folder / f"{width}_{seed}.jpg" for seed in range(mosaics)] for width in widths}
+    for width, paths in files.items():
+        for seed, path in enumerate(paths):
+            mosaic(width, seed).save(path, quality=92)
+    return files
+
+
+def tile_places(width: int, height: int, side: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each tile, in the panorama, the column of its columns, in [-1/2, width - 1/2), [side], and the row of its
+    pixels, [side, side]."""
+    x = (np.arange(side) + 0.5) / side * 2 - 1  # tangents; tan(90 / 2) is 1
+    yaw, pitch = np.arctan(x), np.arctan(-x[:, None] / np.hypot(x, 1))
+    row = (0.5 - pitch / math.pi) * height - 0.5
+    for k in range(TILES):
+        yield (yaw / (2 * math.pi) + k / TILES + 0.5) % 1 * width - 0.5, row
+
+
+def reference(image: np.ndarray, side: int, samples: int = 8) -> torch.Tensor:
+    """What the views of [H, W, 3] should be, [9, 3, side, side] in [0, 255]: the means of samples x samples bilinear
+    samples a pixel for tiles, the mean over the area of a pixel for the global view."""
+    height, width = image.shape[:2]
+    wrapped = torch.from_numpy(np.concatenate([image[:, -1:], image, image[:, :1]], 1)).permute(2, 0, 1)[None].float()
+    views = [torch.from_numpy(area_mean(area_mean(image, side).swapaxes(0, 1), side)).permute(2, 1, 0).float()]
+    grid = torch.empty(1, samples * side, samples * side, 2)  # column and row in [-1, 1]
+    for column, row in tile_places(width, height, samples * side):
+        grid[0, :, :, 0] = torch.from_numpy(2 * (column + 1) / (width + 1) - 1)
+        grid[0, :, :, 1] = torch.from_numpy(2 * row / (height - 1) - 1)
+        dense = F.grid_sample(wrapped, grid, align_corners=True)
+        views.append(F.avg_pool2d(dense, samples)[0])
+    return torch.stack(views)
+
+
+def area_mean(cells: np.ndarray, new: int) -> np.ndarray:
+    """Rows [old, ...] -> [new, ...]: the integral from edge to edge, over the length."""
+    old = len(cells)
+    integral = np.concatenate([np.zeros_like(cells[:1], np.float64), np.cumsum(cells, 0, dtype=np.float64)])
+    edges = np.arange(new + 1) * (old / new)
+    below = np.minimum(edges.astype(int), old - 1)
+    share = (edges - below).reshape(-1, *[1] * (cells.ndim - 1))
+    at_edges = integral[below] * (1 - share) + integral[below + 1] * share
+    return np.diff(at_edges, axis=0) * (new / old)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """dB, of values in [0, 255]."""
+    return 10 * math.log10(255**2 / max((a.double() - b.double()).square().mean().item(), 1e-12))
+
+
+# Measurements
+
+
+def fresh_processes() -> Any:
+    """Makes processes in which everything is imported, and nothing has run."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    ours_and_torch = (
+        "panorama_vlm.image_processing_panorama",
+        "panorama_vlm.benchmarks.overlap_loss",
+        "torch.utils.data",
+    )
+    context.set_forkserver_preload([*ours_and_torch, *PACKAGES])
+    return context
+
+
+def tie_to_core(index: int | None) -> None:
+    """One thread, and where the system can do it, one core."""
+    torch.set_num_threads(1)
+    if processing.cv2 is not None:
+        processing.cv2.setNumThreads(1)
+    if index is not None and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[index % len(cores)]})
+
+
+def load(job: Job, file: Path) -> Source:
+    return file if job.kind == FILE else np.array(Image.open(file))
+
+
+def take_turns(
+    jobs: Sequence[tuple[Job, Path]], repeats: int, core: int, barrier: Any, results: Any, title: str
+) -> None:
+    """Seconds of each way of each job, in a process of its own."""
+    tie_to_core(core)
+    seconds: dict[tuple[Job, str], list[float]] = {}
+    for job, file in tqdm(jobs, desc=title, disable=core != 0):
+        source = load(job, file)
+        ways = ways_of(job)
+        turns = repeats if job.width <= 4096 else (repeats + 1) // 2
+        for turn in range(turns + 1):
+            for way in ways:
+                barrier.wait()
+                start = time.perf_counter()
+                WAYS[way](source, job.side)
+                if turn:  # the first one prepares maps
+                    seconds.setdefault((job, way), []).append(time.perf_counter() - start)
+    results.put(seconds)
+
+
+def throughput(jobs: Sequence[tuple[Job, Path]], repeats: int, cores: int) -> dict[tuple[Job, str], Times]:
+    """Panoramas a second of one process on each of the cores, all together."""
+    context = fresh_processes()
+    barrier, results = context.Barrier(cores), context.Queue()
+    title = f"speed, {cores} core{'s' * (cores > 1)}"
+    workers = [
+        context.Process(target=take_turns, args=(jobs, repeats, core, barrier, results, title)) for core in range(cores)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        found = [results.get(timeout=1800) for _ in workers]
+    finally:
+        for worker in workers:
+            worker.join(timeout=10)
+            worker.terminate()
+    return {
+        key: Times(
+            sum(1 / statistics.median(seconds[key]) for seconds in found),
+            sum(1 / min(seconds[key]) for seconds in found),
+        )
+        for key in found[0]
+    }
+
+
+def peak_of(task: tuple[Job, Path, str]) -> tuple[Job, str, float]:
+    """MiB that a way needs above what there is before it. Call it in a fresh process."""
+    job, file, way = task
+    tie_to_core(None)
+    source = load(job, file)
+    tiny = np.zeros((32, 64, 3), np.uint8)
+    Image.fromarray(tiny).save(head := io.BytesIO(), "JPEG")
+    Image.open(head).load()
+    if way != DECODE:
+        WAYS[way](tiny, 16)
+    before = reset_peak_resident()
+    for _ in range(3):
+        WAYS[way](source, job.side)
+    return job, way, (peak_resident() - before) / 2**20
+
+
+def peak_memory(jobs: Sequence[tuple[Job, Path]], processes: int = 2) -> dict[tuple[Job, str], float]:
+    tasks = [(job, file, way) for job, file in jobs for way in ways_of(job)]
+    with fresh_processes().Pool(processes, maxtasksperchild=1) as pool:
+        found = tqdm(pool.imap(peak_of, tasks, chunksize=1), desc="peak memory", total=len(tasks))
+        return {(job, way): mebibytes for job, way, mebibytes in found}
+
+
+def quality_of(task: tuple[list[Job], Path]) -> dict[tuple[Job, str], tuple[float, float]]:
+    """PSNR in dB of (the tiles, the global view), of jobs of one width and side."""
+    jobs, file = task
+    tie_to_core(None)
+    image = np.array(Image.open(file))
+    target = reference(image, jobs[0].side)
+    found = {}
+    for job in jobs:
+        for way in ways_of(job):
+            if way != DECODE:
+                views = WAYS[way](file if job.kind == FILE else image, job.side) * 127.5 + 127.5
+                found[job, way] = (psnr(views[1:], target[1:]), psnr(views[:1], target[:1]))
+    return found
+
+
+def quality(jobs: Sequence[Job], files: dict[int, list[Path]]) -> dict[tuple[Job, str], tuple[float, float]]:
+    """`quality_of` each job, mean over the mosaics."""
+    alike = [[job for job in jobs if job[1:] == key] for key in dict.fromkeys(job[1:] for job in jobs)]
+    tasks = [(group, file) for group in alike for file in files[group[0].width]]
+    with fresh_processes().Pool(2) as pool:
+        found = list(tqdm(pool.imap(quality_of, tasks), desc="PSNR", total=len(tasks)))
+    values: dict[tuple[Job, str], list[tuple[float, float]]] = {}
+    for measured in found:
+        for key, pair in measured.items():
+            values.setdefault(key, []).append(pair)
+    return {
+        key: (statistics.mean(tiles for tiles, _ in pairs), statistics.mean(whole for _, whole in pairs))
+        for key, pairs in values.items()
+    }
+
+
+# Where the time goes
+
+
+class Stopwatch:
+    """Seconds by step; a step that runs inside another one is taken from it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inner: list[tuple[str, float]] = []  # the open steps, and how long steps inside them took
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        self._inner.append((name, 0.0))
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - start
+            _, inside = self._inner.pop()
+            self.seconds[name] = self.seconds.get(name, 0.0) + took - inside
+            if self._inner:
+                outer, so_far = self._inner[-1]
+                self._inner[-1] = (outer, so_far + took)
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.step(name):
+                return function(*args, **kwargs)
+
+        return run
+
+
+STEPS = {  # function of the image processor -> what it does
+    "read_panorama": "place on the sphere",
+    "_prefilter": "global view, and what the tiles need reduced",
+    "_pad_sphere": "pad",
+    "_warp_opencv": "to float, planar",
+    "_warp_torch": "to float, planar",
+    "_views": "the rest of the views",
+    "preprocess": "normalise",
+    "BatchFeature": "stack the panoramas of a batch",
+}
+
+
+def profile(file: Path, side: int, repeats: int) -> dict[str, float]:
+    """Median milliseconds by step of one panorama, from file to views, on one core."""
+    rounds = []
+    for _ in range(repeats + 1):
+        watch = Stopwatch()
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(reading, "_decode", watch.timed("decode and copy", reading._decode)))
+            for name, title in STEPS.items():
+                owner = processing if hasattr(processing, name) else PanoramaImageProcessor
+                stack.enter_context(patch.object(owner, name, watch.timed(title, getattr(owner, name))))
+            if processing.cv2 is not None:
+                stack.enter_context(patch.object(processing, "cv2", timed_opencv(watch, processing.cv2)))
+            with watch.step("open the file, transformers"):
+                ours(file, side)
+        rounds.append({name: 1e3 * seconds for name, seconds in watch.seconds.items()})
+    return {name: statistics.median(steps[name] for steps in rounds[1:]) for name in rounds[-1]}
+
+
+def timed_opencv(watch: Stopwatch, cv2: Any) -> SimpleNamespace:
+    names = ("INTER_AREA", "INTER_LINEAR", "BORDER_REPLICATE", "setNumThreads")
+    return SimpleNamespace(
+        remap=watch.timed("remap", cv2.remap),
+        resize=watch.timed("reduce by areas (global view, 2 x 2 samples)", cv2.resize),
+        **{name: getattr(cv2, name) for name in names},
+    )
+
+
+def median_seconds(function: Callable[[], Any], repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def print_profile(file: Path, side: int, repeats: int) -> None:
+    steps = profile(file, side, repeats)
+    total = sum(steps.values())
+    decode = 1e3 * median_seconds(lambda: bare_decode(file, side), repeats)
+    decoded = bare_decode(file, side)
+    copy = 1e3 * median_seconds(decoded.copy, repeats)
+    print(f"\nWhere the time of ours goes, {file.stem.split('_')[0]} columns, {side} pixels, one core:\n")
+    print("| step | ms | share |\n|---|--:|--:|")
+    for name, took in sorted(steps.items(), key=lambda item: -item[1]):
+        print(f"| {name} | {took:.2f} | {took / total:.0%} |")
+    print(f"| all | {total:.2f} | |")
+    print(
+        f"\nThe bare decode alone takes {decode:.2f} ms here, to copy its {decoded.shape[1]} x {decoded.shape[0]} "
+        f"pixels {copy:.2f} ms."
+    )
+
+
+def profile_in_process(file: Path, side: int, repeats: int) -> None:
+    tie_to_core(0)
+    print_profile(file, side, repeats)
+    sys.stdout.flush()
+
+
+# Data loaders
+
+
+class Panoramas(Dataset):
+    """Views of files, through our processor."""
+
+    def __init__(self, files: Sequence[Path], image_processor: PanoramaImageProcessor):
+        self.files, self.image_processor = files, image_processor
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.image_processor(self.files[index], return_tensors="pt")["pixel_values"][0]
+
+
+def print_data_loaders(files: Sequence[Path], side: int, epoch: int, rounds: int, folder: Path) -> None:
+    """Panoramas a second of `DataLoader`s with 0, 1 and 2 workers that stay, after a first epoch."""
+    many = [files[index % len(files)] for index in range(epoch)]
+    kinds = {"": PanoramaImageProcessor(side), ", `cache_dir` filled": PanoramaImageProcessor(side, cache_dir=folder)}
+    loaders = {
+        (name, workers): DataLoader(
+            Panoramas(many, image_processor),
+            batch_size=4,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            multiprocessing_context="fork" if workers else None,
+        )
+        for name, image_processor in kinds.items()
+        for workers in (0, 1, 2)
+    }
+    speeds: dict[tuple[str, int], list[float]] = {key: [] for key in loaders}
+    for turn in tqdm(range(rounds + 1), desc="data loaders"):
+        for key, loader in loaders.items():
+            start = time.perf_counter()
+            views = sum(len(batch) for batch in loader)
+            if turn:
+                speeds[key].append(views / (time.perf_counter() - start))
+    print(
+        f"\n`DataLoader`, batches of 4, {files[0].stem.split('_')[0]}-column files, {side} pixels, fork, panoramas/s:\n"
+    )
+    print("| source | in the main process | 1 worker | 2 workers |\n|---|--:|--:|--:|")
+    for name in kinds:
+        cells = [show(Times(statistics.median(speeds[name, n]), max(speeds[name, n]))) for n in (0, 1, 2)]
+        print("|", " | ".join([f"files{name}", *cells]), "|")
+
+
+# The table
+
+
+class Measured(NamedTuple):
+    """By job and way."""
+
+    one: dict[tuple[Job, str], Times]
+    two: dict[tuple[Job, str], Times]
+    memory: dict[tuple[Job, str], float]
+    quality: dict[tuple[Job, str], tuple[float, float]]
+
+
+def show(times: Times) -> str:
+    return f"{times.median:.1f} ({times.best:.1f})"
+
+
+def print_table(measured: Measured, kind: str) -> None:
+    """One line a job and way."""
+    keys = [key for key in measured.one if key[0].kind == kind]
+    source = {FILE: "JPEG file", ARRAY: "decoded array"}[kind]
+    print(f"\nFrom a {source}; panoramas/s: median (best), MiB: peak above the imports, dB: PSNR to the reference:\n")
+    print("| panorama | views | way | 1 core | 2 cores | MiB | dB tiles | dB global |")
+    print("|---|--:|---|--:|--:|--:|--:|--:|")
+    for key in keys:
+        job, way = key
+        memory = f"{measured.memory[key]:.0f}" if key in measured.memory else ""
+        dB = [f"{value:.1f}" for value in measured.quality[key]] if key in measured.quality else ["", ""]
+        name = f"**{way}**" if way == OURS else way
+        cells = [f"{job.width} x {job.width // 2}", str(job.side), name, show(measured.one[key])]
+        cells.append(show(measured.two[key]) if key in measured.two else "")
+        print("|", " | ".join([*cells, memory, *dB]), "|")
+
+
+def print_limit(measured: Measured) -> None:
+    """Our time from file to views beside that of the bare decode."""
+    ratios = [
+        f"{measured.one[job, DECODE].median / measured.one[job, OURS].median:.2f} ({job.width} to {job.side})"
+        for job in dict.fromkeys(job for job, _ in measured.one)
+        if job.kind == FILE and (job, OURS) in measured.one
+    ]
+    print(f"\nFrom file to views ours takes this many times as long as the bare decode, one core: {', '.join(ratios)}.")
+
+
+class Claim(NamedTuple):
+    """`figure` has to be `at_least` this."""
+
+    text: str
+    figure: float
+    at_least: float
+
+    @property
+    def holds(self) -> bool:
+        return self.figure >= self.at_least
+
+
+def claims(measured: Measured) -> list[Claim]:
+    """What the project says, as far as it was measured."""
+    found = []
+    file, array = Job(FILE, *CLAIMED_FILE), Job(ARRAY, *CLAIMED_ARRAY)
+
+    def speed(job: Job, way: str, other: str) -> list[float]:
+        counts = [measured.one, measured.two] if (job, way) in measured.two else [measured.one]
+        return [times[job, way].median / times[job, other].median for times in counts]
+
+    where = "from a {1} x {0} file to {2} pixels".format(file.width // 2, *file[1:])
+    if {(file, OURS), (file, PY360)} <= measured.one.keys():
+        for cores, ratio in enumerate(speed(file, OURS, PY360), start=1):
+            found.append(Claim(f"{where}: times as fast as py360convert, {cores} core(s)", ratio, 3.5))
+        closer = measured.quality[file, OURS][0] - measured.quality[file, PY360][0]
+        found.append(Claim(f"{where}: dB closer to the reference than py360convert", closer, 14))
+        if (file, OURS) in measured.memory:
+            saved = measured.memory[file, PY360] / measured.memory[file, OURS]
+            found.append(Claim(f"{where}: py360convert needs so many times our peak memory", saved, 2))
+    where = "from a {1} x {0} array to {2} pixels".format(array.width // 2, *array[1:])
+    if {(array, OURS), (array, PY360)} <= measured.one.keys():
+        for cores, ratio in enumerate(speed(array, OURS, PY360), start=1):
+            found.append(Claim(f"{where}: times as fast as py360convert, {cores} core(s)", ratio, 1))
+        closer = measured.quality[array, OURS][0] - measured.quality[array, PY360][0]
+        found.append(Claim(f"{where}: dB closer to the reference than py360convert", closer, 0))
+        for cores, ratio in enumerate(speed(array, ONE_SAMPLE, PY360), start=1):
+            text = f"{where}, one sample a pixel: times as fast as py360convert, {cores} core(s)"
+            found.append(Claim(text, ratio, 3))
+        closer = measured.quality[array, ONE_SAMPLE][0] - measured.quality[array, PY360][0]
+        found.append(Claim(f"{where}, one sample a pixel: dB above py360convert (equal to 0.3)", closer, -0.3))
+    return found
+
+
+def print_claims(found: Sequence[Claim]) -> bool:
+    """Whether all hold."""
+    print("\n| claim | measured | at least | |\n|---|--:|--:|---|")
+    for claim in found:
+        verdict = "holds" if claim.holds else "**FAILS**"
+        print(f"| {claim.text} | {claim.figure:.2f} | {claim.at_least:g} | {verdict} |")
+    failed = [claim for claim in found if not claim.holds]
+    for claim in failed:
+        message = f"claim fails: {claim.text}: {claim.figure:.2f}, must be at least {claim.at_least:g}"
+        print(message, file=sys.stderr)
+    return not failed
+
+
+def print_header(repeats: int, mosaics: int) -> None:
+    absent = missing()
+    names = ["torch", "pillow", *(PACKAGES[module] for module in PACKAGES if module not in absent)]
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    print(f"Panoramas to the nine views of anyres_e2p; {versions}; {os.cpu_count()} CPUs.")
+    print(
+        f"Ways take turns, median (best) of {repeats}; one thread a process, on two cores two processes. Memory: fresh "
+        f"process, maps included. PSNR: mean over {mosaics} mosaic(s)."
+    )
+    for module, reason in absent.items():
+        left_out = ", ".join(way for way, needed in NEEDS.items() if needed == module)
+        print(f"\nLEFT OUT: {left_out}: {PACKAGES[module]} cannot be imported ({reason}). {INSTALL}")
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> Measured:
+    """Everything in the tables; prints the rest on its way."""
+    files = write_mosaics(folder, arguments.sizes, arguments.mosaics)
+    jobs = [Job(FILE, width, side) for width in arguments.sizes for side in arguments.views]
+    jobs += [Job(ARRAY, *job[1:]) for job in jobs if job.width <= 4096]
+    first = [(job, files[job.width][0]) for job in jobs]
+    small = [(job, file) for job, file in first if job.side == min(arguments.views)]
+    memory = peak_memory(small)
+    one, two = throughput(first, arguments.repeats, 1), throughput(small, arguments.repeats, 2)
+    return Measured(one, two, memory, quality(jobs, files))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Speed, memory and quality of the views beside other libraries.")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2048, 4096, 8192], help="columns of the panoramas")
+    parser.add_argument("--views", type=int, nargs="+", default=[256, 384], help="sides of the views in pixels")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="turns of each way, half as many above 4,096 columns (default: 5)"
+    )
+    parser.add_argument("--mosaics", type=int, default=3, help="panoramas that PSNR is the mean of (default: 3)")
+    parser.add_argument("--smoke", action="store_true", help="one tiny size, once; no claim is checked")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.sizes, arguments.views, arguments.repeats, arguments.mosaics = [512], [32], 1, 1
+
+    print_header(arguments.repeats, arguments.mosaics)
+    claimed = CLAIMED_FILE[0] in arguments.sizes and CLAIMED_FILE[1] in arguments.views
+    width, side = CLAIMED_FILE if claimed else (arguments.sizes[0], arguments.views[0])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # Before this process grows, because workers are forked from it.
+        loaded = write_mosaics(folder, [width], 2 if arguments.smoke else 8)[width]
+        epoch, rounds = (8, 1) if arguments.smoke else (24, 2)
+        print_data_loaders(loaded, side, epoch, rounds, folder / "kept")
+        measured = measure(arguments, folder)
+        for kind in (FILE, ARRAY):
+            print_table(measured, kind)
+        print_limit(measured)
+        sys.stdout.flush()
+        task = fresh_processes().Process(target=profile_in_process, args=(loaded[0], side, 3 * arguments.repeats))
+        task.start()
+        task.join()
+    found = claims(measured)
+    if not found:
+        print("\nThe sizes and ways of this run say nothing about a claim.")
+        return 0 if arguments.smoke else task.exitcode or 0
+    return 0 if print_claims(found) and task.exitcode == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
