@@ -385,11 +385,13 @@ def _area_weights(old: int, new: int) -> torch.Tensor:
     return torch.from_numpy(np.maximum(covered, 0) * (new / old)).float()
 
 
-def _pad_sphere(pixels: torch.Tensor, columns: float) -> torch.Tensor:
+def _pad_sphere(pixels: torch.Tensor, columns: float, twice: bool = False) -> torch.Tensor:
     """[h, w, C] -> [h + 2, w + 2, C]: one more pixel all around, from where the sphere goes on: the other edge, or
-    beyond the pole (the same row, half a turn away). `columns` of the w are the whole turn."""
+    beyond the pole (the same row, half a turn away). `columns` of the w are the whole turn. `twice`: it stands there a
+    second time, [h + 2, 2 w + 2, C]."""
     height, width, channels = pixels.shape
-    padded = pixels.new_empty(height + 2, width + 2, channels)
+    whole = pixels.new_empty(height + 2, (2 * width if twice else width) + 2, channels)
+    padded = whole[:, : width + 2]
     padded[1:-1, 1:-1] = pixels
     padded[0, 1:-1] = pixels[0].roll(width // 2, 0)
     padded[-1, 1:-1] = pixels[-1].roll(width // 2, 0)
@@ -400,7 +402,9 @@ def _pad_sphere(pixels: torch.Tensor, columns: float) -> torch.Tensor:
             padded[:, edge] = mixed.round() if pixels.dtype == torch.uint8 else mixed
         else:
             padded[:, edge] = padded[:, near]
-    return padded
+    if twice:
+        whole[:, width + 2 :] = padded[:, 2:]
+    return whole
 
 
 def _warp(
@@ -414,18 +418,19 @@ def _warp(
     """Sample the source [h, w, C], whose `sphere` rows and columns are the whole sphere, into each of `out`
     [C, side, side], at `samples` places a side of a pixel."""
     _, width, channels = source.shape
-    padded = _pad_sphere(source, sphere[1])
-    turns = sphere[1] == width
-    if turns:  # the sphere twice, so that views of one pitch share their places: only the window differs
-        padded = torch.cat([padded, padded[:, 2:]], dim=1)
+    turns = (
+        sphere[1] == width
+    )  # the sphere twice, so that views of one pitch share their places: only the window differs
+    padded = _pad_sphere(source, sphere[1], twice=turns)
     side = samples * out[0].shape[-1]
-    buffer = np.empty((side, side, channels), np.uint8 if padded.dtype == torch.uint8 else np.float32)
+    dtype = np.uint8 if padded.dtype == torch.uint8 else np.float32
+    buffers = [np.empty((side, side, channels), kind) for kind in (dtype, np.int16)]  # new memory is slow
     for view, target in zip(views, out, strict=True):
         start, rest = divmod(view.yaw / 360 * width, 1) if turns else (0, view.yaw / 360 * sphere[1])
         window = padded[:, int(start) % width :][:, : width + 2]
         places = _places(replace(view, yaw=rest * 360 / sphere[1], row=0), side, sphere)
         if backend == "opencv":
-            _warp_opencv(window.numpy(), places, samples, buffer, target)
+            _warp_opencv(window.numpy(), places, samples, buffers, target)
         else:
             _warp_torch(window, places, samples, target)
 
@@ -434,17 +439,18 @@ def _warp_opencv(
     window: np.ndarray,
     places: tuple[np.ndarray, np.ndarray],
     samples: int,
-    buffer: np.ndarray,
+    buffers: list[np.ndarray],
     target: torch.Tensor,
 ) -> None:
-    cv2.remap(window, *places, cv2.INTER_LINEAR, dst=buffer, borderMode=cv2.BORDER_REPLICATE)
-    view = buffer
+    view, wide = buffers
+    cv2.remap(window, *places, cv2.INTER_LINEAR, dst=view, borderMode=cv2.BORDER_REPLICATE)
+    unit = 1
+    if samples > 1 and view.dtype == np.uint8:  # in 1/64, so that the mean is not rounded
+        view, unit = np.left_shift(view, 6, out=wide, dtype=np.int16), 64
     if samples > 1:
-        is_uint8 = buffer.dtype == np.uint8
-        view = buffer.astype(np.int16) << 6 if is_uint8 else buffer  # in 1/64, so that the mean is not rounded
         view = cv2.resize(view, (target.shape[-1], target.shape[-1]), interpolation=cv2.INTER_AREA)
-        view = view.astype(np.float32) * np.float32(1 / 64) if is_uint8 else view
-    target.copy_(torch.from_numpy(view.astype(np.float32, copy=False)).permute(2, 0, 1))
+    view = np.multiply(view, np.float32(1 / unit), dtype=np.float32)  # copied faster than integers
+    target.copy_(torch.from_numpy(view).permute(2, 0, 1))
 
 
 def _warp_torch(
