@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import FullyShardedDataParallelPlugin, ProjectConfiguration, gather_object, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -233,8 +234,17 @@ class _StageRun:
     def _prepare(self, model: PanoramaVLM, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin is not None:
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.options.batch_size
+            batch = {"train_micro_batch_size_per_gpu": self.options.batch_size}
+            batch["train_batch_size"] = self.options.batch_size * self.accelerator.num_processes
+            plugin.deepspeed_config.update(batch, gradient_clipping=self.options.max_grad_norm)
+        sharding = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if sharding is not None:
+            _set_up_sharding(sharding, model)
         model, optimizer = self.accelerator.prepare(model, optimizer)
+        if sharding is not None:
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            register_fsdp_forward_method(model, "generate")  # gathers weights as forward does
         return model, optimizer
 
     @property
@@ -317,6 +327,7 @@ class _StageRun:
             batch = self._stand_in() if is_filler else batches[number]
             batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
             share = 0.0 if is_filler else counts[number][1] * world / max(panoramas, 1)
+            self.accelerator.sync_gradients = number == passes - 1  # DeepSpeed makes its step in the last backward
             with nullcontext() if number == passes - 1 else self.accelerator.no_sync(self.model):
                 if self.stage == "vision":
                     output = self.model(**batch, stage=self.stage)
@@ -363,7 +374,10 @@ class _StageRun:
                 inputs = self.processor.image_processor(images, return_tensors="pt")
             else:
                 parts = [{"type": "image", "image": images}, {"type": "text", "text": "What is this?"}]
-                turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Nothing."}]
+                turns: list[dict[str, Any]] = [
+                    {"role": "user", "content": parts},
+                    {"role": "assistant", "content": "Nothing."},
+                ]
                 inputs = self.processor.apply_chat_template(turns, return_labels=True)
             self._filler = dict(inputs)
         return self._filler
@@ -440,7 +454,7 @@ class _StageRun:
                 logger.debug("No sample answer for %s: %s", sample.get("name"), error)
                 answers.append({})
                 continue
-            output = self.plain.generate(
+            output: Any = self.plain.generate(
                 **inputs,
                 max_new_tokens=64,
                 do_sample=False,
@@ -644,6 +658,20 @@ class _Clock:
             rates["memory_gib"] = peak / 2**30 if sys.platform == "darwin" else peak / 2**20
         self._reset()
         return rates
+
+
+def _set_up_sharding(plugin: FullyShardedDataParallelPlugin, model: PanoramaVLM) -> None:
+    """What the trainer needs of FSDP beside what the configuration says."""
+    if plugin.fsdp_version != 2:
+        raise ValueError("FSDP 1 would clip the gradients of each shard by its own norm: set fsdp_version to 2")
+    if plugin.transformer_cls_names_to_wrap is None:
+        there = {type(module).__name__ for module in model.modules()}  # SigLIP names a head it may not have
+        plugin.transformer_cls_names_to_wrap = [name for name in model._no_split_modules or [] if name in there]
+    if plugin.mixed_precision_policy is not None:  # Accelerate would round losses and sums of gradients to bf16
+        policy = plugin.mixed_precision_policy
+        plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+    # Nothing here works in place on what the model returns.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 @contextmanager
