@@ -219,7 +219,7 @@ def _open(file: str | BinaryIO, name: str) -> Image.Image:
         raise ValueError(
             f"cannot read {name}: it is named as {_family(promised)}, but holds {_family(image.format)}; rename it"
         )
-    image.filename = name  # type: ignore[attr-defined]
+    image.filename = name
     return image
 
 

@@ -156,7 +156,7 @@ def prepared_maps(width: int, height: int, side: int) -> list[tuple[np.ndarray, 
 def by_opencv(source: Source, side: int) -> torch.Tensor:
     import cv2
 
-    image = cv2.imread(str(source), cv2.IMREAD_COLOR_RGB) if isinstance(source, Path) else source
+    image: Any = cv2.imread(str(source), cv2.IMREAD_COLOR_RGB) if isinstance(source, Path) else source
     maps = prepared_maps(image.shape[1], image.shape[0], side)
     tiles = [cv2.remap(image, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP) for places in maps]
     return normalised([cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA), *tiles])
@@ -172,6 +172,7 @@ def normalised(views: Sequence[np.ndarray]) -> torch.Tensor:
 
 def bare_decode(source: Source, side: int) -> np.ndarray:
     """A JPEG file at the reduced scale at which we decode it, and nothing else: the limit."""
+    assert isinstance(source, Path)
     image = Image.open(source)
     full = image.width
     scale = next((s for s in (8, 4, 2) if full / s >= processing._needed_width(PLAN, side) and full % s == 0), 1)
