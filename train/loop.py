@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 PREEMPTED = 75  # exit status after SIGTERM: everything is saved, start again (EX_TEMPFAIL of sysexits.h)
 VERSIONS = ("panorama-vlm", "torch", "transformers", "accelerate", "peft", "datasets", "huggingface-hub")
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 Batch = dict[str, torch.Tensor]
 
 
@@ -518,20 +519,22 @@ class _StageRun:
 
     def _is_push_due(self) -> bool:
         number = math.ceil(self.step / self.config.save_every)
-        full_weights = self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        full_weights = self.accelerator.distributed_type not in SHARDED
         due = self.config.hub_every > 0 and number % self.config.hub_every == 0 and self.step < self.stream.steps
         if due and not full_weights:
             logger.warning("Weights in shards are pushed at the end of the run, not at checkpoints.")
         return due and full_weights
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What has to be the same for a run to go on: it decides which samples a step holds."""
+        """What has to be the same for a run to go on: it decides which samples a step holds, and who can read it."""
+        kind = self.accelerator.distributed_type
         return {
             "seed": self.config.seed,
             "samples of a step": self.stream.global_batch,
             "steps": self.stream.steps,
             "samples": None if self.samples.streaming else len(self.samples),
             "schedule": self.options.schedule,
+            "shards": kind.value if kind in SHARDED else None,
         }
 
     def _rotate(self) -> None:
@@ -562,7 +565,7 @@ class _StageRun:
     def _finish(self) -> None:
         """The folder of the trained stage, whole or not there."""
         gathered = None
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if self.accelerator.distributed_type in SHARDED:
             gathered = self.accelerator.get_state_dict(self.model)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
