@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 import resource
 import shutil
 import signal
@@ -79,6 +80,11 @@ def train(config: TrainConfig) -> dict[str, list[float]]:
         log_with=config.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
     )
+    if accelerator.num_processes == 1 < (started := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise ValueError(
+            f"{started} processes were started, but no GPU was found and each would train by itself; "
+            "on CPUs: accelerate launch --cpu"
+        )
     checkpoint = _find_checkpoint(config, output)
     resumed_stage = None if checkpoint is None else read_state(checkpoint)["stage"]
     pusher = None
