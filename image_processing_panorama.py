@@ -418,17 +418,19 @@ def _warp(
     """Sample the source [h, w, C], whose `sphere` rows and columns are the whole sphere, into each of `out`
     [C, side, side], at `samples` places a side of a pixel."""
     _, width, channels = source.shape
-    turns = (
-        sphere[1] == width
-    )  # the sphere twice, so that views of one pitch share their places: only the window differs
-    padded = _pad_sphere(source, sphere[1], twice=turns)
     side = samples * out[0].shape[-1]
+    turns = sphere[1] == width
+    ways = []  # found before anything large is made: where a view is new, this takes the most memory
+    for view in views:
+        start, rest = divmod(view.yaw / 360 * width, 1) if turns else (0, view.yaw / 360 * sphere[1])
+        own = replace(view, yaw=rest * 360 / sphere[1], row=0)
+        ways.append((int(start) % width, _places(own, side, sphere)))
+    # The sphere twice, so that views of one pitch share their places: only the window differs.
+    padded = _pad_sphere(source, sphere[1], twice=turns)
     dtype = np.uint8 if padded.dtype == torch.uint8 else np.float32
     buffers = [np.empty((side, side, channels), kind) for kind in (dtype, np.int16)]  # new memory is slow
-    for view, target in zip(views, out, strict=True):
-        start, rest = divmod(view.yaw / 360 * width, 1) if turns else (0, view.yaw / 360 * sphere[1])
-        window = padded[:, int(start) % width :][:, : width + 2]
-        places = _places(replace(view, yaw=rest * 360 / sphere[1], row=0), side, sphere)
+    for (start, places), target in zip(ways, out, strict=True):
+        window = padded[:, start : start + width + 2]
         if backend == "opencv":
             _warp_opencv(window.numpy(), places, samples, buffers, target)
         else:
