@@ -78,8 +78,10 @@ def lines(output, stage, name="metrics"):
 def assert_same_run(output, expected, stages):
     for stage in stages:
         for name in ("loss", "grad_norm", "eval_loss"):
-            values, wanted = ([line[name] for line in lines(run, stage) if name in line] for run in (output, expected))
-            assert wanted and values == pytest.approx(wanted, rel=1e-4, abs=1e-5), (stage, name)
+            values, expected_values = (
+                [line[name] for line in lines(run, stage) if name in line] for run in (output, expected)
+            )
+            assert expected_values and values == pytest.approx(expected_values, rel=1e-4, abs=1e-5), (stage, name)
         assert lines(output, stage, "samples") == lines(expected, stage, "samples")
         weights, wanted = (load_file(run / stage / "model.safetensors") for run in (output, expected))
         assert weights.keys() == wanted.keys()
