@@ -326,6 +326,23 @@ def test_too_many_bad_samples_end_the_run_and_say_why(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_fails_ends_although_its_workers_ignore_sigterm(tmp_path):
+    code = """
+from panorama_vlm.train import __main__, loop
+
+def fail(*_):
+    raise RuntimeError("out of memory")
+
+loop._StageRun._log = fail
+__main__.main()
+"""
+    arguments = ["tiny.yaml", "--stage", "resampler", "--num_workers", "1", "--output", str(tmp_path / "run")]
+    command = [sys.executable, "-c", code, *arguments]
+    failed = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert failed.returncode == 1 and "RuntimeError: out of memory" in failed.stderr
+
+
+@pytest.mark.slow
 def test_the_whole_language_model_and_tower_train_where_lora_is_off(tmp_path):
     options = "{latent_dimension: 32, vicreg_projector_dim: 48, use_lora: false, finetune_vision_tower: true}"
     losses = run_here(

@@ -213,9 +213,12 @@ class _StageRun:
             group_by_length=training and self.config.group_by_length and self.stage != "vision",
         )
 
-    def _loader(self, stream: BatchStream) -> DataLoader:
+    @contextmanager
+    def _prepared(self, stream: BatchStream) -> Iterator[Iterator[Step]]:
+        """The steps of a stream, from workers that end with the block. Left to the garbage collector they may not hear
+        that they are to end, and the run would wait for them forever, because they ignore SIGTERM."""
         workers = self.config.num_workers
-        return DataLoader(
+        loader = DataLoader(
             stream,
             batch_size=None,
             num_workers=workers,
@@ -224,6 +227,12 @@ class _StageRun:
             worker_init_fn=_ignore_sigterm,
             generator=torch.Generator().manual_seed(self.config.seed),  # else it would draw from dropout's
         )
+        steps = iter(loader)
+        try:
+            yield steps
+        finally:
+            if workers:
+                steps._shutdown_workers()
 
     def _parameter_groups(self, model: PanoramaVLM) -> list[dict[str, Any]]:
         """Parameters by part of the model, matrices apart from vectors, which do not decay."""
@@ -282,8 +291,7 @@ class _StageRun:
         )
         self.stream.start_step = self.step
         clock = _Clock(self.seconds)
-        with progress, logging_redirect_tqdm():
-            steps = iter(self._loader(self.stream))
+        with progress, logging_redirect_tqdm(), self._prepared(self.stream) as steps:
             while self.step < self.stream.steps:
                 with clock.waiting():
                     made: Step = next(steps)
@@ -427,17 +435,18 @@ class _StageRun:
     def _validate(self) -> dict[str, float]:
         totals = torch.zeros(2, dtype=torch.float64, device="cpu")
         stream = self._batches(self.validation, training=False)  # type: ignore[arg-type]
-        for made in self._loader(stream):
-            batch = dict(made.micro_batches[0]) if made.micro_batches else None
-            inputs = self._stand_in() if batch is None else batch
-            inputs = {name: value.to(self.accelerator.device) for name, value in inputs.items()}
-            if self.stage == "vision":
-                weight, loss = len(inputs["pixel_values"]), self.model(**inputs, stage=self.stage).loss
-            else:
-                weight = _supervised(inputs)
-                loss = self.model(**inputs, stage=self.stage, return_logits=False).ar_loss
-            if batch is not None:
-                totals += torch.tensor([float(loss) * weight, weight], dtype=torch.float64)
+        with self._prepared(stream) as steps:
+            for made in steps:
+                batch = dict(made.micro_batches[0]) if made.micro_batches else None
+                inputs = self._stand_in() if batch is None else batch
+                inputs = {name: value.to(self.accelerator.device) for name, value in inputs.items()}
+                if self.stage == "vision":
+                    weight, loss = len(inputs["pixel_values"]), self.model(**inputs, stage=self.stage).loss
+                else:
+                    weight = _supervised(inputs)
+                    loss = self.model(**inputs, stage=self.stage, return_logits=False).ar_loss
+                if batch is not None:
+                    totals += torch.tensor([float(loss) * weight, weight], dtype=torch.float64)
         total, weight = self.accelerator.reduce(totals.to(self.accelerator.device, torch.float32), "sum").tolist()
         loss = total / weight if weight else math.nan
         perplexity = {} if self.stage == "vision" else {"eval_perplexity": math.exp(min(loss, 700))}
