@@ -62,20 +62,25 @@ class View:
     def rays(self, grid: Grid) -> np.ndarray:
         """Unit rays of the cells of this view, [rows, columns, 3]."""
         rows, columns = grid
+        return self.rays_at(np.arange(rows)[:, None], np.arange(columns), grid)
+
+    def rays_at(self, row: np.ndarray, column: np.ndarray, grid: Grid) -> np.ndarray:
+        """Unit rays [..., 3] of places in this view's grid, cell centres at whole numbers: the inverse of
+        :meth:`cells`."""
+        rows, columns = grid
+        row, column = np.broadcast_arrays(row, column)
         if self.kind == "erp":
-            yaw = math.radians(self.yaw) + ((np.arange(columns) + 0.5) / columns - 0.5) * math.radians(self.fov)
-            pitch = (0.5 - (np.arange(rows) + 0.5) / rows) * math.pi
-            yaw, pitch = np.broadcast_arrays(yaw[None, :], pitch[:, None])
+            yaw = math.radians(self.yaw) + ((column + 0.5) / columns - 0.5) * math.radians(self.fov)
+            pitch = (0.5 - (row + 0.5) / rows) * math.pi
             return np.stack([np.cos(pitch) * np.sin(yaw), np.sin(pitch), np.cos(pitch) * np.cos(yaw)], -1)
         half = math.tan(math.radians(self.fov) / 2)
-        x = (2 * (np.arange(columns) + 0.5) / columns - 1) * half
-        y = (1 - 2 * (np.arange(rows) + 0.5) / rows) * half
-        x, y = np.broadcast_arrays(x[None, :], y[:, None])
+        x = (2 * (column + 0.5) / columns - 1) * half
+        y = (1 - 2 * (row + 0.5) / rows) * half
         camera = np.stack([x, y, np.ones_like(x)], -1)
         return camera @ self.rotation.T / np.linalg.norm(camera, axis=-1, keepdims=True)
 
     def cells(self, rays: np.ndarray, grid: Grid, margin: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where rays fall in this view's grid: the inverse of :meth:`rays`.
+        """Where rays fall in this view's grid: the inverse of :meth:`rays_at`.
 
         Args:
             rays: unit rays [..., 3].
