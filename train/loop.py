@@ -227,7 +227,7 @@ class _StageRun:
             worker_init_fn=_ignore_sigterm,
             generator=torch.Generator().manual_seed(self.config.seed),  # else it would draw from dropout's
         )
-        steps = iter(loader)
+        steps: Any = iter(loader)
         try:
             yield steps
         finally:
