@@ -485,8 +485,9 @@ def profile(file: Path, side: int, repeats: int) -> dict[str, float]:
 
 
 def timed_opencv(watch: Stopwatch, cv2: Any) -> SimpleNamespace:
-    names = ("INTER_AREA", "INTER_LINEAR", "BORDER_REPLICATE", "setNumThreads", "split")
+    names = ("INTER_AREA", "INTER_LINEAR", "BORDER_REPLICATE", "COLOR_RGB2RGBA", "setNumThreads", "split")
     return SimpleNamespace(
+        cvtColor=watch.timed(STEPS["_cut"], cv2.cvtColor),
         remap=watch.timed("remap", cv2.remap),
         resize=watch.timed("reduce by areas (global view, 2 x 2 samples)", cv2.resize),
         **{name: getattr(cv2, name) for name in names},
