@@ -167,14 +167,18 @@ class PanoramaImageProcessor(BaseImageProcessor):
 
         plan = make_view_plan(*(options[name] for name in _PLAN_OPTIONS))
         size = options["image_size"]
-        pixel_values = torch.empty(len(sources), plan.num_views, 3, size, size, device=kwargs.get("device"))
+        shape = (len(sources), plan.num_views, 3, size, size)
+        device = torch.device(kwargs.get("device") or "cpu")
+        if device.type == "cpu":  # numpy asks Linux for huge pages, torch does not; new memory is slow
+            pixel_values = torch.from_numpy(np.empty(shape, np.float32))
+        else:
+            pixel_values = torch.empty(shape, device=device)
         masks = [
             self._make_views(source, plan, options, float(yaw_offset), views)
             for source, yaw_offset, views in zip(sources, yaw_offsets, pixel_values, strict=True)
         ]
         mean, std = (
-            255 * torch.tensor(options[name], device=pixel_values.device).view(3, 1, 1)
-            for name in ("image_mean", "image_std")
+            255 * torch.tensor(options[name], device=device).view(3, 1, 1) for name in ("image_mean", "image_std")
         )
         for views in pixel_values:  # a few MB at a time, which fit into a cache
             views.sub_(mean).div_(std)
@@ -407,11 +411,14 @@ def _area_weights(old: int, new: int) -> torch.Tensor:
 
 
 def _cut(source: torch.Tensor, turn: float, box: tuple[int, int, int, int]) -> torch.Tensor:
-    """Rows top to bottom and columns left to right of the sphere, a copy. Beyond the edges of the source [h, w, C] it
-    goes on: at the other side, or beyond a pole, by one row, half a turn away. `turn` of the w columns are the whole
-    turn; where they are not all, no more than one column beyond them can be asked for."""
+    """Rows top to bottom and columns left to right of the sphere. Beyond the edges of the source [h, w, C] it goes on:
+    at the other side, or beyond a pole, by one row, half a turn away. `turn` of the w columns are the whole turn; where
+    they are not all, no more than one column beyond them can be asked for."""
     top, bottom, left, right = box
     height, width, channels = source.shape
+    first = left % width
+    if top >= 0 and bottom <= height and first + right - left <= width:
+        return source[top:bottom, first : first + right - left]
     out = source.new_empty(bottom - top, right - left, channels)
     rows = [(max(top, 0), min(bottom, height), 0)]  # first, last, columns to turn by
     if top < 0:

@@ -90,8 +90,8 @@ def ours(source: Source, side: int) -> torch.Tensor:
     return processor(side)(source, return_tensors="pt")["pixel_values"][0]
 
 
-def ours_without_opencv(source: Source, side: int) -> torch.Tensor:
-    with patch.object(processing, "cv2", None):
+def ours_torch_only(source: Source, side: int) -> torch.Tensor:
+    with patch.object(processing, "cv2", None), patch.object(reading, "simplejpeg", None):
         return ours(source, side)
 
 
@@ -189,7 +189,7 @@ PY360, ALIGNED, EQUILIB, REMAP = "py360convert", "py360convert, aligned", "pyequ
 WAYS: dict[str, Callable[[Source, int], Any]] = {
     DECODE: bare_decode,
     OURS: ours,
-    TORCH: ours_without_opencv,
+    TORCH: ours_torch_only,
     ONE_SAMPLE: ours_one_sample,
     PY360: by_py360convert,
     ALIGNED: by_py360convert_aligned,
@@ -677,7 +677,12 @@ def print_claims(found: Sequence[Claim]) -> bool:
 
 def print_header(repeats: int, mosaics: int) -> None:
     absent = missing()
-    names = ["torch", "pillow", *(PACKAGES[module] for module in PACKAGES if module not in absent)]
+    names = [
+        "torch",
+        "pillow",
+        *(["simplejpeg"] if reading.simplejpeg else []),
+        *(PACKAGES[module] for module in PACKAGES if module not in absent),
+    ]
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     print(f"Panoramas to the nine views of anyres_e2p; {versions}; {os.cpu_count()} CPUs.")
     print(

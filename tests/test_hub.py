@@ -17,7 +17,7 @@ import sys
 
 class NoPackage:
     def find_spec(self, name, path=None, target=None):
-        if (top := name.split(".")[0]) in ("panorama_vlm", "cv2"):
+        if (top := name.split(".")[0]) in ("panorama_vlm", "cv2", "simplejpeg"):
             raise ModuleNotFoundError(f"No module named {top!r}", name=top)
 
 sys.meta_path.insert(0, NoPackage())

@@ -186,6 +186,69 @@ def test_a_jpeg_is_decoded_no_larger_than_needed_and_its_lazy_image_is_left_alon
     assert psnr(np.array(lazy), np.array(mosaic), 255) > 30
 
 
+def outcome(data, needed_width):
+    """Pixels, or what is wrong."""
+    try:
+        return read_panorama(data, needed_width).pixels.tolist()
+    except ValueError as error:
+        return str(error)
+
+
+def both_outcomes(monkeypatch, data, needed_width):
+    """With simplejpeg, and with Pillow alone."""
+    with_simplejpeg = outcome(data, needed_width)
+    with monkeypatch.context() as without:
+        without.setattr("panorama_vlm.reading_panorama.simplejpeg", None)
+        return with_simplejpeg, outcome(data, needed_width)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "fast"),
+    [
+        ("RGB", {"subsampling": "4:4:4"}, True),
+        ("RGB", {"subsampling": "4:2:2"}, True),
+        ("RGB", {"subsampling": "4:2:0"}, True),
+        ("RGB", {"progressive": True}, True),
+        ("L", {}, True),
+        ("CMYK", {}, False),
+        ("RGB", {"exif": Image.Exif(), "orientation": 3}, False),
+        ("RGB", {"format": "MPO", "save_all": True, "append_images": [Image.new("RGB", (64, 32))]}, True),
+    ],
+    ids=["4:4:4", "4:2:2", "4:2:0", "progressive", "grey", "CMYK", "upside down", "MPO"],
+)
+def test_simplejpeg_gives_the_pixels_of_pillow(panoramas, monkeypatch, mode, options, fast):
+    simplejpeg = pytest.importorskip("simplejpeg")
+    calls, decode = [], simplejpeg.decode_jpeg
+    monkeypatch.setattr(
+        simplejpeg, "decode_jpeg", lambda *args, **kwargs: (calls.append(1), decode(*args, **kwargs))[1]
+    )
+    options = {"format": "JPEG", "quality": 90, **options}
+    if "orientation" in options:
+        options["exif"][0x0112] = options.pop("orientation")
+    data = encoded(panoramas[0].resize((256, 128)).convert(mode), **options)
+    for scale in (1, 2, 4, 8):
+        calls.clear()
+        ours, by_pillow = both_outcomes(monkeypatch, data, 256 / scale)
+        assert len(ours) == 128 / scale and ours == by_pillow
+        assert len(calls) == fast
+
+
+def test_a_damaged_jpeg_is_read_or_refused_as_pillow_does(panoramas, monkeypatch):
+    pytest.importorskip("simplejpeg")
+    rng = np.random.default_rng(0)
+    refused = []
+    for progressive in (False, True):
+        whole = encoded(panoramas[0].resize((256, 128)), "JPEG", progressive=progressive)
+        damaged = [whole[:length] for length in rng.integers(300, len(whole), 20)]
+        for place in rng.integers(20, len(whole) - 2, 100):
+            damaged.append(whole[:place] + b"\xff*" + whole[place + 2 :])  # an unknown marker, where it is one
+        for data in damaged:
+            ours, by_pillow = both_outcomes(monkeypatch, data, 128)
+            assert ours == by_pillow
+            refused.append(isinstance(ours, str))
+    assert 40 <= sum(refused) < len(refused)
+
+
 def test_a_size_that_the_scale_does_not_divide_is_decoded_whole(mosaic, tmp_path):
     mosaic.resize((4094, 2047)).save(tmp_path / "a.jpg")
     assert read_panorama(tmp_path / "a.jpg", 1300).pixels.shape == (2047, 4094, 3)
