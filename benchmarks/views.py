@@ -1,15 +1,15 @@
 """From JPEG files and decoded arrays to the nine normalised views of `anyres_e2p`, beside the ways others take.
 
-    pip install py360convert==1.0.4 opencv-python-headless && pip install --no-deps pyequilib==0.6.0
-    python -m panorama_vlm.benchmarks.views [--sizes 2048 4096 8192] [--views 256 384] [--repeats 5] [--mosaics 3]
+    pip install py360convert==1.0.4 opencv-python-headless simplejpeg && pip install --no-deps pyequilib==0.6.0
+    python -m panorama_vlm.benchmarks.views [--sizes 2048 4096 8192] [--views 256 384] [--repeats 3] [--mosaics 3]
 
 Each way gives float32 [9, 3, side, side], mean and standard deviation 0.5, from the same files: mosaics of the twelve
 real panorama samples at their own resolution, so that there is real detail at every size. In one run:
 
 - Speed: the ways take turns, so that a busy moment of the machine hits all of them; shown are the median and, in
-  brackets, the best. One core is one process with one thread, tied to a core; two cores are two such processes, which
-  start each turn together. Ratios are of medians. Maps are prepared in a turn that is not counted, for all who keep
-  them.
+  brackets, the best, of three fresh processes. One core is one process with one thread, tied to a core; two cores are
+  two such processes, which start each turn together. Ratios are of medians. Maps are prepared in a turn that is not
+  counted, for all who keep them.
 - Peak memory: the most memory of a fresh process (VmHWM on Linux, else ru_maxrss) in three runs of the job, above
   what it has after the imports and one tiny panorama, which loads libraries (and with the array, where that is the
   source). Prepared maps count.
@@ -56,7 +56,8 @@ from tqdm import tqdm
 
 Source = Path | np.ndarray
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
-INSTALL = "pip install py360convert==1.0.4 opencv-python-headless && pip install --no-deps pyequilib==0.6.0"
+INSTALL = "pip install py360convert==1.0.4 opencv-python-headless simplejpeg && pip install --no-deps pyequilib==0.6.0"
+PROCESSES = 3  # one after the other
 TILES = 8  # of 90 degrees, around the horizon, the first one in front
 PLAN = make_view_plan("anyres_e2p", 90.0, 0.5)
 FILE, ARRAY = "file", "array"
@@ -344,28 +345,28 @@ def take_turns(
 
 
 def throughput(jobs: Sequence[tuple[Job, Path]], repeats: int, cores: int) -> dict[tuple[Job, str], Times]:
-    """Panoramas a second of one process on each of the cores, all together."""
+    """Panoramas a second of one process on each of the cores, all together; in fresh processes several times, because
+    where the memory of a process lies changes its speed by a tenth."""
     context = fresh_processes()
-    barrier, results = context.Barrier(cores), context.Queue()
-    title = f"speed, {cores} core{'s' * (cores > 1)}"
-    workers = [
-        context.Process(target=take_turns, args=(jobs, repeats, core, barrier, results, title)) for core in range(cores)
-    ]
-    for worker in workers:
-        worker.start()
-    try:
-        found = [results.get(timeout=1800) for _ in workers]
-    finally:
+    seconds: dict[tuple[Job, str], list[float]] = {}
+    for again in range(PROCESSES):
+        barrier, results = context.Barrier(cores), context.Queue()
+        title = f"speed, {cores} core{'s' * (cores > 1)}, {again + 1} of {PROCESSES}"
+        workers = [
+            context.Process(target=take_turns, args=(jobs, repeats, core, barrier, results, title))
+            for core in range(cores)
+        ]
         for worker in workers:
-            worker.join(timeout=10)
-            worker.terminate()
-    return {
-        key: Times(
-            sum(1 / statistics.median(seconds[key]) for seconds in found),
-            sum(1 / min(seconds[key]) for seconds in found),
-        )
-        for key in found[0]
-    }
+            worker.start()
+        try:
+            for _ in workers:
+                for key, measured in results.get(timeout=1800).items():
+                    seconds.setdefault(key, []).extend(measured)
+        finally:
+            for worker in workers:
+                worker.join(timeout=10)
+                worker.terminate()
+    return {key: Times(cores / statistics.median(all), cores / min(all)) for key, all in seconds.items()}
 
 
 def peak_of(task: tuple[Job, Path, str]) -> tuple[Job, str, float]:
@@ -686,8 +687,8 @@ def print_header(repeats: int, mosaics: int) -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     print(f"Panoramas to the nine views of anyres_e2p; {versions}; {os.cpu_count()} CPUs.")
     print(
-        f"Ways take turns, median (best) of {repeats}; one thread a process, on two cores two processes. Memory: fresh "
-        f"process, maps included. PSNR: mean over {mosaics} mosaic(s)."
+        f"Ways take turns, median (best) of {PROCESSES} x {repeats}; one thread a process, on two cores two processes. "
+        f"Memory: fresh process, maps included. PSNR: mean over {mosaics} mosaic(s)."
     )
     for module, reason in absent.items():
         left_out = ", ".join(way for way, needed in NEEDS.items() if needed == module)
@@ -711,7 +712,10 @@ def main() -> int:
     parser.add_argument("--sizes", type=int, nargs="+", default=[2048, 4096, 8192], help="columns of the panoramas")
     parser.add_argument("--views", type=int, nargs="+", default=[256, 384], help="sides of the views in pixels")
     parser.add_argument(
-        "--repeats", type=int, default=5, help="turns of each way, half as many above 4,096 columns (default: 5)"
+        "--repeats",
+        type=int,
+        default=3,
+        help=f"turns of each way in each of {PROCESSES} processes, half as many above 4,096 columns (default: 3)",
     )
     parser.add_argument("--mosaics", type=int, default=3, help="panoramas that PSNR is the mean of (default: 3)")
     parser.add_argument("--smoke", action="store_true", help="one tiny size, once; no claim is checked")
@@ -733,7 +737,7 @@ def main() -> int:
             print_table(measured, kind)
         print_limit(measured)
         sys.stdout.flush()
-        task = fresh_processes().Process(target=profile_in_process, args=(loaded[0], side, 3 * arguments.repeats))
+        task = fresh_processes().Process(target=profile_in_process, args=(loaded[0], side, 5 * arguments.repeats))
         task.start()
         task.join()
     found = claims(measured)
