@@ -582,13 +582,16 @@ class PanoramaVLM(PreTrainedModel, GenerationMixin):
             matched_terms = [self._vicreg(x, y)]
         else:
             matched_terms = [self._vicreg(m.x, m.y) for m in matched]
-        terms = VICRegTerms(*(torch.cat(term).mean() for term in zip(*matched_terms, strict=True)))
+        # In float32 the mean of hundreds of pairs is rounded by more than what two and one process differ in.
+        dtype = matched_terms[0].invariance.dtype
+        wide = dtype if features.device.type == "mps" else torch.float64  # MPS has no float64
+        terms = VICRegTerms(*(torch.cat(term).mean(dtype=wide) for term in zip(*matched_terms, strict=True)))
         loss = (
             self.config.vicreg_similarity_weight * terms.invariance
             + self.config.vicreg_variance_weight * terms.variance
             + self.config.vicreg_covariance_weight * terms.covariance
         )
-        return loss, terms
+        return loss.to(dtype), VICRegTerms(*(term.to(dtype) for term in terms))
 
     def _vicreg(self, x: torch.Tensor, y: torch.Tensor) -> VICRegTerms:
         return vicreg(

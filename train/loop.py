@@ -359,7 +359,7 @@ class _StageRun:
                         parts["overlap_loss"] = overlap
                 self.accelerator.backward(loss)
             for name, value in {"loss": loss, **parts}.items():
-                totals[name] = totals.get(name, 0.0) + value.detach().float() / world
+                totals[name] = totals.get(name, 0.0) + value.detach().to(own.dtype) / world
         names = sorted(totals)
         reduced = self.accelerator.reduce(torch.stack([totals[name] for name in names]), "sum")
         figures = dict(zip(names, reduced.tolist(), strict=True))
