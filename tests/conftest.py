@@ -39,11 +39,6 @@ LANGUAGE = {
 }
 
 
-def pytest_collection_modifyitems(items):
-    """The slow ones first, so that at the end no process works on one while the others have nothing left."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-
-
 @pytest.fixture(scope="session")
 def samples() -> list[dict[str, str]]:
     return [json.loads(line) for line in (SAMPLES / "metadata.jsonl").read_text().splitlines()]
