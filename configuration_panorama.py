@@ -6,12 +6,13 @@ import difflib
 import inspect
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 
-from .geometry_panorama import ViewPlan, check_view_options, make_view_plan, owned_tokens
+from .geometry_panorama import ViewOptions, ViewPlan, owned_tokens
 from .resampler_panorama import RESAMPLERS
 
 # Which class of a saved folder's own code each Auto class loads.
@@ -101,12 +102,6 @@ class PanoramaConfig(PretrainedConfig):
         resampler_pool: int = 2,
         resampler_queries: int = 64,
         resampler_heads: int = 8,
-        view_strategy: str = "anyres_e2p",
-        fov_deg: float = 90.0,
-        overlap_ratio: float = 0.5,
-        pitch_rows: Sequence[float] = (0.0,),
-        pole_caps: bool = False,
-        image_size: int | None = None,
         token_selection: str = "owned",
         ray_frequencies: int = 6,
         vision_trainable_blocks: int = 0,
@@ -141,7 +136,6 @@ class PanoramaConfig(PretrainedConfig):
         image_token_id: int | None = None,
         **kwargs: Any,
     ):
-        _refuse_misspelt_options(kwargs)
         self.vision_config = _sub_config(vision_config, _DEFAULT_VISION)
         self.text_config = _sub_config(text_config, _DEFAULT_TEXT).get_text_config()
         self.vision_name = vision_name
@@ -154,15 +148,12 @@ class PanoramaConfig(PretrainedConfig):
         self.resampler_queries = _positive("resampler_queries", resampler_queries, 64)
         self.resampler_heads = _positive("resampler_heads", resampler_heads, 8)
 
-        check_view_options(view_strategy, fov_deg, overlap_ratio, pitch_rows)
-        self.view_strategy = view_strategy
-        self.fov_deg = float(fov_deg)
-        self.overlap_ratio = float(overlap_ratio)
-        self.pitch_rows = [float(pitch) for pitch in pitch_rows]
-        self.pole_caps = pole_caps
-        self.image_size = _positive(
-            "image_size", tower_image_size(self.vision_config) if image_size is None else image_size, 256
-        )
+        views = {name: kwargs.pop(name) for name in ViewOptions.names() if name in kwargs}
+        _refuse_misspelt_options(kwargs)
+        if views.get("image_size") is None:
+            views["image_size"] = tower_image_size(self.vision_config)
+        for name, value in asdict(ViewOptions(**views)).items():
+            setattr(self, name, list(value) if isinstance(value, tuple) else value)
         self.token_selection = _one_of("token_selection", token_selection, ["owned", "all"])
         self.ray_frequencies = _at_least_zero("ray_frequencies", ray_frequencies, 6)
         self.vision_trainable_blocks = _at_least_zero("vision_trainable_blocks", vision_trainable_blocks, 0)
@@ -237,11 +228,14 @@ class PanoramaConfig(PretrainedConfig):
             )
 
     @property
+    def view_options(self) -> ViewOptions:
+        """What is cut out of a panorama; the image processor's are the same."""
+        return ViewOptions(**{name: getattr(self, name) for name in ViewOptions.names()})
+
+    @property
     def view_plan(self) -> ViewPlan:
         """The views of one panorama."""
-        return make_view_plan(
-            self.view_strategy, self.fov_deg, self.overlap_ratio, tuple(self.pitch_rows), self.pole_caps
-        )
+        return self.view_options.plan
 
     @property
     def num_views(self) -> int:
@@ -313,6 +307,7 @@ def _sub_config(config: dict[str, Any] | PretrainedConfig | None, default: dict[
 def _refuse_misspelt_options(unknown: dict[str, Any]) -> None:
     """Raise `ValueError` for an option that is close to a known one: it would be ignored in silence."""
     known = [name for name in inspect.signature(PanoramaConfig.__init__).parameters if name not in ("self", "kwargs")]
+    known += ViewOptions.names()
     for name in unknown:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if close and not hasattr(PretrainedConfig, name):

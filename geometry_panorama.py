@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Literal
 
@@ -195,43 +195,99 @@ def loop_yaws(width_deg: float, overlap_ratio: float) -> list[float]:
     return [i * 360 / n for i in range(n)]
 
 
-def _e2p(fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float], pole_caps: bool) -> tuple[View, ...]:
+@dataclass(frozen=True)
+class ViewOptions:
+    """What is cut out of a panorama: the options that the configuration and the image processor share.
+
+    Everything that can be wrong is found on construction.
+
+    Args:
+        view_strategy: a name in `VIEW_STRATEGIES`.
+        fov_deg: field of view of a tile, or width of a window, in degrees, in (0, 180).
+        overlap_ratio: share of the field of view that neighbouring tiles of a loop have in common, in (0, 1).
+        pitch_rows: pitch in degrees of each row of tiles, in [-90, 90].
+        pole_caps: whether a tile looks straight up and another straight down.
+        image_size: side of a view in pixels.
+
+    Raises:
+        ValueError: for an option out of range; it is named, with what is allowed and a typical value.
+    """
+
+    view_strategy: str = "anyres_e2p"
+    fov_deg: float = 90.0
+    overlap_ratio: float = 0.5
+    pitch_rows: tuple[float, ...] = (0.0,)
+    pole_caps: bool = False
+    image_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.view_strategy not in VIEW_STRATEGIES:
+            raise ValueError(f"view_strategy must be one of {sorted(VIEW_STRATEGIES)}, got {self.view_strategy!r}")
+        if not 0 < self.overlap_ratio < 1:
+            raise ValueError(f"overlap_ratio must be in (0, 1), got {self.overlap_ratio}. Typical range: [0.3, 0.7]")
+        if not 0 < self.fov_deg < 180:
+            raise ValueError(f"fov_deg must be in (0, 180), got {self.fov_deg}. Typical value: 90.0")
+        pitches = tuple(float(pitch) for pitch in self.pitch_rows)
+        if not pitches or any(not -90 <= pitch <= 90 for pitch in pitches) or len(set(pitches)) != len(pitches):
+            raise ValueError(
+                f"pitch_rows must be different degrees in [-90, 90], at least one, got {list(self.pitch_rows)}. "
+                "Typical values: [0.0] or [-45.0, 0.0, 45.0]"
+            )
+        if not isinstance(self.pole_caps, bool):
+            raise ValueError(f"pole_caps must be true or false, got {self.pole_caps!r}")
+        if not self.image_size > 0 or self.image_size != int(self.image_size):
+            raise ValueError(f"image_size must be positive, a whole number, got {self.image_size}. Typical value: 256")
+        numbers = {"fov_deg": float(self.fov_deg), "overlap_ratio": float(self.overlap_ratio)}
+        for name, value in {**numbers, "pitch_rows": pitches, "image_size": int(self.image_size)}.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of all options."""
+        return tuple(option.name for option in fields(cls))
+
+    @property
+    def plan(self) -> ViewPlan:
+        """The views of one panorama."""
+        return _plan_of(self)
+
+
+def _e2p(options: ViewOptions) -> tuple[View, ...]:
     """A closed loop of perspective tiles for each row of pitch, and a tile at each pole where caps are asked for."""
-    tiles = [
-        View("perspective", yaw, float(pitch), float(fov_deg), row)
-        for row, pitch in enumerate(pitch_rows)
-        for yaw in loop_yaws(fov_deg, overlap_ratio)
-    ]
-    rows = len(pitch_rows)
-    caps = [View("perspective", 0.0, pitch, float(fov_deg), rows + i) for i, pitch in enumerate((90.0, -90.0))]
-    return (*tiles, *(caps if pole_caps else ()))
+    return _tiles_and_caps(options, loop_yaws(options.fov_deg, options.overlap_ratio), options.fov_deg)
 
 
-def _anyres_e2p(fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float], pole_caps: bool) -> tuple[View, ...]:
+def _tiles_and_caps(options: ViewOptions, yaws: Sequence[float], fov: float) -> tuple[View, ...]:
+    tiles = [View("perspective", yaw, pitch, fov, row) for row, pitch in enumerate(options.pitch_rows) for yaw in yaws]
+    rows = len(options.pitch_rows)
+    caps = [View("perspective", 0.0, pitch, options.fov_deg, rows + i) for i, pitch in enumerate((90.0, -90.0))]
+    return (*tiles, *(caps if options.pole_caps else ()))
+
+
+def _anyres_e2p(options: ViewOptions) -> tuple[View, ...]:
     """The whole panorama once, then the tiles of `e2p`."""
-    return (View("erp"), *_e2p(fov_deg, overlap_ratio, pitch_rows, pole_caps))
+    return (View("erp"), *_e2p(options))
 
 
-def _cubemap(fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float], pole_caps: bool) -> tuple[View, ...]:
+def _cubemap(options: ViewOptions) -> tuple[View, ...]:
     """The six faces of a cube: front, right, back, left, up, down. They meet at their edges and do not overlap, so
     stage `vision` has nothing to compare; the options of tiles have no meaning here."""
     sides = [View("perspective", yaw, 0.0, 90.0, 0) for yaw in (0.0, 90.0, 180.0, 270.0)]
     return (*sides, View("perspective", 0.0, 90.0, 90.0, 1), View("perspective", 0.0, -90.0, 90.0, 2))
 
 
-def _sliding_window(
-    fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float], pole_caps: bool
-) -> tuple[View, ...]:
+def _sliding_window(options: ViewOptions) -> tuple[View, ...]:
     """Windows `fov_deg` wide slid over the ERP image, from pole to pole, wrapping at the seam."""
-    return tuple(View("erp", yaw, 0.0, float(fov_deg)) for yaw in loop_yaws(fov_deg, overlap_ratio))
+    yaws = loop_yaws(options.fov_deg, options.overlap_ratio)
+    return tuple(View("erp", yaw, 0.0, options.fov_deg) for yaw in yaws)
 
 
-def _resize(fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float], pole_caps: bool) -> tuple[View, ...]:
+def _resize(options: ViewOptions) -> tuple[View, ...]:
     """The whole panorama as one view."""
     return (View("erp"),)
 
 
-VIEW_STRATEGIES: dict[str, Callable[[float, float, Sequence[float], bool], tuple[View, ...]]] = {
+VIEW_STRATEGIES: dict[str, Callable[[ViewOptions], tuple[View, ...]]] = {
     "anyres_e2p": _anyres_e2p,
     "cubemap": _cubemap,
     "e2p": _e2p,
@@ -241,34 +297,8 @@ VIEW_STRATEGIES: dict[str, Callable[[float, float, Sequence[float], bool], tuple
 
 
 @lru_cache(maxsize=64)
-def make_view_plan(
-    view_strategy: str,
-    fov_deg: float,
-    overlap_ratio: float,
-    pitch_rows: tuple[float, ...] = (0.0,),
-    pole_caps: bool = False,
-) -> ViewPlan:
-    """The plan of a strategy by name. The options are checked where they are set, by :func:`check_view_options`."""
-    return ViewPlan(VIEW_STRATEGIES[view_strategy](fov_deg, overlap_ratio, pitch_rows, pole_caps))
-
-
-def check_view_options(view_strategy: str, fov_deg: float, overlap_ratio: float, pitch_rows: Sequence[float]) -> None:
-    """Raise `ValueError` where the options of a view plan are out of range.
-
-    The configuration and the image processor carry the same four options, and both ask here.
-    """
-    if view_strategy not in VIEW_STRATEGIES:
-        raise ValueError(f"view_strategy must be one of {sorted(VIEW_STRATEGIES)}, got {view_strategy!r}")
-    if not 0 < overlap_ratio < 1:
-        raise ValueError(f"overlap_ratio must be in (0, 1), got {overlap_ratio}. Typical range: [0.3, 0.7]")
-    if not 0 < fov_deg < 180:
-        raise ValueError(f"fov_deg must be in (0, 180), got {fov_deg}. Typical value: 90.0")
-    pitches = list(pitch_rows)
-    if not pitches or any(not -90 <= pitch <= 90 for pitch in pitches) or len(set(pitches)) != len(pitches):
-        raise ValueError(
-            f"pitch_rows must be different degrees in [-90, 90], at least one, got {pitches}. "
-            "Typical values: [0.0] or [-45.0, 0.0, 45.0]"
-        )
+def _plan_of(options: ViewOptions) -> ViewPlan:
+    return ViewPlan(VIEW_STRATEGIES[options.view_strategy](options))
 
 
 @lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
-from .geometry_panorama import View, ViewPlan, check_view_options, make_view_plan, ray_angles
+from .geometry_panorama import View, ViewOptions, ViewPlan, ray_angles
 from .reading_panorama import ImageSource, content_digest, open_image, read_panorama
 
 try:  # faster on a CPU; without it torch makes the same views
@@ -36,7 +36,6 @@ Backend = Literal["opencv", "torch"]
 # sample is blurred itself: this is 0.4 dB nearer to the reference of benchmarks/views.py.
 _ASIDE = {1: np.zeros(1), 2: np.array([-0.235, 0.235])}
 _STEPS = 32  # a place in the source is rounded to 1/32 pixel: OpenCV 4 samples no finer
-_PLAN_OPTIONS = ("view_strategy", "fov_deg", "overlap_ratio", "pitch_rows", "pole_caps")
 _READ_OPTIONS = ("strict_aspect", "align_heading")
 _IMPORTED_IN = os.getpid()
 _CACHE_VERSION = 1  # to be raised when the same file and options give other views
@@ -77,12 +76,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
 
     def __init__(
         self,
-        image_size: int = 256,
-        view_strategy: str = "anyres_e2p",
-        fov_deg: float = 90.0,
-        overlap_ratio: float = 0.5,
-        pitch_rows: Sequence[float] = (0.0,),
-        pole_caps: bool = False,
+        *,
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         strict_aspect: bool = False,
@@ -90,18 +84,12 @@ class PanoramaImageProcessor(BaseImageProcessor):
         cache_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ):
+        given = {name: kwargs.pop(name) for name in ViewOptions.names() if name in kwargs}
         super().__init__(**kwargs)
-        check_view_options(view_strategy, fov_deg, overlap_ratio, pitch_rows)
-        if not image_size > 0:
-            raise ValueError(f"image_size must be positive, got {image_size}. Typical value: 256")
+        for name, value in asdict(ViewOptions(**given)).items():
+            setattr(self, name, list(value) if isinstance(value, tuple) else value)
         if min(image_std) <= 0:
             raise ValueError(f"image_std must be positive, got {list(image_std)}. Typical value: [0.5, 0.5, 0.5]")
-        self.image_size = image_size
-        self.view_strategy = view_strategy
-        self.fov_deg = float(fov_deg)
-        self.overlap_ratio = float(overlap_ratio)
-        self.pitch_rows = [float(pitch) for pitch in pitch_rows]
-        self.pole_caps = pole_caps
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.strict_aspect = strict_aspect
@@ -115,9 +103,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
     @property
     def view_plan(self) -> ViewPlan:
         """The views of one panorama."""
-        return make_view_plan(
-            self.view_strategy, self.fov_deg, self.overlap_ratio, tuple(self.pitch_rows), self.pole_caps
-        )
+        return ViewOptions(**{name: getattr(self, name) for name in ViewOptions.names()}).plan
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open whatever names or holds an image, without decoding it; arrays, tensors and PIL images stay. Lists keep
@@ -155,18 +141,16 @@ class PanoramaImageProcessor(BaseImageProcessor):
         _use_one_thread_in_a_worker(os.getpid())
         options = {
             name: getattr(self, name) if kwargs.get(name) is None else kwargs[name]
-            for name in ("image_size", "image_mean", "image_std", "cache_dir", *_READ_OPTIONS, *_PLAN_OPTIONS)
+            for name in ("image_mean", "image_std", "cache_dir", *_READ_OPTIONS, *ViewOptions.names())
         }
-        check_view_options(*(options[name] for name in _PLAN_OPTIONS[:4]))
-        options["pitch_rows"] = tuple(options["pitch_rows"])
         sources = _flatten(self.fetch_images(images))
         yaw_offsets = kwargs.get("yaw_offsets")
         yaw_offsets = [0.0] * len(sources) if yaw_offsets is None else list(yaw_offsets)
         if len(yaw_offsets) != len(sources):
             raise ValueError(f"yaw_offsets must name one angle a panorama, got {len(yaw_offsets)} for {len(sources)}")
 
-        plan = make_view_plan(*(options[name] for name in _PLAN_OPTIONS))
-        size = options["image_size"]
+        view_options = ViewOptions(**{name: options[name] for name in ViewOptions.names()})
+        plan, size = view_options.plan, view_options.image_size
         shape = (len(sources), plan.num_views, 3, size, size)
         device = torch.device(kwargs.get("device") or "cpu")
         if device.type == "cpu":  # numpy asks Linux for huge pages, torch does not; new memory is slow

@@ -4,6 +4,7 @@ import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import accumulate
 from typing import Any
 
@@ -148,12 +149,7 @@ class PanoramaProcessor(ProcessorMixin):
     ) -> "PanoramaProcessor":
         """The processor that fits a model's configuration."""
         image_processor = PanoramaImageProcessor(
-            image_size=config.image_size,
-            view_strategy=config.view_strategy,
-            fov_deg=config.fov_deg,
-            overlap_ratio=config.overlap_ratio,
-            pitch_rows=config.pitch_rows,
-            pole_caps=config.pole_caps,
+            **asdict(config.view_options),
             image_mean=image_mean,
             image_std=image_std,
         )

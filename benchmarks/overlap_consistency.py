@@ -46,7 +46,7 @@ def make_model(seed: int, by_rays: bool, image_size: int) -> PanoramaVLM:
 @torch.no_grad()
 def tower_tokens(model: PanoramaVLM, erps: list[torch.Tensor], image_size: int) -> torch.Tensor:
     """[panoramas, V, patches, D_vision]; the tower is frozen, so they are computed once."""
-    processor = PanoramaImageProcessor(image_size)
+    processor = PanoramaImageProcessor(image_size=image_size)
     pixels = (processor(erp, return_tensors="pt")["pixel_values"] for erp in erps)
     return torch.cat([model.tower_tokens(views) for views in pixels])
 

@@ -47,7 +47,7 @@ import torch
 from panorama_vlm import image_processing_panorama as processing
 from panorama_vlm import reading_panorama as reading
 from panorama_vlm.benchmarks.overlap_loss import peak_resident, reset_peak_resident
-from panorama_vlm.geometry_panorama import make_view_plan
+from panorama_vlm.geometry_panorama import ViewOptions
 from panorama_vlm.image_processing_panorama import PanoramaImageProcessor
 from PIL import Image
 from torch.nn import functional as F
@@ -59,7 +59,7 @@ SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 INSTALL = "pip install py360convert==1.0.4 opencv-python-headless simplejpeg && pip install --no-deps pyequilib==0.6.0"
 PROCESSES = 3  # one after the other
 TILES = 8  # of 90 degrees, around the horizon, the first one in front
-PLAN = make_view_plan("anyres_e2p", 90.0, 0.5)
+PLAN = ViewOptions("anyres_e2p", 90.0, 0.5).plan
 FILE, ARRAY = "file", "array"
 CLAIMED_FILE, CLAIMED_ARRAY = (4096, 256), (2048, 256)  # (columns of the panorama, side of the views) of the claims
 
@@ -84,7 +84,7 @@ class Times(NamedTuple):
 
 @lru_cache(maxsize=4)
 def processor(side: int) -> PanoramaImageProcessor:
-    return PanoramaImageProcessor(side)
+    return PanoramaImageProcessor(image_size=side)
 
 
 def ours(source: Source, side: int) -> torch.Tensor:
@@ -544,7 +544,7 @@ class Panoramas(Dataset):
 def print_data_loaders(files: Sequence[Path], side: int, epoch: int, rounds: int, folder: Path) -> None:
     """Panoramas a second of `DataLoader`s with 0, 1 and 2 workers that stay, after a first epoch."""
     many = [files[index % len(files)] for index in range(epoch)]
-    kinds = {"": PanoramaImageProcessor(side), ", `cache_dir` filled": PanoramaImageProcessor(side, cache_dir=folder)}
+    kinds = {"": PanoramaImageProcessor(image_size=side), ", `cache_dir` filled": PanoramaImageProcessor(image_size=side, cache_dir=folder)}
     loaders = {
         (name, workers): DataLoader(
             Panoramas(many, image_processor),

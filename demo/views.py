@@ -16,9 +16,8 @@ from ..geometry_panorama import (
     VIEW_STRATEGIES,
     Correspondences,
     View,
+    ViewOptions,
     ViewPlan,
-    check_view_options,
-    make_view_plan,
     plan_rays,
     ray_correspondences,
     strip_correspondences,
@@ -145,8 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fov-deg", type=float, default=90.0)
     parser.add_argument("--overlap-ratio", type=float, default=0.5)
     options = parser.parse_args(arguments)
-    check_view_options(options.view_strategy, options.fov_deg, options.overlap_ratio, (0.0,))
-    plan = make_view_plan(options.view_strategy, options.fov_deg, options.overlap_ratio, pole_caps=options.pole_caps)
+    plan = ViewOptions(options.view_strategy, options.fov_deg, options.overlap_ratio, pole_caps=options.pole_caps).plan
     with Image.open(options.panorama) as panorama:
         draw_views(panorama, plan).save(options.output)
         print(f"views: {options.output}")

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from panorama_vlm.demo.views import colour, draw_matches, draw_views, main, outline
-from panorama_vlm.geometry_panorama import View, make_view_plan
+from panorama_vlm.geometry_panorama import View, ViewOptions
 
 ASK = Path(__file__).resolve().parent.parent / "demo" / "ask.py"
 
 
 def test_the_picture_shows_each_tile_in_its_colour_on_the_panorama_and_below_it(panoramas):
-    plan = make_view_plan("anyres_e2p", 90.0, 0.5)
+    plan = ViewOptions("anyres_e2p", 90.0, 0.5).plan
     picture = np.array(draw_views(panoramas[0], plan, width=512, view_size=96))
     for index in plan.tiles:
         is_colour = (picture == colour(index, plan.num_views)).all(-1)
@@ -39,7 +39,7 @@ def test_the_command_draws_both_pictures(panoramas, tmp_path, capsys):
 
 
 def test_matches_are_drawn_for_other_plans_too(panoramas):
-    assert draw_matches(panoramas[0], make_view_plan("anyres_e2p", 110.0, 0.3), 0.3, tokens=8, size=128).width == 264
+    assert draw_matches(panoramas[0], ViewOptions("anyres_e2p", 110.0, 0.3).plan, 0.3, tokens=8, size=128).width == 264
 
 
 @pytest.mark.slow

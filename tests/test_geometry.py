@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from panorama_vlm.geometry_panorama import (
     View,
+    ViewOptions,
     ViewPlan,
     loop_yaws,
-    make_view_plan,
     owned_tokens,
     plan_rays,
     ray_angles,
@@ -55,7 +55,7 @@ def test_a_loop_closes_with_at_least_the_overlap_that_was_asked_for(fov, overlap
 
 
 def test_the_global_view_comes_first_then_row_by_row_of_pitch():
-    plan = make_view_plan("anyres_e2p", 90.0, 0.5, (-30.0, 30.0))
+    plan = ViewOptions("anyres_e2p", 90.0, 0.5, (-30.0, 30.0)).plan
     assert plan.views[0].kind == "erp"
     assert [view.pitch for view in plan.views[1:]] == [-30.0] * 8 + [30.0] * 8
 
@@ -99,14 +99,14 @@ def test_what_is_behind_a_tile_is_not_in_it():
 
 
 def test_of_eight_tiles_of_16_by_16_tokens_768_are_owned_and_the_global_view_keeps_all():
-    owned = owned_tokens(make_view_plan("anyres_e2p", 90.0, 0.5), (16, 16))
+    owned = owned_tokens(ViewOptions("anyres_e2p", 90.0, 0.5).plan, (16, 16))
     assert owned[0].all()
     assert owned[1:].sum() == 768
 
 
 @pytest.mark.parametrize("rows", ROWS_OF_PITCH)
 def test_a_token_is_owned_by_the_tile_whose_centre_is_nearest(rows):
-    plan = make_view_plan("anyres_e2p", 65.0, 0.4, rows)
+    plan = ViewOptions("anyres_e2p", 65.0, 0.4, rows).plan
     grid = (5, 7)
     owned = owned_tokens(plan, grid)
     rays = plan_rays(plan, grid)
@@ -139,7 +139,7 @@ def test_tokens_of_two_tiles_and_the_global_view_that_look_the_same_way_get_the_
 @pytest.mark.parametrize(("fov", "overlap"), list(itertools.product([60, 65, 90, 110], [0.2, 0.45, 0.7])))
 def test_matched_tokens_look_the_same_way(fov, overlap, rows):
     grid = (16, 16)
-    plan = make_view_plan("anyres_e2p", float(fov), overlap, rows)
+    plan = ViewOptions("anyres_e2p", float(fov), overlap, rows).plan
     groups = ray_correspondences(plan, grid, ("neighbours", "global"))
     assert groups
     rays = plan_rays(plan, grid)
@@ -160,7 +160,7 @@ def test_matched_tokens_look_the_same_way(fov, overlap, rows):
 
 def test_strips_of_perspective_tiles_do_not_look_the_same_way():
     """The figures of the known systems: 6.65 degrees apart on average at 90 degrees and 50 %, 8.83 at most."""
-    plan, grid = make_view_plan("anyres_e2p", 90.0, 0.5), (16, 16)
+    plan, grid = ViewOptions("anyres_e2p", 90.0, 0.5).plan, (16, 16)
     strips = strip_correspondences(plan.tiles, grid, 0.5)
     rays = plan_rays(plan, grid)
     apart = angle(rays[strips.first[0], strips.tokens[0]], rays[strips.second[0], strips.corners[0, :, 0]])
@@ -172,7 +172,7 @@ def test_strips_of_perspective_tiles_do_not_look_the_same_way():
 @pytest.mark.parametrize("grid", [(16, 16), (4, 4), (6, 10)])
 @pytest.mark.parametrize("kind", ["neighbours", "global"])
 def test_interpolated_features_equal_grid_sample_at_the_rays(grid, kind):
-    plan = make_view_plan("anyres_e2p", 90.0, 0.5, (-20.0, 20.0))
+    plan = ViewOptions("anyres_e2p", 90.0, 0.5, (-20.0, 20.0)).plan
     features = torch.randn(plan.num_views, 5, *grid, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rays = plan_rays(plan, grid)
     for pairs in ray_correspondences(plan, grid, (kind,)):
@@ -191,7 +191,7 @@ def test_interpolated_features_equal_grid_sample_at_the_rays(grid, kind):
 
 
 def test_neighbours_close_the_loop_and_join_rows_of_pitch():
-    plan = make_view_plan("anyres_e2p", 90.0, 0.5, (-45.0, 0.0))
+    plan = ViewOptions("anyres_e2p", 90.0, 0.5, (-45.0, 0.0)).plan
     pairs = {frozenset(pair) for pair in plan.neighbours()}
     assert len(plan.neighbours()) == len(pairs) == 24
     assert {8, 1} in pairs and {16, 9} in pairs and {1, 9} in pairs
@@ -199,24 +199,24 @@ def test_neighbours_close_the_loop_and_join_rows_of_pitch():
 
 def test_two_tiles_are_one_pair_and_a_single_view_is_none():
     assert len(ViewPlan(tuple(View("perspective", yaw, 0, 175) for yaw in (0, 180))).neighbours()) == 1
-    assert make_view_plan("resize", 90.0, 0.5).neighbours() == ()
-    assert not make_view_plan("resize", 90.0, 0.5).has_rays
+    assert ViewOptions("resize", 90.0, 0.5).plan.neighbours() == ()
+    assert not ViewOptions("resize", 90.0, 0.5).plan.has_rays
 
 
 def test_an_overlap_without_a_common_token_gives_no_pairs():
-    plan = make_view_plan("anyres_e2p", 90.0, 0.01)
+    plan = ViewOptions("anyres_e2p", 90.0, 0.01).plan
     assert ray_correspondences(plan, (2, 2)) == ()
 
 
 def test_results_are_cached_and_read_only():
-    plan = make_view_plan("anyres_e2p", 90.0, 0.5)
+    plan = ViewOptions("anyres_e2p", 90.0, 0.5).plan
     assert plan_rays(plan, (4, 4)) is plan_rays(plan, (4, 4))
     with pytest.raises(ValueError, match="read-only"):
         plan_rays(plan, (4, 4))[0] = 0
 
 
 def test_pole_caps_look_straight_up_and_down_and_join_all_tiles_of_the_nearest_row():
-    plan = make_view_plan("e2p", 90.0, 0.5, (-30.0, 30.0), True)
+    plan = ViewOptions("e2p", 90.0, 0.5, (-30.0, 30.0), True).plan
     assert [(view.pitch, view.yaw) for view in plan.views[-2:]] == [(90.0, 0.0), (-90.0, 0.0)]
     partners = {index: set() for index in (16, 17)}
     for pair in plan.neighbours():
@@ -228,7 +228,7 @@ def test_pole_caps_look_straight_up_and_down_and_join_all_tiles_of_the_nearest_r
 
 
 def test_the_faces_of_a_cube_share_the_sphere_and_do_not_overlap():
-    plan = make_view_plan("cubemap", 70.0, 0.3)
+    plan = ViewOptions("cubemap", 70.0, 0.3).plan
     looks = {tuple(np.round(view.rays((1, 1))[0, 0]).astype(int)) for view in plan.views}
     assert looks == {(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)}
     assert owned_tokens(plan, (8, 8)).all()
@@ -236,7 +236,7 @@ def test_the_faces_of_a_cube_share_the_sphere_and_do_not_overlap():
 
 
 def test_windows_slid_over_the_erp_image_overlap_in_whole_strips_so_that_rays_and_strips_are_the_same_pairs():
-    plan, grid = make_view_plan("sliding_window", 90.0, 0.5), (6, 8)
+    plan, grid = ViewOptions("sliding_window", 90.0, 0.5).plan, (6, 8)
     assert plan.num_views == 8
     (by_rays,) = ray_correspondences(plan, grid)
     strips = strip_correspondences(plan.tiles, grid, 0.5)

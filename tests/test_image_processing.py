@@ -3,7 +3,7 @@ import py360convert
 import pytest
 import torch
 from panorama_vlm import PanoramaImageProcessor, PanoramaProcessor
-from panorama_vlm.geometry_panorama import View, ViewPlan, make_view_plan, plan_rays
+from panorama_vlm.geometry_panorama import View, ViewOptions, ViewPlan, plan_rays
 from panorama_vlm.image_processing_panorama import erp_to_views, views_to_erp
 from panorama_vlm.reading_panorama import to_erp_tensor
 from PIL import Image
@@ -29,7 +29,7 @@ def test_tiles_equal_py360convert_where_neither_aliases(panoramas, psnr, pitch):
 
 @pytest.mark.parametrize("pitch_rows", [(0.0,), (-50.0, 0.0, 50.0)])
 def test_an_image_whose_colour_is_its_direction_gives_each_pixel_and_token_the_colour_of_its_ray(pitch_rows):
-    plan = make_view_plan("anyres_e2p", 90.0, 0.5, pitch_rows)
+    plan = ViewOptions("anyres_e2p", 90.0, 0.5, pitch_rows).plan
     size, tokens = 64, 8
     views = erp_to_views(direction_image(256), plan, size)  # [V, 3, 64, 64]
     rays = torch.tensor(plan_rays(plan, (size, size)), dtype=torch.float32)  # [V, S, 3]
@@ -45,7 +45,7 @@ def test_an_image_whose_colour_is_its_direction_gives_each_pixel_and_token_the_c
 
 
 def test_turning_the_panorama_by_the_stride_permutes_the_tiles_exactly(panoramas):
-    plan = make_view_plan("anyres_e2p", 90.0, 0.5)
+    plan = ViewOptions("anyres_e2p", 90.0, 0.5).plan
     erp = to_erp_tensor(panoramas[0])
     views = erp_to_views(erp, plan, 96)
     turned = erp_to_views(erp.roll(-erp.shape[-1] // 8, -1), plan, 96)  # what was 45 degrees right is now the front
@@ -54,7 +54,7 @@ def test_turning_the_panorama_by_the_stride_permutes_the_tiles_exactly(panoramas
 
 @pytest.mark.parametrize("size", [48, 96, 300])
 def test_the_seam_shows_in_no_view(panoramas, size):
-    plan = make_view_plan("anyres_e2p", 90.0, 0.5)
+    plan = ViewOptions("anyres_e2p", 90.0, 0.5).plan
     for panorama in panoramas[:3]:
         erp = to_erp_tensor(panorama)
         views = erp_to_views(erp, plan, size)
@@ -66,7 +66,7 @@ def test_the_seam_shows_in_no_view(panoramas, size):
 def test_a_large_panorama_is_reduced_before_it_is_sampled_so_that_it_does_not_alias():
     rng = np.random.default_rng(0)
     noise = torch.tensor(rng.random((3, 1024, 2048)), dtype=torch.float32)
-    views = erp_to_views(noise, make_view_plan("anyres_e2p", 90.0, 0.5), 64)
+    views = erp_to_views(noise, ViewOptions("anyres_e2p", 90.0, 0.5).plan, 64)
     assert views[1:].std() < 0.15  # bilinear sampling alone would leave about 0.2
 
 
@@ -75,7 +75,7 @@ def test_a_large_panorama_is_reduced_before_it_is_sampled_so_that_it_does_not_al
 def test_opencv_and_torch_give_the_same_views_to_half_a_grey_level(mosaic, strategy, width):
     pytest.importorskip("cv2")
     erp = torch.from_numpy(np.array(mosaic.resize((width, width // 2)))).permute(2, 0, 1)
-    plan = make_view_plan(strategy, 90.0, 0.5)
+    plan = ViewOptions(strategy, 90.0, 0.5).plan
     for size in (64, 256):
         by_opencv, by_torch = (erp_to_views(erp, plan, size, backend) for backend in ("opencv", "torch"))
         assert by_opencv.std() > 20
@@ -86,7 +86,7 @@ def test_opencv_and_torch_give_the_same_views_to_half_a_grey_level(mosaic, strat
 @pytest.mark.parametrize("strategy", ["anyres_e2p", "cubemap", "sliding_window", "resize"])
 def test_a_gpu_gives_the_same_views_to_half_a_grey_level(mosaic, strategy):
     erp = torch.from_numpy(np.array(mosaic)).permute(2, 0, 1)
-    plan = make_view_plan(strategy, 90.0, 0.5)
+    plan = ViewOptions(strategy, 90.0, 0.5).plan
     on_gpu = erp_to_views(erp.cuda(), plan, 256)
     assert on_gpu.is_cuda
     assert (on_gpu.cpu() - erp_to_views(erp, plan, 256)).abs().max() < 0.52
@@ -97,8 +97,8 @@ def test_views_are_close_to_a_supersampled_reference(mosaic, psnr, tmp_path, siz
     """Each pixel of the reference is the mean of 8 x 8 places in the panorama at full size."""
     mosaic.save(tmp_path / "a.jpg", quality=92)
     full = torch.from_numpy(np.array(Image.open(tmp_path / "a.jpg"))).permute(2, 0, 1)[None].float()
-    plan = make_view_plan("anyres_e2p", 90.0, 0.5)
-    plain = PanoramaImageProcessor(size, image_mean=(0, 0, 0), image_std=(1, 1, 1))
+    plan = ViewOptions("anyres_e2p", 90.0, 0.5).plan
+    plain = PanoramaImageProcessor(image_size=size, image_mean=(0, 0, 0), image_std=(1, 1, 1))
     views = plain(tmp_path / "a.jpg", return_tensors="pt")["pixel_values"][0] * 255
     for index in (1, 3, 5):
         row, column, _ = View("erp").cells(plan.views[index].rays((8 * size, 8 * size)), (2048, 4096))
@@ -112,7 +112,7 @@ def test_views_are_close_to_a_supersampled_reference(mosaic, psnr, tmp_path, siz
 
 def test_prepared_views_are_kept_and_used_again(mosaic, tmp_path, monkeypatch):
     mosaic.resize((1024, 512)).save(tmp_path / "a.png")
-    processor, kept = PanoramaImageProcessor(32), tmp_path / "kept"
+    processor, kept = PanoramaImageProcessor(image_size=32), tmp_path / "kept"
     fresh = processor(tmp_path / "a.png", return_tensors="pt")["pixel_values"]
     first = processor(tmp_path / "a.png", cache_dir=kept, return_tensors="pt")["pixel_values"]
     assert (first - fresh).abs().max() <= 0.5 / 127.5 + 1e-6
@@ -134,7 +134,7 @@ def test_prepared_views_are_kept_and_used_again(mosaic, tmp_path, monkeypatch):
 def test_a_torn_file_in_the_cache_is_made_again_and_the_folder_is_not_saved_with_the_processor(
     panoramas, tmp_path, caplog
 ):
-    processor = PanoramaImageProcessor(32, cache_dir=tmp_path / "kept")
+    processor = PanoramaImageProcessor(image_size=32, cache_dir=tmp_path / "kept")
     first = processor(panoramas[0], return_tensors="pt")["pixel_values"]
     (file,) = (tmp_path / "kept").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:100])
@@ -147,7 +147,7 @@ def test_a_torn_file_in_the_cache_is_made_again_and_the_folder_is_not_saved_with
 
 
 def test_workers_of_a_data_loader_make_the_same_views(mosaic, tmp_path):
-    processor = PanoramaImageProcessor(64)
+    processor = PanoramaImageProcessor(image_size=64)
     mosaic.save(tmp_path / "a.jpg")
     here = processor(tmp_path / "a.jpg", return_tensors="pt")["pixel_values"]  # OpenCV's threads run before the fork
     loader = torch.utils.data.DataLoader(
@@ -161,15 +161,15 @@ def test_workers_of_a_data_loader_make_the_same_views(mosaic, tmp_path):
 
 
 def test_values_are_normalised_with_mean_and_std(panoramas):
-    plain = PanoramaImageProcessor(32, image_mean=(0, 0, 0), image_std=(1, 1, 1))
-    other = PanoramaImageProcessor(32, image_mean=(0.1, 0.2, 0.3), image_std=(0.5, 0.6, 0.7))
+    plain = PanoramaImageProcessor(image_size=32, image_mean=(0, 0, 0), image_std=(1, 1, 1))
+    other = PanoramaImageProcessor(image_size=32, image_mean=(0.1, 0.2, 0.3), image_std=(0.5, 0.6, 0.7))
     a, b = (p(panoramas[0], return_tensors="pt")["pixel_values"] for p in (plain, other))
     expected = (a - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
     torch.testing.assert_close(b, expected)
 
 
 def test_options_of_a_call_hold_for_that_call(panoramas):
-    processor = PanoramaImageProcessor(32)
+    processor = PanoramaImageProcessor(image_size=32)
     assert processor(panoramas[0], view_strategy="resize", return_tensors="pt")["pixel_values"].shape[1] == 1
     assert processor(panoramas[0], image_size=48, return_tensors="np")["pixel_values"].shape == (1, 9, 3, 48, 48)
     assert processor(panoramas[0], return_tensors="pt")["pixel_values"].shape == (1, 9, 3, 32, 32)
@@ -187,7 +187,7 @@ def test_options_of_a_call_hold_for_that_call(panoramas):
 )
 def test_what_is_no_panorama_is_refused(image, error, message):
     with pytest.raises(error, match=message):
-        PanoramaImageProcessor(32)(image, return_tensors="pt")
+        PanoramaImageProcessor(image_size=32)(image, return_tensors="pt")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_names_and_defaults_are_those_of_the_config(tokenizer):
 def test_every_pixel_of_every_strategy_looks_where_its_ray_says(strategy, options):
     """An analytic panorama, whose colour is its direction: right to 0.05 of a pixel, seam and poles included."""
     options = {"fov_deg": 90.0, "overlap_ratio": 0.5, **options}
-    plan, size = make_view_plan(strategy, **options), 64
+    plan, size = ViewOptions(strategy, **options).plan, 64
     views = erp_to_views(direction_image(1024), plan, size).double()  # [V, 3, 64, 64]
     seen = torch.nn.functional.normalize(views, dim=1).permute(0, 2, 3, 1).numpy()
     for view, colours in zip(plan.views, seen, strict=True):
@@ -252,7 +252,7 @@ def test_every_pixel_of_every_strategy_looks_where_its_ray_says(strategy, option
 def test_views_painted_back_onto_the_sphere_give_a_smooth_panorama(strategy, options, covered, psnr):
     smooth = direction_image(256)
     smooth = 0.5 + 0.25 * torch.sin(3 * smooth) + 0.25 * smooth.roll(1, 0)
-    plan = make_view_plan(strategy, **{"fov_deg": 90.0, "overlap_ratio": 0.5, **options})
+    plan = ViewOptions(strategy, **{"fov_deg": 90.0, "overlap_ratio": 0.5, **options}).plan
     painted, seen = views_to_erp(erp_to_views(smooth, plan, 256), plan, 256)
     assert seen.float().mean() >= covered - 1e-6
     assert psnr(painted[:, seen], smooth[:, seen]) > 40
@@ -260,7 +260,7 @@ def test_views_painted_back_onto_the_sphere_give_a_smooth_panorama(strategy, opt
 
 
 def test_values_of_tokens_are_painted_too_and_a_wrong_number_of_views_is_refused():
-    plan = make_view_plan("e2p", 90.0, 0.5)
+    plan = ViewOptions("e2p", 90.0, 0.5).plan
     values = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 4, 4)
     painted, seen = views_to_erp(values, plan, 64)
     assert painted[0, 32, 64] == pytest.approx(0, abs=1e-2)  # the middle of the front tile

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from datasets import Image as ImageColumn
 from panorama_vlm import PanoramaImageProcessor
-from panorama_vlm.geometry_panorama import make_view_plan
+from panorama_vlm.geometry_panorama import ViewOptions
 from panorama_vlm.image_processing_panorama import view_mask
 from panorama_vlm.reading_panorama import PhotoSphere, read_panorama, read_photo_sphere, to_erp_tensor
 from PIL import Image
@@ -48,7 +48,7 @@ def encoded(image, format="PNG", **options):
 
 @pytest.fixture
 def processor():
-    return PanoramaImageProcessor(32)
+    return PanoramaImageProcessor(image_size=32)
 
 
 def views(processor, image, **options):
@@ -131,7 +131,7 @@ def test_cmyk_and_avif_files_are_read(processor, panoramas):
 
 
 def test_transparent_parts_are_filled_with_the_mean(panoramas):
-    processor = PanoramaImageProcessor(32, image_mean=(0.2, 0.4, 0.6))
+    processor = PanoramaImageProcessor(image_size=32, image_mean=(0.2, 0.4, 0.6))
     image = panoramas[0].convert("RGBA")
     image.putalpha(Image.new("L", image.size, 0))
     for source in (image, np.array(image), np.array(image) / 255):
@@ -299,7 +299,7 @@ def test_views_that_see_only_fill_are_masked(panoramas):
     # It sees yaw from -42 to 42: of the tiles at 90, 135, 180, 225 and 270 degrees none shows any of it.
     xmp = photo_sphere(**crop_values((512, 256), (120, 128), 64, 196))
     data = encoded(panoramas[0].crop((0, 0, 120, 128)), "JPEG", xmp=xmp)
-    processor = PanoramaImageProcessor(32)
+    processor = PanoramaImageProcessor(image_size=32)
     out = processor([data, panoramas[0]], return_tensors="pt")
     expected = [True, True, True, False, False, False, False, False, True]  # global, 0, 45, 90, 135, 180, ...
     assert out["view_mask"].tolist() == [expected, [True] * 9]
@@ -310,7 +310,7 @@ def test_views_that_see_only_fill_are_masked(panoramas):
 def test_the_mask_agrees_with_what_the_views_show():
     """Brute force: white where the camera saw, black elsewhere; a view is masked where it is all black."""
     generator = np.random.default_rng(0)
-    plan = make_view_plan("e2p", 60.0, 0.3, (-60.0, 0.0, 60.0), True)
+    plan = ViewOptions("e2p", 60.0, 0.3, (-60.0, 0.0, 60.0), True).plan
     processor = PanoramaImageProcessor(
         64, "e2p", 60.0, 0.3, (-60.0, 0.0, 60.0), True, image_mean=(0, 0, 0), image_std=(1, 1, 1)
     )
@@ -337,15 +337,15 @@ def test_an_image_that_is_not_two_to_one_is_a_band_around_the_horizon_with_a_war
     with pytest.warns(UserWarning, match="the middle 180 x 180 degrees"):
         assert read_panorama(panoramas[0].resize((256, 256))).seen == (0, 1, 0.25, 0.75)
     with pytest.raises(ValueError, match="512 x 128 pixels, not 2:1.*strict_aspect=False"):
-        PanoramaImageProcessor(32)(band, strict_aspect=True)
+        PanoramaImageProcessor(image_size=32)(band, strict_aspect=True)
     xmp = photo_sphere(**crop_values((512, 256), (512, 128), 64, 0))
-    PanoramaImageProcessor(32, strict_aspect=True)(encoded(band, "JPEG", xmp=xmp))  # known, so no guess
+    PanoramaImageProcessor(image_size=32, strict_aspect=True)(encoded(band, "JPEG", xmp=xmp))  # known, so no guess
 
 
 def test_north_comes_to_the_front_where_it_is_asked_for(panoramas):
     plain = encoded(panoramas[0], "JPEG", quality=95)
     looks_east = encoded(panoramas[0], "JPEG", quality=95, xmp=photo_sphere(PoseHeadingDegrees=90))
-    processor = PanoramaImageProcessor(64)
+    processor = PanoramaImageProcessor(image_size=64)
     usual, north = views(processor, plain)[0], views(processor, looks_east, align_heading=True)[0]
     assert torch.equal(views(processor, looks_east)[0], usual)
     torch.testing.assert_close(north[1], usual[7])  # what was 90 degrees to the left is the front
@@ -414,7 +414,7 @@ def test_a_broken_file_is_an_error_that_names_it_and_the_reason_within_bounds(pa
     tracemalloc.start()
     start = time.process_time()
     with pytest.raises(ValueError, match=name.replace(".", r"\.")) as raised:
-        PanoramaImageProcessor(32)(tmp_path / name)
+        PanoramaImageProcessor(image_size=32)(tmp_path / name)
     assert reason in str(raised.value)
     assert time.process_time() - start < 5
     assert tracemalloc.get_traced_memory()[1] < 50e6
