@@ -6,13 +6,15 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
 )
 
 from .configuration_panorama import PanoramaConfig
 from .geometry_panorama import View, ViewPlan
 from .image_processing_panorama import PanoramaImageProcessor
-from .modeling_panorama import GenerationOutput, PanoramaVLM, TrainingStageOutput, VisionStageOutput
+from .modeling_panorama import PanoramaModel, PanoramaVLM
+from .outputs_panorama import GenerationOutput, TrainingStageOutput, VisionStageOutput
 from .processing_panorama import PanoramaProcessor
 
 __version__ = "2.0.0.dev0"
@@ -20,6 +22,7 @@ __all__ = [
     "GenerationOutput",
     "PanoramaConfig",
     "PanoramaImageProcessor",
+    "PanoramaModel",
     "PanoramaProcessor",
     "PanoramaVLM",
     "TrainingStageOutput",
@@ -33,5 +36,6 @@ AutoConfig.register(PanoramaConfig.model_type, PanoramaConfig, exist_ok=True)
 AutoModel.register(PanoramaConfig, PanoramaVLM, exist_ok=True)
 AutoModelForCausalLM.register(PanoramaConfig, PanoramaVLM, exist_ok=True)
 AutoModelForImageTextToText.register(PanoramaConfig, PanoramaVLM, exist_ok=True)
+AutoModelForMultimodalLM.register(PanoramaConfig, PanoramaVLM, exist_ok=True)
 AutoImageProcessor.register(PanoramaConfig, PanoramaImageProcessor, exist_ok=True)
 AutoProcessor.register(PanoramaConfig, PanoramaProcessor, exist_ok=True)

@@ -1,65 +1,116 @@
-"""Loading what training writes: a checkpoint, a saved folder, or LoRA adapters; and writing folders that are whole."""
+"""Loading: a folder is loaded whole or not at all, and whatever training wrote is known for what it is."""
+
+from __future__ import annotations
 
 import json
 import logging
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-
-if TYPE_CHECKING:
-    from .modeling_panorama import PanoramaVLM
+from safetensors.torch import load_file
+from transformers.utils import is_flash_attn_2_available
 
 logger = logging.getLogger(__name__)
 
 STATE = "trainer_state.json"  # written last into a training checkpoint, with the size of every other file
 ADAPTER = "adapter_config.json"  # as peft names it
 OTHER_PARTS = "trained_parts.safetensors"  # beside the adapters: what the stage trained outside the language model
-_UNFINISHED = ".unfinished-"
+# What from_pretrained of a configuration has to know to find it.
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
-@contextmanager
-def whole_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends: after a crash there is all of it or nothing.
+def choose_attention(device: str | int | torch.device | None, dtype: torch.dtype | None) -> str:
+    """The attention implementation for models on a device: the one place where this is decided.
 
-    Every file is on the disk before the folder is renamed. A `folder` that is there already is replaced.
+    Flash attention 2 where it is installed, the device is a CUDA device and the precision half; else SDPA.
+    `DISABLE_FLASH_ATTN=1` forbids flash attention.
+
+    Args:
+        device: where the model will run, as `torch.device` takes it.
+        dtype: the precision it computes in.
     """
-    folder = Path(folder)
-    unfinished = folder.with_name(_UNFINISHED + folder.name)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    commit_folder(unfinished, folder)
+    on_cuda = device is not None and torch.device(device).type == "cuda"
+    if not (on_cuda and dtype in (torch.float16, torch.bfloat16)):
+        return "sdpa"
+    if os.environ.get("DISABLE_FLASH_ATTN") == "1":
+        logger.info("DISABLE_FLASH_ATTN=1: using SDPA.")
+        return "sdpa"
+    if is_flash_attn_2_available():
+        return "flash_attention_2"
+    logger.info("Using SDPA. For flash attention 2: pip install flash-attn --no-build-isolation")
+    return "sdpa"
 
 
-def commit_folder(unfinished: Path, folder: Path) -> None:
-    """Make a written folder durable under its final name."""
-    for path in [*unfinished.rglob("*"), unfinished]:
-        _sync(path)
-    if folder.exists():
-        old = folder.with_name(f"{_UNFINISHED}old-{folder.name}")
-        os.replace(folder, old)
-        os.replace(unfinished, folder)
-        shutil.rmtree(old)
+class CheckedLoading:
+    """`from_pretrained` that chooses the attention and refuses weights that do not fit; mixed into the models."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As `PreTrainedModel.from_pretrained`. Where `device_map` names a CUDA device, `dtype` (that of the saved
+        weights where it is not given) is half and `attn_implementation` is not given, :func:`choose_attention` decides.
+
+        Raises:
+            ValueError: for a folder that lacks weights of the model, or has some that it does not know: with random
+                weights in their place it would answer nonsense.
+        """
+        if "attn_implementation" not in kwargs and (device := _cuda_device(kwargs.get("device_map"))) is not None:
+            dtype = _dtype_to_load(cls, pretrained_model_name_or_path, kwargs)
+            if (choice := choose_attention(device, dtype)) != "sdpa":  # SDPA is the default where it is supported
+                kwargs["attn_implementation"] = choice
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        _check_loaded(model, info, pretrained_model_name_or_path)
+        return (model, info) if output_loading_info else model
+
+
+def _cuda_device(device_map: Any) -> str | int | torch.device | None:
+    """The one CUDA device that a `device_map` names."""
+    if isinstance(device_map, dict) and len(set(device_map.values())) == 1:
+        device_map = next(iter(device_map.values()))
+    if isinstance(device_map, int | torch.device):
+        device = torch.device(device_map)
+    elif isinstance(device_map, str) and device_map.startswith("cuda"):
+        device = torch.device(device_map)
     else:
-        os.replace(unfinished, folder)
-    _sync(folder.parent)
+        return None
+    return device if device.type == "cuda" else None
 
 
-def unfinished_folder(folder: Path) -> Path:
-    """Where the content of `folder` is written before :func:`commit_folder`."""
-    return folder.with_name(_UNFINISHED + folder.name)
+def _dtype_to_load(cls: Any, path: Any, kwargs: dict[str, Any]) -> torch.dtype | None:
+    """The precision that `from_pretrained` will give: as asked for, else as saved."""
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    if dtype is None or dtype == "auto":
+        config = kwargs.get("config")
+        if config is None:
+            hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+            config = cls.config_class.from_pretrained(path, **hub)
+        dtype = config.dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """The last file of a training checkpoint: `state`, and how large the others are."""
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    (folder / STATE).write_text(json.dumps({**state, "files": files}, indent=1), encoding="utf-8")
+def _check_loaded(model: Any, info: dict[str, Any], path: Any) -> None:
+    """Raise for missing and unknown weights; what a quantiser keeps beside its weights is its own business."""
+    missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if getattr(model, "hf_quantizer", None) is not None:
+        modules = dict(model.named_modules())
+        unknown = [name for name in unknown if not any(name.startswith(f"{module}.") for module in modules if module)]
+        missing = []
+    if missing or unknown:
+        problems = [
+            f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}"
+            for what, names in (("missing", missing), ("not known", unknown))
+            if names
+        ]
+        raise ValueError(
+            f"the weights in {str(path)!r} do not fit {type(model).__name__} as its configuration describes it; "
+            f"{'; '.join(problems)}. Load it with the options and the version that it was saved with"
+        )
 
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -78,83 +129,17 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder; those that are torn are ignored with a warning."""
-    for torn in folder.glob(f"{_UNFINISHED}*"):
-        logger.warning("Ignoring %s: it was not finished when the run was stopped.", torn)
-    whole = []
-    for path in folder.glob("*/"):
-        if path.name.startswith(_UNFINISHED):
-            continue
-        try:
-            whole.append((read_state(path)["total_steps"], path))
-        except ValueError as error:
-            logger.warning("Ignoring %s: %s", path, error)
-    return max(whole)[1] if whole else None
-
-
-def save_adapters(model: "PanoramaVLM", folder: Path, base: str | None, state_dict: dict[str, torch.Tensor]) -> None:
-    """Write the LoRA adapters as peft writes them, and beside them what else was trained.
-
-    Args:
-        model: with adapters.
-        folder: to write into.
-        base: what the adapters belong to; `from_checkpoint` loads it.
-        state_dict: of the model.
-    """
-    adapters = model.language_model
-    adapters.peft_config["default"].base_model_name_or_path = base
-    own = {name.removeprefix("language_model."): value for name, value in state_dict.items() if "lora_" in name}
-    adapters.save_pretrained(folder, state_dict=own)
-    trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name]
-    save_file({name: state_dict[name].contiguous().cpu() for name in trains}, folder / OTHER_PARTS)
-
-
 def load_checkpoint(
-    cls: "type[PanoramaVLM]", path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, **kwargs: Any
-) -> "PanoramaVLM":
+    cls: Any, path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, **kwargs: Any
+) -> Any:
     """See :meth:`PanoramaVLM.from_checkpoint`."""
     path = Path(path)
     if (path / ADAPTER).is_file():
-        base = base or json.loads((path / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if not base:
-            raise ValueError(f"the adapters in {str(path)!r} do not say what they belong to: give base=FOLDER")
-        logger.info("%s holds LoRA adapters; loading what they belong to from %s.", path, base)
-        model = cls.from_pretrained(base, **kwargs)
-        try:
-            from peft import PeftModel
-        except ImportError as error:
-            raise ImportError("LoRA adapters need peft: pip install peft") from error
-        model.language_model = PeftModel.from_pretrained(model.language_model, str(path))
-        others = load_file(path / OTHER_PARTS) if (path / OTHER_PARTS).is_file() else {}
-        unexpected = model.load_state_dict(others, strict=False).unexpected_keys
-        if unexpected:
-            raise ValueError(f"{path / OTHER_PARTS} has weights the model does not know: {sorted(unexpected)[:3]}")
-        logger.info("Loaded the adapters and %d other tensors.", len(others))
-        return model
+        return _load_adapters(cls, path, base, **kwargs)
     if (path / STATE).is_file():
         state = read_state(path)
         logger.info("%s is a training checkpoint: stage %s, step %d.", path, state["stage"], state["step"])
-        if not (path / "model.safetensors").is_file():
-            raise ValueError(
-                f"the checkpoint {str(path)!r} holds the weights in the shards of FSDP or DeepSpeed; it can be "
-                "resumed, and the folder of the finished stage can be loaded"
-            )
-        config = cls.config_class.from_pretrained(path)
-        weights = load_file(path / "model.safetensors")
-        model = cls(config)
-        if any("lora_" in name for name in weights):
-            model.add_lora()
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        model.tie_weights()
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        missing = [name for name in missing if name not in tied and not _is_tied_head(model, name)]
-        if missing or unexpected:
-            raise ValueError(
-                f"the weights in {str(path)!r} do not fit: missing {missing[:3]}, unknown {unexpected[:3]}"
-            )
-        logger.info("Loaded %d tensors%s.", len(weights), ", LoRA adapters among them" if model.has_lora else "")
-        return model.to(kwargs.get("dtype", torch.float32)).eval()
+        return _load_training_checkpoint(cls, path, **kwargs)
     if (path / "config.json").is_file():
         logger.info("%s is a saved folder.", path)
         return cls.from_pretrained(path, **kwargs)
@@ -165,16 +150,43 @@ def load_checkpoint(
     )
 
 
-def _is_tied_head(model: "PanoramaVLM", name: str) -> bool:
-    """Whether a missing weight is the head's, tied to the embeddings."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    parameter = dict(model.named_parameters(remove_duplicate=False)).get(name)
-    return head is not None and parameter is embeddings.weight and head.weight is embeddings.weight
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _load_adapters(cls: Any, path: Path, base: str | os.PathLike[str] | None, **kwargs: Any) -> Any:
+    """A folder of LoRA adapters, with what they belong to."""
+    base = base or json.loads((path / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"the adapters in {str(path)!r} do not say what they belong to: give base=FOLDER")
+    logger.info("%s holds LoRA adapters; loading what they belong to from %s.", path, base)
+    model = cls.from_pretrained(base, **kwargs)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError("LoRA adapters need peft: pip install peft") from error
+    model.model.language_model = PeftModel.from_pretrained(model.model.language_model, str(path))
+    others = load_file(path / OTHER_PARTS) if (path / OTHER_PARTS).is_file() else {}
+    unexpected = model.load_state_dict(others, strict=False).unexpected_keys
+    if unexpected:
+        raise ValueError(f"{path / OTHER_PARTS} has weights the model does not know: {sorted(unexpected)[:3]}")
+    logger.info("Loaded the adapters and %d other tensors.", len(others))
+    return model
+
+
+def _load_training_checkpoint(cls: Any, path: Path, **kwargs: Any) -> Any:
+    """A checkpoint of one machine or DDP. Its LoRA adapters, where it has some, are put on the model."""
+    if not (path / "model.safetensors").is_file():
+        raise ValueError(
+            f"the checkpoint {str(path)!r} holds the weights in the shards of FSDP or DeepSpeed; it can be "
+            "resumed, and the folder of the finished stage can be loaded"
+        )
+    weights = load_file(path / "model.safetensors")
+    adapters = {name: weights.pop(name) for name in [*weights] if "lora_" in name}
+    if not adapters:
+        return cls.from_pretrained(path, **kwargs)
+    plain = {re.sub(r"\.base_model\.model\.|\.base_layer\.", ".", name): weight for name, weight in weights.items()}
+    config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path)
+    model = cls.from_pretrained(None, config=config, state_dict=plain, **kwargs)
+    model.add_lora()
+    result = model.load_state_dict(adapters, strict=False)
+    if lacking := [name for name in result.missing_keys if "lora_" in name] + result.unexpected_keys:
+        raise ValueError(f"the adapters in {str(path)!r} do not fit lora_rank={config.lora_rank}: {lacking[:3]}")
+    logger.info("Loaded %d tensors of the model and %d of LoRA adapters.", len(plain), len(adapters))
+    return model.eval()

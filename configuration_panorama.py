@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
+from functools import cache
 from typing import Any
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 
-from .geometry_panorama import ViewOptions, ViewPlan, owned_tokens
+from .geometry_panorama import ViewOptions, ViewPlan, owned_tokens, ray_correspondences
+from .language_loss_panorama import logit_transform
+from .options_panorama import check_option_names
 from .resampler_panorama import RESAMPLERS
+from .towers_panorama import tower_of
 
+IMAGE_TOKEN = "<image>"  # what stands for a panorama in a text
 # Which class of a saved folder's own code each Auto class loads.
 AUTO_MAP = {
     "AutoConfig": "configuration_panorama.PanoramaConfig",
     "AutoModel": "modeling_panorama.PanoramaVLM",
     "AutoModelForCausalLM": "modeling_panorama.PanoramaVLM",
     "AutoModelForImageTextToText": "modeling_panorama.PanoramaVLM",
+    "AutoModelForMultimodalLM": "modeling_panorama.PanoramaVLM",
 }
+# What may stand in a configuration of transformers beside the fields of its class.
+_TRANSFORMERS_OPTIONS = (
+    *(field.name for field in fields(PretrainedConfig)),
+    *("attn_implementation", "auto_map", "custom_pipelines", "experts_implementation", "model_type", "name_or_path"),
+    *("num_labels", "output_attentions", "per_layer_config", "quantization_config", "tie_last_hidden_states"),
+    *("tie_word_embeddings", "torch_dtype"),
+)
 # SigLIP2 base, patch 16, 256 pixels, and Qwen3-0.6B: the shapes where none are given.
 _DEFAULT_VISION = {"model_type": "siglip_vision_model", "image_size": 256, "vision_use_head": False}
 _DEFAULT_TEXT = {
@@ -49,13 +61,8 @@ class PanoramaConfig(PretrainedConfig):
         resampler_depth: linear layers of the MLPs, or layers of the perceiver.
         resampler_pool: side of the block of tokens that `"avg_pool"` averages.
         resampler_queries, resampler_heads: queries a view (a square number) and attention heads of `"perceiver"`.
-        view_strategy: `"anyres_e2p"` (global view and loops of perspective tiles), `"e2p"` (the tiles alone),
-            `"cubemap"` (six faces), `"sliding_window"` (windows of the ERP image) or `"resize"` (one view).
-        fov_deg: field of view of a tile, or width of a window, in degrees, in (0, 180).
-        overlap_ratio: share of the field of view that neighbouring tiles of a loop have in common, in (0, 1).
-        pitch_rows: pitch in degrees of each row of tiles.
-        pole_caps: whether a tile looks straight up and another straight down (`"anyres_e2p"` and `"e2p"`).
-        image_size: side of a view in pixels; the vision tower's own where it is not given.
+        view_strategy, fov_deg, overlap_ratio, pitch_rows, pole_caps, image_size: what is cut out of a panorama, see
+            :class:`ViewOptions`; `image_size` is the vision tower's own where it is not given.
         token_selection: `"owned"` sends each direction seen by tiles to the language model once, `"all"` every token.
         ray_frequencies: octaves of the ray position code; 0 leaves the bare ray.
         vision_trainable_blocks: how many of the last blocks of the vision tower train in stage `vision`.
@@ -84,11 +91,16 @@ class PanoramaConfig(PretrainedConfig):
         lora_target_modules: names of the layers that get LoRA; all linear layers but the head where not given.
         image_token_id: id of the `<image>` placeholder. It may lie outside the vocabulary of the language model,
             which never sees it.
+        kwargs: what any configuration of transformers takes. Another name is an error; in a file that is loaded
+            (of a quantiser, a converter, a newer version) it is kept, with a warning.
+
+    Raises:
+        ValueError: for an option that is unknown or out of range, and for options that contradict each other.
     """
 
     model_type = "panorama_vlm"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
 
     def __init__(
         self,
@@ -138,6 +150,7 @@ class PanoramaConfig(PretrainedConfig):
     ):
         self.vision_config = _sub_config(vision_config, _DEFAULT_VISION)
         self.text_config = _sub_config(text_config, _DEFAULT_TEXT).get_text_config()
+        logit_transform(self.text_config)  # or an error
         self.vision_name = vision_name
         self.language_model_name = language_model_name
 
@@ -149,9 +162,9 @@ class PanoramaConfig(PretrainedConfig):
         self.resampler_heads = _positive("resampler_heads", resampler_heads, 8)
 
         views = {name: kwargs.pop(name) for name in ViewOptions.names() if name in kwargs}
-        _refuse_misspelt_options(kwargs)
+        self._check_names(kwargs)
         if views.get("image_size") is None:
-            views["image_size"] = tower_image_size(self.vision_config)
+            views["image_size"] = tower_of(self.vision_config).image_size(self.vision_config)
         for name, value in asdict(ViewOptions(**views)).items():
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
         self.token_selection = _one_of("token_selection", token_selection, ["owned", "all"])
@@ -202,16 +215,73 @@ class PanoramaConfig(PretrainedConfig):
 
         # The grids come last: they need everything above, and say what does not fit together.
         self.use_anyres_e2p_vicreg = self.view_plan.has_rays if use_anyres_e2p_vicreg is None else use_anyres_e2p_vicreg
-        self._warn_about_the_vision_stage()
         RESAMPLERS[self.resampler_type].output_grid(self)
+        self._check_overlap()
+        if "transformers_version" not in kwargs:  # else it comes from a file, and was warned of when it was made
+            self._warn_about_the_vision_stage()
 
         kwargs.pop("auto_map", None)  # a folder saved from this config always holds its own code
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
 
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """The names of all options."""
+        own = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")]
+        return (*own, *ViewOptions.names())
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PanoramaConfig:
+        """As `PretrainedConfig.from_dict`. Options among `kwargs` are checked as on construction, and what a file holds
+        that is not known is kept, with a warning."""
+        known = {*cls.option_names(), *_TRANSFORMERS_OPTIONS}
+        overrides = {name: kwargs.pop(name) for name in cls.option_names() if name in kwargs}
+        foreign = {name: value for name, value in config_dict.items() if name not in known}
+        if named := sorted(name for name in foreign if not name.startswith("_")):
+            _warn_of_foreign_keys(tuple(named))
+        own = {name: value for name, value in config_dict.items() if name in known}
+        config = super().from_dict({**own, **overrides}, **kwargs)
+        for name, value in foreign.items():
+            setattr(config[0] if isinstance(config, tuple) else config, name, value)
+        return config
+
+    @classmethod
+    def _check_names(cls, given: dict[str, Any]) -> None:
+        """Refuse what is neither an option nor known to transformers."""
+        for name in given:
+            if isinstance(getattr(cls, name, None), property) and name not in _TRANSFORMERS_OPTIONS:
+                options = ", ".join(ViewOptions.names())
+                raise ValueError(f"{name} cannot be set: it follows from other options, such as {options}")
+        unknown = [name for name in given if name not in _TRANSFORMERS_OPTIONS]
+        check_option_names(unknown, cls.option_names(), cls.__name__)
+
+    def _check_overlap(self) -> None:
+        """Raise where options of the overlap loss ask for what the views do not have."""
+        plan = self.view_plan
+        if "global" in self.overlap_pairs and len(plan.tiles) == plan.num_views > 1 and self.pairs_by_rays:
+            raise ValueError(
+                f"overlap_pairs={self.overlap_pairs} pairs tiles with the global view, and view_strategy="
+                f"{self.view_strategy!r} has none. Use overlap_pairs=['neighbours'], or a strategy with a global view "
+                "such as 'anyres_e2p'"
+            )
+        if plan.has_rays and not self.pairs_by_rays and min(map(len, plan.loops)) < 2:
+            raise ValueError(
+                "use_anyres_e2p_vicreg=False pairs each view with the next of its row, and view_strategy="
+                f"{self.view_strategy!r} with pole_caps={self.pole_caps} has a row of a single view. Use "
+                "use_anyres_e2p_vicreg=True, which pairs by rays"
+            )
+        if self.overlap_loss_weight_finetune > 0 and (problem := self.overlap_problem):
+            raise ValueError(f"overlap_loss_weight_finetune={self.overlap_loss_weight_finetune}, but {problem}")
+
     def _warn_about_the_vision_stage(self) -> None:
         expected = self.vision_stage_expected_views
+        if not self.view_plan.has_rays and self.use_anyres_e2p_vicreg:
+            warnings.warn(
+                f"use_anyres_e2p_vicreg=True, but view_strategy={self.view_strategy!r} has no rays to pair: "
+                "falling back to sequential VICReg mode",
+                stacklevel=3,
+            )
         if expected is not None and expected < 2:
             warnings.warn(
                 f"VICReg requires at least 2 views, vision_stage_expected_views is {expected}: "
@@ -220,12 +290,27 @@ class PanoramaConfig(PretrainedConfig):
             )
         if self.vicreg_loss_weight == 0.0:
             warnings.warn("vicreg_loss_weight is 0.0: vision stage training will have no effect", stacklevel=3)
-        if self.use_anyres_e2p_vicreg and not self.view_plan.has_rays:
-            warnings.warn(
-                f"use_anyres_e2p_vicreg=True, but view_strategy={self.view_strategy!r} has no rays to pair: "
-                "falling back to sequential VICReg mode",
-                stacklevel=3,
-            )
+        if problem := self.overlap_problem:
+            warnings.warn(f"stage 'vision' cannot train: {problem}", stacklevel=3)
+
+    @property
+    def pairs_by_rays(self) -> bool:
+        """Whether the overlap loss pairs tokens by their rays (else as sequential strips)."""
+        return self.use_anyres_e2p_vicreg and self.view_plan.has_rays
+
+    @property
+    def overlap_problem(self) -> str | None:
+        """Why no two of the plan's views have a token to compare; `None` where they have, or where it is not the plan
+        that decides (strips, which pair whatever views are given)."""
+        if not self.pairs_by_rays or ray_correspondences(self.view_plan, self.token_grid, tuple(self.overlap_pairs)):
+            return None
+        if replace(self.view_options, overlap_ratio=0.9).plan == self.view_plan:
+            return f"the views of view_strategy={self.view_strategy!r} meet at their edges and do not overlap"
+        return (
+            f"no token looks the same way in two views: fov_deg={self.fov_deg} with "
+            f"overlap_ratio={self.overlap_ratio} on a grid of {self.token_grid} tokens leaves no overlap. "
+            "Typical overlap_ratio: [0.3, 0.7]"
+        )
 
     @property
     def view_options(self) -> ViewOptions:
@@ -245,9 +330,7 @@ class PanoramaConfig(PretrainedConfig):
     @property
     def vision_grid(self) -> tuple[int, int]:
         """(rows, columns) of the vision tower's patches of one view."""
-        patch = self.vision_config.patch_size
-        rows, columns = (patch, patch) if isinstance(patch, int) else patch
-        return self.image_size // rows, self.image_size // columns
+        return tower_of(self.vision_config).grid(self.vision_config, self.image_size)
 
     @property
     def token_grid(self) -> tuple[int, int]:
@@ -274,19 +357,6 @@ class PanoramaConfig(PretrainedConfig):
         return sum(self.image_tokens_per_view)
 
 
-def tower_image_size(vision_config: PretrainedConfig) -> int:
-    """Side in pixels of the square images a vision tower was made for."""
-    size = getattr(vision_config, "image_size", None)
-    if size is None and hasattr(vision_config, "num_patches"):  # SigLIP2 with patches of any aspect
-        size = round(vision_config.num_patches**0.5) * vision_config.patch_size
-    if size is None or not hasattr(vision_config, "patch_size"):
-        raise ValueError(
-            f"vision_config of type {vision_config.model_type!r} has no image_size or no patch_size; the vision tower "
-            "must cut its image into a grid of patches, as SigLIP, SigLIP2, CLIP, DINOv2 and ViT do"
-        )
-    return size if isinstance(size, int) else min(size)
-
-
 def _sub_config(config: dict[str, Any] | PretrainedConfig | None, default: dict[str, Any]) -> PretrainedConfig:
     """A config object of whatever `AutoConfig` knows; of a two-tower config (SigLIP, CLIP) the vision half."""
     if config is None:
@@ -304,14 +374,9 @@ def _sub_config(config: dict[str, Any] | PretrainedConfig | None, default: dict[
     return config
 
 
-def _refuse_misspelt_options(unknown: dict[str, Any]) -> None:
-    """Raise `ValueError` for an option that is close to a known one: it would be ignored in silence."""
-    known = [name for name in inspect.signature(PanoramaConfig.__init__).parameters if name not in ("self", "kwargs")]
-    known += ViewOptions.names()
-    for name in unknown:
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-        if close and not hasattr(PretrainedConfig, name):
-            raise ValueError(f"unknown option {name!r}, did you mean {close[0]!r}?")
+@cache
+def _warn_of_foreign_keys(names: tuple[str, ...]) -> None:
+    warnings.warn(f"the configuration holds {', '.join(names)}, not known here: kept as they are", stacklevel=4)
 
 
 def _positive(name: str, value: Any, typical: float) -> Any:

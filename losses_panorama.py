@@ -3,8 +3,6 @@
 They work on *matched* features: `x[p, l]` and `y[p, l]` are what the two views of pair `p` say of the same
 ray. Which tokens match is the business of the geometry; these functions only compare them.
 
-The language loss, `chunked_cross_entropy`, is the last section.
-
 Shapes: P pairs of views, L matched tokens a pair, D feature dimensions, S tokens a view.
 
 Everything is computed in float32 (float64 stays float64), under autocast and for half precision too.
@@ -13,8 +11,6 @@ Everything is computed in float32 (float64 stays float64), under autocast and fo
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,8 +20,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 VICREG_MODES = ("pairwise", "batchwise")
-IGNORED = -100  # the label of a position that is not supervised, as in torch and transformers
-CHUNK_BYTES = 2**27  # of the logits that the language loss works on at a time
 POOLED_ROWS = 1024  # batchwise statistics take in at most this many tokens at a time
 
 
@@ -89,7 +83,7 @@ def vicreg(
         ValueError: shapes, dtypes, mode or numbers that are not as above, or fewer than two tokens in the
             statistics (L < 2; batchwise P * L < 2, over all processes with `gather`).
     """
-    _check_matched(x, y)
+    check_matched(x, y)
     if mode not in VICREG_MODES:
         raise ValueError(f"vicreg mode must be one of {', '.join(map(repr, VICREG_MODES))}, got {mode!r}")
     if pair_chunk < 1:
@@ -97,8 +91,8 @@ def vicreg(
     if not (gamma > 0 and eps > 0):
         raise ValueError(f"gamma and eps must be positive, got {gamma} and {eps}. Typical: 1.0 and 1e-4")
 
-    with _no_autocast(x):
-        x, y = _full_precision(x), _full_precision(y)
+    with no_autocast(x):
+        x, y = full_precision(x), full_precision(y)
         if mode == "pairwise":
             return _vicreg_pairwise(x, y, gamma, pair_chunk, eps)
         return _vicreg_batchwise(x, y, gamma, pair_chunk, eps, gather)
@@ -188,7 +182,7 @@ class _PairMoments(torch.autograd.Function):
         scale = 1 / (tokens.shape[1] - 1)
         of_diagonal = (2 * scale) * grad_diagonal[:, None]  # [P, 1, D]
         of_energy = (4 * scale) * grad_off_diagonal[:, None, None]  # [P, 1, 1]
-        with _no_autocast(tokens):
+        with no_autocast(tokens):
             centred = tokens - centre
             if ctx.gram_form:
                 own = centred * (of_diagonal - of_energy * diagonal[:, None])
@@ -229,7 +223,7 @@ class _PooledMoments(torch.autograd.Function):
         of_diagonal = (2 * ctx.scale) * grad_diagonal  # [1, D]
         of_matrix = (4 * ctx.scale) * grad_off_diagonal * matrix  # [D, D]
         grad = torch.empty_like(tokens)
-        with _no_autocast(tokens):
+        with no_autocast(tokens):
             for part, out in zip(tokens.split(ctx.rows), grad.split(ctx.rows), strict=True):
                 centred = part - centre
                 torch.addmm(centred * of_diagonal, centred, of_matrix, out=out)
@@ -287,7 +281,7 @@ def densecl(x: Tensor, y: Tensor, temperature: float = 0.2, max_entries: int = 2
     Raises:
         ValueError: shapes, dtypes or numbers that are not as above, or L < 2 (there would be no negatives).
     """
-    _check_matched(x, y)
+    check_matched(x, y)
     length = x.shape[1]
     if length < 2:
         raise ValueError(f"densecl needs 2 or more matched tokens a pair, got {length}: use a larger overlap")
@@ -296,9 +290,9 @@ def densecl(x: Tensor, y: Tensor, temperature: float = 0.2, max_entries: int = 2
     if max_entries < length:
         raise ValueError(f"max_entries must hold one row of {length} matched tokens, got {max_entries}")
 
-    with _no_autocast(x):
-        x = F.normalize(_full_precision(x), dim=-1)
-        y = F.normalize(_full_precision(y), dim=-1)
+    with no_autocast(x):
+        x = F.normalize(full_precision(x), dim=-1)
+        y = F.normalize(full_precision(y), dim=-1)
         match = (x * y).sum(-1) / temperature  # [P, L]
         x_to_y = _row_logsumexp(x, y, temperature, max_entries)  # [P, L]
         y_to_x = _row_logsumexp(y, x, temperature, max_entries)
@@ -315,13 +309,13 @@ def _row_logsumexp(queries: Tensor, keys: Tensor, temperature: float, max_entrie
     rows = min(length, max_entries // length)
     pairs = max(1, max_entries // (rows * length))
     sums = [
-        torch.cat([_recomputed(part, q, k) for q in queries_of_pairs.split(rows, 1)], 1)
+        torch.cat([recomputed(part, q, k) for q in queries_of_pairs.split(rows, 1)], 1)
         for queries_of_pairs, k in zip(queries.split(pairs), keys.split(pairs), strict=True)
     ]
     return torch.cat(sums)
 
 
-def _recomputed(function: Any, *tensors: Tensor, random: bool = False) -> Tensor:
+def recomputed(function: Any, *tensors: Tensor, random: bool = False) -> Tensor:
     """`function(*tensors)`, whose intermediates are computed again in backward instead of kept.
 
     `random`: whether it may draw random numbers, which then are the same again.
@@ -330,180 +324,18 @@ def _recomputed(function: Any, *tensors: Tensor, random: bool = False) -> Tensor
     return result
 
 
-@torch.no_grad()
-def overlap_metrics(x: Tensor, y: Tensor, candidates: Tensor, target_index: Tensor) -> dict[str, Tensor]:
-    """Is it learning or collapsing? Scalars to log beside an overlap loss, without gradient.
-
-    Args:
-        x: features of the matched tokens of the one view, `[P, L, D]`, L >= 2.
-        y: what the other view says at the same rays (as a rule interpolated), `[P, L, D]`.
-        candidates: all tokens of the other view, `[P, S, D]`.
-        target_index: of each `x[p, l]`, the token of `candidates[p]` nearest to its true place, `[P, L]`
-            integers in [0, S).
-
-    Returns:
-        Float32 scalars. Cosines are plain (features are not centred): where all tokens share a large common
-        part, `cosine_random` is near 1, and only its distance from `cosine_matched` says something.
-
-        - `cosine_matched`: mean cosine of `x[p, l]` and `y[p, l]`.
-        - `cosine_random`: mean cosine of `x[p, l]` and `y[p, m]` over all m != l (all, none sampled).
-        - `retrieval`: share of `x[p, l]` whose candidate of largest cosine is `target_index[p, l]`, in
-          [0, 1]; 1 / S is chance. Among equal cosines the lowest index counts.
-        - `feature_std`: standard deviation over all P * L tokens of `x`, mean over dimensions; 0 is collapse.
-        - `effective_rank`: of the same tokens, see `effective_rank`; 1 is collapse to a line.
-
-        Learning: matched above random, retrieval far above 1 / S. Collapse: both cosines near 1, a falling
-        `feature_std` (to a point) or `effective_rank` (to few dimensions).
-
-    Raises:
-        ValueError: shapes or dtypes that are not as above, L < 2, or an index outside [0, S).
-    """
-    _check_matched(x, y)
-    _check_candidates(x, candidates, target_index)
-    with _no_autocast(x):
-        tokens = x.float().flatten(0, 1)  # [P * L, D]
-        x, y, candidates = (F.normalize(features.float(), dim=-1) for features in (x, y, candidates))
-        length = x.shape[1]
-        matched = (x * y).sum((1, 2))  # [P], sums over l
-        all_pairs = (x.sum(1) * y.sum(1)).sum(-1)  # [P], sums over l and m
-        found = torch.stack([(a @ b.T).argmax(-1) for a, b in zip(x, candidates, strict=True)])  # [P, L]
-        return {
-            "cosine_matched": matched.mean() / length,
-            "cosine_random": (all_pairs - matched).mean() / (length * (length - 1)),
-            "retrieval": (found == target_index).float().mean(),
-            "feature_std": tokens.std(0).mean(),
-            "effective_rank": effective_rank(tokens),
-        }
-
-
-def effective_rank(features: Tensor) -> Tensor:
-    """How many directions the centred features `[n, D]` really use: a scalar in [1, min(n - 1, D)].
-
-    Roy, Vetterli, "The effective rank" (EUSIPCO 2007): exp of the entropy of the singular values, normalised
-    to sum 1. Singular values below the rounding of the largest count as 0, and constant features have rank 1.
-    """
-    centred = features - features.mean(0)
-    values = torch.linalg.svdvals(centred)  # descending
-    noise = max(centred.shape) * torch.finfo(values.dtype).eps
-    values = values * (values > noise * values[0])
-    share = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
-    return torch.special.entr(share).sum().exp()
-
-
-def check_finite(features: Tensor, name: str) -> None:
-    """Raises `FloatingPointError`, naming `name`, when `features` hold NaN or infinity."""
-    if torch.isfinite(features).all():
-        return
-    nan, infinite = int(features.isnan().sum()), int(features.isinf().sum())
-    raise FloatingPointError(
-        f"{name} must be finite, got {nan} NaN and {infinite} infinite of {features.numel()} values "
-        f"(shape {list(features.shape)}, {features.dtype}). Look at the inputs and at the step before; "
-        "in half precision use bfloat16, and for training a lower learning rate or gradient clipping"
-    )
-
-
-class LogitTransform(NamedTuple):
-    """What a language model makes of the output of its head: `softcap * tanh(scale * output / softcap)`.
-
-    `softcap` is that of Gemma 2 (Gemma Team, "Gemma 2", 2024, section 2), `None` where there is none.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, output: Tensor) -> Tensor:
-        if self.scale != 1.0:
-            output = output * self.scale
-        return output if self.softcap is None else self.softcap * torch.tanh(output / self.softcap)
-
-
-def logit_transforms(config: Any) -> list[LogitTransform]:
-    """What a language model with this configuration may do to its head's output, the likeliest first.
-
-    The names do not say it all (Granite divides by `logits_scaling`, HyperCLOVA X multiplies), so that the
-    caller has to try which of them it is.
-    """
-    inverse, direct = ["logits_scaling"], ["logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"]
-    found = [1 / value for name in inverse if (value := getattr(config, name, None))]
-    found += [value for name in direct if (value := getattr(config, name, None))]
-    scales = [float(value) for value in found if isinstance(value, int | float)] + [1.0]
-    softcap = getattr(config, "final_logit_softcapping", None)
-    caps = [softcap, None] if softcap else [None]
-    return [LogitTransform(scale, cap) for cap in caps for scale in dict.fromkeys(scales)]
-
-
-def chunked_cross_entropy(
-    hidden: Tensor,
-    head: Callable[[Tensor], Tensor],
-    labels: Tensor,
-    vocab_size: int,
-    num_items: int | Tensor | None = None,
-    transform: LogitTransform | None = None,
-    chunk_bytes: int | None = CHUNK_BYTES,
-) -> Tensor:
-    """Cross-entropy of `transform(head(hidden))` and `labels` at the cost of what is supervised, gradients too.
-
-    The head sees supervised positions only, a chunk of them at a time. The logits of a chunk are computed again in
-    backward instead of kept; those of the last chunk, which backward needs first, are kept. So there are never
-    more than a few tensors of `chunk_bytes`, however many positions there are.
-
-    Args:
-        hidden: the language model's last hidden states, [..., D].
-        head: [n, D] -> [n, vocab_size], as a rule a module. It is called, and its weights are not looked at, so that
-            adapters and sharded weights work.
-        labels: [...] integers in [0, vocab_size), already shifted: `labels[i]` is what `hidden[i]` should
-            predict. -100 where nothing is supervised.
-        vocab_size: how many logits a position has.
-        num_items: the sum is divided by it, so that the losses of micro-batches (or processes) add up to that of the
-            whole batch; by the number of supervised positions where it is not given.
-        transform: what stands between the head and the softmax.
-        chunk_bytes: bytes of a chunk of logits in float32 (float64 where the head computes in it); a chunk has one
-            position at least. `None`: one chunk, for a head whose every call is a collective operation.
-
-    Returns:
-        The loss, a scalar, computed in float32 (float64 stays float64). Without any supervised position it is 0,
-        whatever `num_items`, with a gradient that is zero and reaches everything (a mean over nothing would be NaN,
-        and one such micro-batch would spoil the sum; processes that wait for all gradients get them). Where
-        `num_items` is not given either, there is a warning.
-
-    Raises:
-        ValueError: for shapes that do not fit.
-    """
-    if hidden.shape[:-1] != labels.shape:
-        raise ValueError(f"labels must be {list(hidden.shape[:-1])}, one for each position, got {list(labels.shape)}")
-    supervised = labels != IGNORED
-    hidden, labels = hidden[supervised], labels[supervised]  # [N, D], [N]
-
-    def part(hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = _full_precision(head(hidden))  # [n, vocab_size]
-        if transform is not None:
-            logits = transform(logits)
-        return F.cross_entropy(logits, labels, reduction="sum")
-
-    count = len(labels)
-    width = vocab_size * (8 if hidden.dtype == torch.float64 else 4)
-    rows = max(count, 1) if chunk_bytes is None else max(chunk_bytes // width, 1)
-    *earlier, last = zip(hidden.split(rows), labels.split(rows), strict=True)
-    total = torch.stack([*(_recomputed(part, *chunk, random=True) for chunk in earlier), part(*last)]).sum()
-    if count == 0:
-        if num_items is None:
-            warnings.warn("a batch has no supervised token: its language loss is 0", stacklevel=2)
-        return total
-    if isinstance(num_items, Tensor):
-        num_items = num_items.to(total.device)
-    return total / (count if num_items is None else num_items)
-
-
-def _no_autocast(tensor: Tensor) -> torch.autocast:
+def no_autocast(tensor: Tensor) -> torch.autocast:
+    """A block without autocast on the device of a tensor."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _full_precision(features: Tensor) -> Tensor:
+def full_precision(features: Tensor) -> Tensor:
     """float64 stays float64, everything else becomes float32."""
     return features if features.dtype == torch.float64 else features.float()
 
 
-def _check_matched(x: Tensor, y: Tensor) -> None:
+def check_matched(x: Tensor, y: Tensor) -> None:
+    """Raises `ValueError` unless `x` and `y` are `[P, L, D]`, floating point and not empty."""
     if x.ndim != 3 or x.shape != y.shape or math.prod(x.shape) == 0:
         raise ValueError(
             "matched features must be two non-empty tensors of one shape [pairs, tokens, dimensions], "
@@ -520,19 +352,3 @@ def _check_token_count(count: int, mode: str) -> None:
             f"{mode} VICReg needs at least 2 matched tokens in {where}, got {count}: "
             "use a larger overlap" + (" or mode 'batchwise'" if mode == "pairwise" else " or more pairs")
         )
-
-
-def _check_candidates(x: Tensor, candidates: Tensor, target_index: Tensor) -> None:
-    pairs, length, dim = x.shape
-    if length < 2:
-        raise ValueError(f"overlap_metrics needs at least 2 matched tokens in each pair, got {length}")
-    if candidates.ndim != 3 or candidates.shape[::2] != (pairs, dim) or candidates.shape[1] == 0:
-        raise ValueError(f"candidates must be [{pairs}, tokens, {dim}], got {list(candidates.shape)}")
-    if target_index.shape != (pairs, length) or target_index.is_floating_point():
-        raise ValueError(
-            f"target_index must be integers [{pairs}, {length}], one for each matched token, "
-            f"got {target_index.dtype} {list(target_index.shape)}"
-        )
-    low, high, size = int(target_index.min()), int(target_index.max()), candidates.shape[1]
-    if low < 0 or high >= size:
-        raise ValueError(f"target_index must be in [0, {size - 1}], got values from {low} to {high}")

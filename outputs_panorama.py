@@ -10,6 +10,26 @@ from transformers.utils import ModelOutput
 
 
 @dataclass
+class PanoramaModelOutput(ModelOutput):
+    """Output of the headless model.
+
+    Args:
+        last_hidden_state: of the language model, [B, T, D_lm].
+        past_key_values: the language model's cache.
+        hidden_states, attentions: the language model's, where asked for.
+        image_hidden_states: what the language model was shown of the panoramas, [panoramas, num_image_tokens, D_lm].
+        view_tokens: the resampled tokens of all views, [panoramas, V, S, D_latent].
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    view_tokens: torch.Tensor | None = None
+
+
+@dataclass
 class VisionStageOutput(ModelOutput):
     """Output of stage `vision`.
 

@@ -15,12 +15,11 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
-from .configuration_panorama import PanoramaConfig
+from .configuration_panorama import IMAGE_TOKEN, PanoramaConfig
 from .image_processing_panorama import PanoramaImageProcessor, PanoramaImagesKwargs
 
 logger = logging.getLogger(__name__)
 
-IMAGE_TOKEN = "<image>"
 IGNORE_INDEX = -100  # what cross-entropy leaves out
 
 # For tokenizers without a chat template of their own.

@@ -7,34 +7,31 @@ its name from there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-if TYPE_CHECKING:
-    from .configuration_panorama import PanoramaConfig
+from transformers.configuration_utils import PretrainedConfig
 
 
 class Resampler(nn.Module):
     """[N, S, D_vision] -> [N, S', D_latent], S and S' being the cells of the grids before and after.
 
     Args:
-        config: the model's configuration; `config.vision_grid` is the grid that comes in.
+        config: the model's :class:`PanoramaConfig`; `config.vision_grid` is the grid that comes in.
         input_dimension: D_vision.
     """
 
-    def __init__(self, config: PanoramaConfig, input_dimension: int):
+    def __init__(self, config: PretrainedConfig, input_dimension: int):
         super().__init__()
         self.input_grid = config.vision_grid
 
     @staticmethod
-    def output_grid(config: PanoramaConfig) -> tuple[int, int]:
+    def output_grid(config: PretrainedConfig) -> tuple[int, int]:
         """(rows, columns) after resampling. Raises `ValueError` where the grid does not fit."""
         return config.vision_grid
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[N, S, D_vision] -> [N, S', D_latent]."""
         raise NotImplementedError
 
 
@@ -49,24 +46,26 @@ def _feed_forward(input_dimension: int, output_dimension: int, depth: int) -> nn
 class MLPResampler(Resampler):
     """Each token for itself; the grid stays."""
 
-    def __init__(self, config: PanoramaConfig, input_dimension: int):
+    def __init__(self, config: PretrainedConfig, input_dimension: int):
         super().__init__(config, input_dimension)
         self.layers = _feed_forward(input_dimension, config.latent_dimension, config.resampler_depth)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[N, S, D_vision] -> [N, S, D_latent]."""
         return self.layers(tokens)  # [N, S, D_latent]
 
 
 class AveragePoolResampler(Resampler):
     """The mean of each `resampler_pool` x `resampler_pool` block of tokens, then an MLP."""
 
-    def __init__(self, config: PanoramaConfig, input_dimension: int):
+    def __init__(self, config: PretrainedConfig, input_dimension: int):
         super().__init__(config, input_dimension)
         self.pool = config.resampler_pool
         self.layers = _feed_forward(input_dimension, config.latent_dimension, config.resampler_depth)
 
     @staticmethod
-    def output_grid(config: PanoramaConfig) -> tuple[int, int]:
+    def output_grid(config: PretrainedConfig) -> tuple[int, int]:
+        """One token a block. Raises `ValueError` where the blocks do not fill the grid."""
         rows, columns = config.vision_grid
         pool = config.resampler_pool
         if rows % pool or columns % pool:
@@ -77,6 +76,7 @@ class AveragePoolResampler(Resampler):
         return rows // pool, columns // pool
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[N, S, D_vision] -> [N, S', D_latent]."""
         grid = tokens.transpose(1, 2).unflatten(2, self.input_grid)  # [N, D_vision, rows, columns]
         pooled = F.avg_pool2d(grid, self.pool).flatten(2).transpose(1, 2)  # [N, S', D_vision]
         return self.layers(pooled)  # [N, S', D_latent]
@@ -89,7 +89,7 @@ class PerceiverResampler(Resampler):
     vector, so that a query, too, has a direction. The layers are those of Idefics2's resampler.
     """
 
-    def __init__(self, config: PanoramaConfig, input_dimension: int):
+    def __init__(self, config: PretrainedConfig, input_dimension: int):
         from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
         from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverLayer, Idefics2RMSNorm
 
@@ -110,7 +110,8 @@ class PerceiverResampler(Resampler):
         self.norm = Idefics2RMSNorm(config.latent_dimension)
 
     @staticmethod
-    def output_grid(config: PanoramaConfig) -> tuple[int, int]:
+    def output_grid(config: PretrainedConfig) -> tuple[int, int]:
+        """The grid of the queries. Raises `ValueError` where they are no square, or more than the tower's tokens."""
         side = round(config.resampler_queries**0.5)
         rows, columns = config.vision_grid
         if side * side != config.resampler_queries or side > min(rows, columns):
@@ -126,6 +127,7 @@ class PerceiverResampler(Resampler):
         return side, side
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[N, S, D_vision] -> [N, S', D_latent]."""
         context = self.input(tokens)  # [N, S, D_latent]
         grid = context.transpose(1, 2).unflatten(2, self.input_grid)
         latents = F.adaptive_avg_pool2d(grid, self.query_grid).flatten(2).transpose(1, 2) + self.queries.weight

@@ -48,12 +48,12 @@ def tower_tokens(model: PanoramaVLM, erps: list[torch.Tensor], image_size: int) 
     """[panoramas, V, patches, D_vision]; the tower is frozen, so they are computed once."""
     processor = PanoramaImageProcessor(image_size=image_size)
     pixels = (processor(erp, return_tensors="pt")["pixel_values"] for erp in erps)
-    return torch.cat([model.tower_tokens(views) for views in pixels])
+    return torch.cat([model.model.tower_tokens(views) for views in pixels])
 
 
 def resample(model: PanoramaVLM, tokens: torch.Tensor) -> torch.Tensor:
     """[B, V, patches, D_vision] -> [B, V, S, D_latent], what the language model will read."""
-    return model.resampler(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+    return model.model.resampler(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
 
 
 def run(seed: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -74,7 +74,7 @@ def run(seed: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
         if not figures:
             training, test = (tower_tokens(model, group, options.image_size) for group in (turned, held_out))
             with torch.no_grad():
-                figures["before training"] = model.overlap_metrics(resample(model, test))
+                figures["before training"] = model.overlap.metrics(resample(model, test))
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.01)
         generator = torch.Generator().manual_seed(seed)
@@ -85,7 +85,7 @@ def run(seed: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():
-            figures[name] = model.overlap_metrics(resample(model, test))
+            figures[name] = model.overlap.metrics(resample(model, test))
     return figures
 
 

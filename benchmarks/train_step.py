@@ -160,7 +160,7 @@ def make_step(variant: str, sizes: Sizes, batch: int) -> tuple[Step, dict[str, i
         options["image_sizes"] = torch.tensor([size] * batch, device=sizes.device)
     else:
         model = our_model(sizes, "all" if variant == "full" else "owned")
-        tokens = model.num_image_tokens
+        tokens = model.config.num_image_tokens
         options["return_logits"] = variant == "full"
     inputs = {**make_batch(sizes, batch, tokens), **options}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -280,14 +280,14 @@ def differences(sizes: Sizes) -> dict[str, float]:
     embeddings, relative to their norm.
     """
     model = our_model(sizes, "all")
-    inputs = make_batch(sizes, 1, model.num_image_tokens)
+    inputs = make_batch(sizes, 1, model.config.num_image_tokens)
     labels, ids = inputs["labels"], inputs["input_ids"]
     with torch.no_grad():
         features = model.get_image_features(inputs["pixel_values"]).pooler_output
         words = model.get_input_embeddings()(ids)
         embeds = words.masked_scatter((ids == sizes.vocabulary - 1)[..., None], features)
     peer = onevision_model(sizes, model.config).get_base_model()
-    ours = copy.deepcopy(model.language_model).merge_and_unload()  # adapters start as zero
+    ours = copy.deepcopy(model.model.language_model).merge_and_unload()  # adapters start as zero
     wanted = {
         name.replace("model.", "", 1): value for name, value in ours.state_dict().items() if "lm_head" not in name
     }

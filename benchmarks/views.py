@@ -544,7 +544,10 @@ class Panoramas(Dataset):
 def print_data_loaders(files: Sequence[Path], side: int, epoch: int, rounds: int, folder: Path) -> None:
     """Panoramas a second of `DataLoader`s with 0, 1 and 2 workers that stay, after a first epoch."""
     many = [files[index % len(files)] for index in range(epoch)]
-    kinds = {"": PanoramaImageProcessor(image_size=side), ", `cache_dir` filled": PanoramaImageProcessor(image_size=side, cache_dir=folder)}
+    kinds = {
+        "": PanoramaImageProcessor(image_size=side),
+        ", `cache_dir` filled": PanoramaImageProcessor(image_size=side, cache_dir=folder),
+    }
     loaders = {
         (name, workers): DataLoader(
             Panoramas(many, image_processor),

@@ -63,7 +63,7 @@ def test_the_defaults_raise_no_warning():
 
 @pytest.mark.parametrize("wrong", ["overlap_ration", "resampler_typ", "vicreg_projector_dims"])
 def test_a_misspelt_option_is_answered_with_the_right_name(wrong):
-    with pytest.raises(ValueError, match=f"unknown option '{wrong}', did you mean"):
+    with pytest.raises(ValueError, match=f"unknown option '{wrong}' of PanoramaConfig, did you mean"):
         PanoramaConfig(**{wrong: 1})
 
 

@@ -120,7 +120,7 @@ def test_the_code_of_a_folder_needs_nothing_but_pil_and_what_transformers_needs(
 def test_weights_of_another_shape_are_refused(saved, tmp_path):
     folder, _, _ = saved
     weights = load_file(folder / "model.safetensors")
-    weights["projection.ray.weight"] = torch.zeros(3, 3)
+    weights["model.projection.ray.weight"] = torch.zeros(3, 3)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match="projection.ray.weight|size mismatch|ignore_mismatched"):
         PanoramaVLM.from_pretrained(folder)

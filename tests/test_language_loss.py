@@ -8,8 +8,8 @@ import warnings
 
 import pytest
 import torch
-from panorama_vlm import losses_panorama, modeling_panorama
-from panorama_vlm.losses_panorama import LogitTransform, chunked_cross_entropy
+from panorama_vlm import modeling_panorama
+from panorama_vlm.language_loss_panorama import LogitTransform, chunked_cross_entropy
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -94,16 +94,16 @@ def build(make, panoramas):
             config[name] = None if language == "cohere" else 0
         options = {"use_lora": False, "lora_rank": 2, "lora_dropout": 0.0, "fov_deg": 120.0, **options}
         model, processor = make(language=config, **options)
-        for name, parameter in model.language_model.named_parameters():  # so large that soft caps and scales show
+        for name, parameter in model.named_parameters():  # so large that soft caps and scales show
             if parameter.ndim == 2 and ("head" in name or "embed" in name):
                 nn.init.normal_(parameter, std=0.5)
-        image = torch.full((1, model.num_image_tokens), model.config.image_token_id)
+        image = torch.full((1, model.config.num_image_tokens), model.config.image_token_id)
         words = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(1))
         ids = torch.cat([image.repeat(2, 1), words], 1)
         mask = torch.ones_like(ids)
         mask[1, -3:] = 0
         labels = ids.masked_fill(ids == model.config.image_token_id, IGNORED)
-        labels[:, : model.num_image_tokens + 4] = IGNORED
+        labels[:, : model.config.num_image_tokens + 4] = IGNORED
         labels[1, -3:] = IGNORED
         pixels = processor.image_processor(images=panoramas[:2], return_tensors="pt")["pixel_values"]
         model.to(dtype).set_stage("finetune")
@@ -291,7 +291,7 @@ def test_a_stage_that_is_set_trains_without_logits(build):
     model, batch = build("llama", torch.float32)
     model.eval().set_stage("resampler")
     output = model(**batch)
-    assert output.logits is None and not model.language_model.training
+    assert output.logits is None and not model.model.language_model.training
     assert model.eval()(**batch).logits is not None
 
 
@@ -308,7 +308,7 @@ def test_adapters_on_the_head_are_used(build, monkeypatch, modules):
 
     model, batch = build("llama")
     lora = LoraConfig(r=2, **{"target_modules": ["q_proj"], **modules}, task_type="CAUSAL_LM", init_lora_weights=False)
-    model.language_model = get_peft_model(model.language_model, lora)
+    get_peft_model(model, lora)
     plain = plain_loss(model(**batch, return_logits=True).logits, batch["labels"])
     with rows_at_a_time(monkeypatch, 3, model.config.text_config.vocab_size):
         loss = model(**batch).loss
@@ -323,7 +323,7 @@ def test_dropout_of_an_adapter_on_the_head_has_the_gradient_of_its_own_mask(buil
 
     model, batch = build("llama")
     lora = LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.5, task_type="CAUSAL_LM", init_lora_weights=False)
-    model.language_model = get_peft_model(model.language_model, lora)
+    get_peft_model(model, lora)
     model(**batch)  # the head is found
     weight = next(p for name, p in model.named_parameters() if "lora_A" in name)
     direction = torch.randn_like(weight)
@@ -375,7 +375,7 @@ def test_the_first_step_under_autocast_has_every_gradient(build, lora):
 
 
 @pytest.mark.parametrize("language", ["gemma2", "granite", "cohere"])
-def test_half_precision_weights_find_their_transform_too(build, language):
+def test_half_precision_weights_train_too(build, language):
     model, batch = build(language, torch.bfloat16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -383,75 +383,14 @@ def test_half_precision_weights_find_their_transform_too(build, language):
     torch.testing.assert_close(loss, model(**batch, return_logits=True).loss, rtol=0.02, atol=0.02)
 
 
-def test_looking_for_the_head_leaves_no_trace(build):
-    model, batch = build("llama", torch.float32, use_lora=True, lora_dropout=0.5)
-    modes = {name: module.training for name, module in model.named_modules()}
-    modes_after_stage = dict(modes)
-    state = torch.get_rng_state()
-    model._logit_transform(model.get_input_embeddings()(batch["input_ids"] % 5))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert {name: module.training for name, module in model.named_modules()} == modes_after_stage
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert len(model._logit_transforms) == 1 and not model.get_decoder()._forward_hooks
-
-
-@pytest.mark.parametrize("whole", [False, True], ids=["keeps", "ignores logits_to_keep"])
-def test_logits_that_do_not_follow_from_the_head_are_taken_from_the_model_with_one_warning(build, monkeypatch, whole):
-    model, batch = build("llama")
-    language = model.language_model
-    own_forward = type(language).forward
-
-    def forward(*args, logits_to_keep=0, **kwargs):
-        outputs = own_forward(language, *args, logits_to_keep=0 if whole else logits_to_keep, **kwargs)
-        outputs.logits = outputs.logits.sinh()
-        return outputs
-
-    monkeypatch.setattr(language, "forward", forward)
-    modeling_panorama._warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="the logits of LlamaForCausalLM are not those of its head") as caught:
-        output = model(**batch)
-        model(**batch)
-    assert len([w for w in caught if "those of its head" in str(w.message)]) == 1
-    plain = plain_loss(model(**batch, return_logits=True).logits, batch["labels"])
-    assert output.logits is None
-    torch.testing.assert_close(output.loss, plain, rtol=1e-10, atol=0)
-    assert_same_gradients(gradients(output.loss, model), gradients(plain, model))
-    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
-    assert model(**batch, num_items_in_batch=3).loss == 0
-
-
-def test_an_unknown_soft_cap_is_noticed_even_where_logits_are_small(build, monkeypatch):
-    model, _ = build("gemma2", torch.float32)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(1e-3)
-    probe = torch.randn(1, 2, 32)
-    assert model._find_logit_transform(probe).softcap == 2.0
-    only_plain = lambda config: [LogitTransform()]  # noqa: E731
-    monkeypatch.setattr(modeling_panorama, "logit_transforms", only_plain)
-    assert model._find_logit_transform(probe) is None
-
-
 def test_a_compiled_model_trains_to_the_same_gradients(build):
     model, batch = build("llama", torch.float32)
     expected_loss = model(**batch).loss
     expected = gradients(expected_loss, model)
     torch._dynamo.reset()
-    for fresh in (False, True):
-        if fresh:
-            model._logit_transforms.clear()
-        loss = torch.compile(model, backend="eager")(**batch).loss
-        torch.testing.assert_close(loss, expected_loss)
-        assert_same_gradients(gradients(loss, model), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_known_transforms_are_read_from_the_configuration():
-    class Config:
-        logits_scaling = 8.0
-        final_logit_softcapping = 30.0
-
-    known = losses_panorama.logit_transforms(Config())
-    assert known[0] == LogitTransform(1 / 8, 30.0)
-    assert LogitTransform(8.0, 30.0) in known and LogitTransform() in known
+    loss = torch.compile(model, backend="eager")(**batch).loss
+    torch.testing.assert_close(loss, expected_loss)
+    assert_same_gradients(gradients(loss, model), expected, rtol=1e-4, atol=1e-6)
 
 
 # Several processes
@@ -482,11 +421,11 @@ def build():
 
 def batch(model, rank, supervised):
     generator = torch.Generator().manual_seed(rank)
-    images = torch.full((1, model.num_image_tokens), 300)
+    images = torch.full((1, model.config.num_image_tokens), 300)
     ids = torch.cat([images, torch.randint(0, 299, (1, 12), generator=generator)], 1)
     labels = ids.clone()
     labels[:, : ids.shape[1] - supervised] = -100
-    pixels = torch.randn(1, model.view_plan.num_views, 3, 64, 64, generator=generator)
+    pixels = torch.randn(1, model.model.view_plan.num_views, 3, 64, 64, generator=generator)
     return {"pixel_values": pixels, "input_ids": ids, "labels": labels, "num_items_in_batch": 20}
 
 alone = build()
@@ -495,7 +434,7 @@ if sys.argv[1] == "ddp":
     trained = DistributedDataParallel(model)
 else:
     mesh = init_device_mesh("cpu", (2,))
-    for part in [*model.language_model.model.layers, model.language_model.lm_head, model]:
+    for part in [*model.model.language_model.model.layers, model.model.language_model.lm_head, model]:
         fully_shard(part, mesh=mesh)
 modeling_panorama.CHUNK_BYTES = 2 * 301 * 4
 for supervised in ((3, 9), (11, 0)):  # other numbers of chunks; none at all

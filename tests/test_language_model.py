@@ -159,6 +159,6 @@ def test_a_folder_made_from_gguf_is_loaded_and_saved_again(composed, tmp_path):
     assert "gguf" not in (tmp_path / "first/config.json").read_text()
     again = PanoramaVLM.from_pretrained(tmp_path / "first", dtype=torch.float32)
     again.save_pretrained(tmp_path / "second")
-    assert again.language_model.dtype == torch.float32
+    assert again.model.language_model.dtype == torch.float32
     for (name, weight), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(weight, other), name

@@ -25,22 +25,22 @@ def test_the_overlap_loss_is_that_of_the_pairs_of_seen_views(make, mode, by_rays
     features = torch.randn(2, 9, 64, 16)
     noisy = features.clone()
     noisy[0, 3:7] = 100 * torch.randn(4, 64, 16)
-    loss, terms = model._compute_vicreg_overlap_loss(features, MASK)
-    again, _ = model._compute_vicreg_overlap_loss(noisy, MASK)
+    loss, terms = model.overlap(features, MASK)
+    again, _ = model.overlap(noisy, MASK)
     torch.testing.assert_close(again, loss)
-    assert not torch.isclose(model._compute_vicreg_overlap_loss(noisy)[0], loss)
+    assert not torch.isclose(model.overlap(noisy)[0], loss)
     torch.testing.assert_close(
-        *(model._compute_vicreg_overlap_loss(features, m)[0] for m in (None, MASK.new_ones(2, 9)))
+        *(model.overlap(features, m)[0] for m in (None, MASK.new_ones(2, 9)))
     )
-    assert model.overlap_metrics(features, MASK) == pytest.approx(model.overlap_metrics(noisy, MASK))
+    assert model.overlap.metrics(features, MASK) == pytest.approx(model.overlap.metrics(noisy, MASK))
     assert torch.isfinite(torch.stack(list(terms))).all()
 
 
 def test_pairs_of_seen_views_are_counted_one_by_one(make):
     model, _ = make()
     features = torch.randn(2, 9, 64, 16)
-    whole = sum(len(m.x) for m in model.matched_features(features))
-    kept = sum(len(m.x) for m in model.matched_features(features, view_mask=MASK))
+    whole = sum(len(m.x) for m in model.overlap.match(features))
+    kept = sum(len(m.x) for m in model.overlap.match(features, view_mask=MASK))
     assert whole == 2 * 8  # a ring of eight tiles has eight neighbours
     assert kept == 8 + 3  # of the tiles at 0, 45, 270 and 315 degrees: 0-45, 270-315, 315-0
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from panorama_vlm import PanoramaProcessor, PanoramaVLM
-from panorama_vlm.checkpoint_panorama import newest_checkpoint, read_state, whole_folder
+from panorama_vlm.checkpoint_panorama import read_state
+from panorama_vlm.train.checkpoint import newest_checkpoint, whole_folder
 from panorama_vlm.train.config import CONFIGS, describe, load_config, save_config
 from panorama_vlm.train.data import TooManyBadSamples
 from panorama_vlm.train.loop import PREEMPTED, train
@@ -208,7 +209,7 @@ def test_accumulated_losses_are_normalised_by_all_supervised_tokens(tmp_path):
     stream = BatchStream(samples, ConversationCollator(processor), batch_size=7, max_steps=1)
     (batch,) = next(iter(stream)).micro_batches
     logits = model.eval()(**{**batch, "labels": None}, stage="resampler").logits.double()
-    overlap = model.overlap_loss(model.encode_views(batch["pixel_values"]))[0]
+    overlap = model.overlap_loss(model.model.encode_views(batch["pixel_values"]))[0]
     plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     expected = plain + model.config.overlap_loss_weight_finetune * overlap
     assert losses[0] == pytest.approx(float(expected), abs=1e-5)
@@ -285,7 +286,7 @@ def test_a_run_killed_ten_times_ends_with_the_weights_of_one_that_was_not(tmp_pa
 
 
 def test_a_torn_checkpoint_is_ignored_with_a_word_and_the_one_before_it_found(tmp_path, caplog):
-    from panorama_vlm.checkpoint_panorama import write_state
+    from panorama_vlm.train.checkpoint import write_state
 
     for step in (2, 4, 6):
         with whole_folder(tmp_path / f"vision-{step}") as folder:

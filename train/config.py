@@ -15,10 +15,10 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..modeling_panorama import PARTS
 from .data import STAGES, DataSource
 
 CONFIGS = Path(__file__).with_name("configs")
-GROUPS = ("vision_tower", "resampler", "vicreg_projector", "projection", "language_model")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -35,7 +35,7 @@ class StageConfig:
     batch_size: int = _option(4, "samples a process and micro-batch")
     accumulation: int = _option(1, "micro-batches an optimizer step")
     learning_rate: float = _option(2e-4, "peak of the schedule")
-    learning_rates: dict[str, float] = _option({}, f"peaks for parts of the model, of {', '.join(GROUPS)}")
+    learning_rates: dict[str, float] = _option({}, f"peaks for parts of the model, of {', '.join(PARTS)}")
     weight_decay: float = _option(0.01, "of AdamW, for matrices")
     warmup_ratio: float = _option(0.03, "share of the steps in which the learning rate rises")
     schedule: str = _option("cosine", "linear, cosine, constant_with_warmup, ...: of transformers.get_scheduler")
@@ -111,7 +111,7 @@ class TrainConfig:
                 "positive",
             )
             for group, rate in options.learning_rates.items():
-                _require(group in GROUPS, f"a key of {stage}.learning_rates", group, f"one of {', '.join(GROUPS)}")
+                _require(group in PARTS, f"a key of {stage}.learning_rates", group, f"one of {', '.join(PARTS)}")
                 _require(rate >= 0, f"{stage}.learning_rates.{group}", rate, "at least 0")
             if not (options.data or self.data):
                 raise ValueError(f"stage {stage!r} has no data: name some with --data PATH or in the YAML file")

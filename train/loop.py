@@ -28,20 +28,20 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
 
-from ..checkpoint_panorama import (
+from ..checkpoint_panorama import choose_attention, read_state
+from ..modeling_panorama import PARTS, PanoramaVLM, part_of
+from ..processing_panorama import IGNORE_INDEX
+from .build import load_start
+from .card import read_history, write_model_card
+from .checkpoint import (
     commit_folder,
     newest_checkpoint,
-    read_state,
     save_adapters,
     unfinished_folder,
     whole_folder,
     write_state,
 )
-from ..modeling_panorama import PanoramaVLM, choose_attention
-from ..processing_panorama import IGNORE_INDEX
-from .build import load_start
-from .card import read_history, write_model_card
-from .config import GROUPS, TrainConfig, save_config
+from .config import TrainConfig, save_config
 from .data import BatchStream, ConversationCollator, Samples, SkippedSamples, Step, VisionCollator, open_data
 from .hub import HubPusher
 
@@ -237,9 +237,9 @@ class _StageRun:
     def _parameter_groups(self, model: PanoramaVLM) -> list[dict[str, Any]]:
         """Parameters by part of the model, matrices apart from vectors, which do not decay."""
         groups = []
-        for part in GROUPS:
+        for part in PARTS:
             rate = self.options.learning_rates.get(part, self.options.learning_rate)
-            trained = [p for n, p in model.named_parameters() if n.startswith(f"{part}.") and p.requires_grad]
+            trained = [p for n, p in model.named_parameters() if part_of(n) == part and p.requires_grad]
             for decays in (True, False):
                 chosen = [parameter for parameter in trained if (parameter.ndim > 1) == decays]
                 decay = self.options.weight_decay if decays else 0.0
@@ -376,7 +376,7 @@ class _StageRun:
         log_now = (made.index + 1) % self.config.log_every == 0
         if self.stage == "vision" and log_now and batches and output is not None and passes == len(batches):
             mask = batch.get("view_mask")
-            figures |= self.plain.overlap_metrics(output.hidden_states.detach(), mask)
+            figures |= self.plain.overlap.metrics(output.hidden_states.detach(), mask)
         figures |= {"grad_norm": 0.0 if norm is None else float(norm), "stop": float(everyone[:, 5].max())}
         return {**figures, "supervised": unit, "panoramas": panoramas, "tokens": all_tokens}
 

@@ -1,0 +1,83 @@
+"""What a model is composed of: a pretrained vision tower, and a pretrained language model as body and head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .configuration_panorama import IMAGE_TOKEN
+
+
+def parts_from_pretrained(
+    vision: str | PreTrainedModel,
+    language: str | PreTrainedModel,
+    vision_kwargs: dict[str, Any] | None,
+    language_kwargs: dict[str, Any] | None,
+    options: dict[str, Any],
+) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, Any]]:
+    """The vision tower, the language model and the options of their :class:`PanoramaConfig`; see
+    :meth:`PanoramaVLM.from_vision_text_pretrained`."""
+    vision_kwargs, language_kwargs = vision_kwargs or {}, language_kwargs or {}
+    options = dict(options)
+    if isinstance(vision, str):
+        options.setdefault("vision_name", vision)
+        vision_config = AutoConfig.from_pretrained(vision, **vision_kwargs)
+        vision_config = getattr(vision_config, "vision_config", vision_config)
+        vision = AutoModel.from_pretrained(vision, **{**vision_kwargs, "config": vision_config})
+    if isinstance(language, str):
+        options.setdefault("language_model_name", language)
+        if options.get("image_token_id") is None:
+            tokenizer = AutoTokenizer.from_pretrained(language, **language_kwargs)
+            tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+            options["image_token_id"] = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        language = AutoModelForCausalLM.from_pretrained(language, **language_kwargs)
+    if options.get("image_token_id") is None:
+        raise ValueError(
+            "image_token_id must be given where the language model is given as a model; "
+            "it is PanoramaProcessor.image_token_id"
+        )
+    _forget_gguf(language)
+    text_config = language.config.get_text_config()
+    attention = {"vision_config": vision.config, "text_config": text_config}
+    options["attn_implementation"] = {part: config._attn_implementation for part, config in attention.items()}
+    return vision, language, {**options, "vision_config": vision.config, "text_config": text_config}
+
+
+def language_parts(language: PreTrainedModel) -> tuple[PreTrainedModel, nn.Module]:
+    """The body and the head of a language model with a head; of a vision-language model those of its language model.
+
+    The body is of the class that `AutoModel` makes of the text configuration: else a saved model could not be loaded.
+
+    Raises:
+        ValueError: for a model that has no such body, or no head.
+    """
+    text_config = language.config.get_text_config()
+    wanted = MODEL_MAPPING[type(text_config)] if type(text_config) in MODEL_MAPPING else type(language.base_model)
+    body = next((module for module in language.modules() if type(module) is wanted), None)
+    head = language.get_output_embeddings()
+    if body is None or head is None:
+        missing = f"a {getattr(wanted, '__name__', wanted)}" if body is None else "a head"
+        raise ValueError(
+            f"a language model must hold {missing}, what AutoModel and AutoModelForCausalLM make of a text "
+            f"configuration of type {text_config.model_type!r}; {type(language).__name__} does not"
+        )
+    return body, head
+
+
+def _forget_gguf(language: PreTrainedModel) -> None:
+    """A model read from a GGUF file without special kernels has plain weights, but its configuration still says GGUF,
+    and what is saved could not be loaded and saved again."""
+    quantization = getattr(language.config, "quantization_config", None)
+    if str(getattr(quantization, "quant_method", "")).split(".")[-1].lower() != "gguf":
+        return
+    if not all(parameter.is_floating_point() for parameter in language.parameters()):
+        raise ValueError(
+            "the language model keeps the blocks of its GGUF file, which cannot be trained or saved; load it with "
+            "quantization_config=GgufConfig(dequantize=True)"
+        )
+    del language.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in language.__dict__:
+            delattr(language, name)

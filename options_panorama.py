@@ -1,0 +1,40 @@
+"""Names of options: what is misspelled is an error, and not stored beside the option that was meant."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def check_option_names(given: Iterable[str], known: Iterable[str], owner: str) -> None:
+    """Refuse options that do not exist.
+
+    Args:
+        given: names that somebody passed.
+        known: names of the options, the most likely ones first: of two that fit equally the first is suggested.
+        owner: what has the options, for the message.
+
+    Raises:
+        ValueError: for names that are not known; each with the option that was probably meant, or, where none is
+            close, with all of them.
+    """
+    options = list(known)
+    problems = []
+    for name in given:
+        if name in options:
+            continue
+        nearest = _nearest(name, options)
+        hint = f"; its options are {', '.join(options)}" if nearest is None else f", did you mean {nearest!r}?"
+        problems.append(f"unknown option {name!r} of {owner}{hint}")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _nearest(name: str, options: Sequence[str]) -> str | None:
+    """The option that begins as `name` does, or holds it, or is spelled like it; `None` where none is."""
+    if len(name) >= 3:  # fewer letters are part of nearly everything
+        for option in options:
+            if option.startswith(name) or name.startswith(option):
+                return option
+        for option in options:
+            if name in option or option in name:
+                return option
+    return next(iter(difflib.get_close_matches(name, options, n=1, cutoff=0.4)), None)

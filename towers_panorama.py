@@ -1,0 +1,98 @@
+"""Vision towers: how each is run, by its `model_type`.
+
+Any tower of transformers that cuts a view into a grid of patches works; one that differs from most has an entry in
+`TOWERS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.configuration_utils import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A tower that takes images [N, 3, H, W] and gives prefix tokens (CLS, registers) and then its patches, row by row.
+
+    Args:
+        unused: how the names of parameters begin that no patch token depends on; they get no gradient.
+        resizes: whether it fits its position embeddings to the size of the image without being asked.
+    """
+
+    unused: tuple[str, ...] = ()
+    resizes: bool = False
+
+    def image_size(self, config: PretrainedConfig) -> int:
+        """Side in pixels of the square images the tower was made for.
+
+        Raises:
+            ValueError: for a tower that has no grid of patches.
+        """
+        size = getattr(config, "image_size", None)
+        if size is None or getattr(config, "patch_size", None) is None:
+            raise ValueError(
+                f"vision_config of type {config.model_type!r} has no image_size or no patch_size; the vision tower "
+                "must cut its image into a grid of patches, as SigLIP, SigLIP2, CLIP, DINOv2 and ViT do"
+            )
+        return size if isinstance(size, int) else min(size)
+
+    def grid(self, config: PretrainedConfig, image_size: int) -> tuple[int, int]:
+        """(rows, columns) of the patches of an image of `image_size` pixels a side."""
+        patch = config.patch_size
+        rows, columns = (patch, patch) if isinstance(patch, int) else patch
+        return image_size // rows, image_size // columns
+
+    def __call__(self, tower: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """Patch tokens, [N, 3, H, W] -> [N, rows * columns, D_vision]; CLS and registers are left out."""
+        rows, columns = self.grid(tower.config, images.shape[-1])
+        hidden = self.hidden_states(tower, images)  # [N, prefix + rows * columns, D_vision]
+        prefix = hidden.shape[1] - rows * columns
+        if prefix < 0:
+            raise ValueError(
+                f"the vision tower gives {hidden.shape[1]} tokens a view, fewer than the {rows} x {columns} patches of "
+                f"image_size={images.shape[-1]} and patch_size={tower.config.patch_size}"
+            )
+        return hidden[:, prefix:]
+
+    def hidden_states(self, tower: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """Everything the tower gives, [N, 3, H, W] -> [N, prefix + patches, D_vision]."""
+        as_made = self.resizes or self.image_size(tower.config) == images.shape[-1]
+        options = {} if as_made else {"interpolate_pos_encoding": True}
+        return tower(pixel_values=images, **options).last_hidden_state
+
+
+class Siglip2Tower(Tower):
+    """SigLIP2, which takes patches of any aspect instead of images."""
+
+    def image_size(self, config: PretrainedConfig) -> int:
+        """Side in pixels of a square image of `num_patches` patches."""
+        return round(config.num_patches**0.5) * config.patch_size
+
+    def hidden_states(self, tower: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] -> [N, patches, D_vision]."""
+        rows, columns = self.grid(tower.config, images.shape[-1])
+        patches = images.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # [N, 3, rows, p, columns, p]
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [N, S, p * p * 3]
+        return tower(
+            pixel_values=patches,
+            pixel_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=images.device),
+            spatial_shapes=torch.tensor([[rows, columns]] * len(images), device=images.device),
+        ).last_hidden_state
+
+
+TOWERS: dict[str, Tower] = {
+    "clip_vision_model": Tower(unused=("post_layernorm.",)),
+    "dinov2": Tower(unused=("embeddings.mask_token",), resizes=True),
+    "dinov2_with_registers": Tower(unused=("embeddings.mask_token",), resizes=True),
+    "siglip_vision_model": Tower(unused=("head.",)),
+    "siglip2_vision_model": Siglip2Tower(unused=("head.",)),
+    "vit": Tower(unused=("pooler.", "embeddings.mask_token")),
+}
+
+
+def tower_of(config: PretrainedConfig) -> Tower:
+    """How the tower of a configuration is run."""
+    return TOWERS.get(config.model_type, Tower())

@@ -1,0 +1,101 @@
+"""Writing checkpoints: folders that are whole or not there, and which of them is the newest."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..checkpoint_panorama import OTHER_PARTS, STATE, read_state
+from ..modeling_panorama import PanoramaVLM
+
+logger = logging.getLogger(__name__)
+
+_UNFINISHED = ".unfinished-"
+
+
+@contextmanager
+def whole_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends: after a crash there is all of it or nothing.
+
+    Every file is on the disk before the folder is renamed. A `folder` that is there already is replaced.
+    """
+    folder = Path(folder)
+    unfinished = folder.with_name(_UNFINISHED + folder.name)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    commit_folder(unfinished, folder)
+
+
+def commit_folder(unfinished: Path, folder: Path) -> None:
+    """Make a written folder durable under its final name."""
+    for path in [*unfinished.rglob("*"), unfinished]:
+        _sync(path)
+    if folder.exists():
+        old = folder.with_name(f"{_UNFINISHED}old-{folder.name}")
+        os.replace(folder, old)
+        os.replace(unfinished, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(unfinished, folder)
+    _sync(folder.parent)
+
+
+def unfinished_folder(folder: Path) -> Path:
+    """Where the content of `folder` is written before :func:`commit_folder`."""
+    return folder.with_name(_UNFINISHED + folder.name)
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """The last file of a training checkpoint: `state`, and how large the others are."""
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    (folder / STATE).write_text(json.dumps({**state, "files": files}, indent=1), encoding="utf-8")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder; those that are torn are ignored with a warning."""
+    for torn in folder.glob(f"{_UNFINISHED}*"):
+        logger.warning("Ignoring %s: it was not finished when the run was stopped.", torn)
+    whole = []
+    for path in folder.glob("*/"):
+        if path.name.startswith(_UNFINISHED):
+            continue
+        try:
+            whole.append((read_state(path)["total_steps"], path))
+        except ValueError as error:
+            logger.warning("Ignoring %s: %s", path, error)
+    return max(whole)[1] if whole else None
+
+
+def save_adapters(model: PanoramaVLM, folder: Path, base: str | None, state_dict: dict[str, torch.Tensor]) -> None:
+    """Write the LoRA adapters as peft writes them, and beside them what else was trained.
+
+    Args:
+        model: with adapters.
+        folder: to write into.
+        base: what the adapters belong to; `from_checkpoint` loads it.
+        state_dict: of the model.
+    """
+    adapters, prefix = model.model.language_model, "model.model.language_model."
+    adapters.peft_config["default"].base_model_name_or_path = base
+    own = {name.removeprefix(prefix): value for name, value in state_dict.items() if "lora_" in name}
+    adapters.save_pretrained(folder, state_dict=own)
+    trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name]
+    save_file({name: state_dict[name].contiguous().cpu() for name in trains}, folder / OTHER_PARTS)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
