@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,12 @@ def _load_adapters(cls: Any, path: Path, base: str | os.PathLike[str] | None, **
         from peft import PeftModel
     except ImportError as error:
         raise ImportError("LoRA adapters need peft: pip install peft") from error
-    model.model.language_model = PeftModel.from_pretrained(model.model.language_model, str(path))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # peft goes on with random ones
+        try:
+            model.model.language_model = PeftModel.from_pretrained(model.model.language_model, str(path))
+        except UserWarning as error:
+            raise ValueError(f"the adapters in {str(path)!r} do not fit the language model: {error}") from error
     others = load_file(path / OTHER_PARTS) if (path / OTHER_PARTS).is_file() else {}
     unexpected = model.load_state_dict(others, strict=False).unexpected_keys
     if unexpected:

@@ -229,7 +229,7 @@ class PanoramaConfig(PretrainedConfig):
     def option_names(cls) -> tuple[str, ...]:
         """The names of all options."""
         own = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")]
-        return (*own, *ViewOptions.names())
+        return (*ViewOptions.names(), *own)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PanoramaConfig:

@@ -130,3 +130,9 @@ def chunked_cross_entropy(
     if isinstance(num_items, Tensor):
         num_items = num_items.to(total.device)
     return total / (count if num_items is None else num_items)
+
+
+def is_sharded(module: torch.nn.Module) -> bool:
+    """Whether each call of the module gathers weights from all processes (FSDP of its own, ZeRO-3)."""
+    by_class = any(".fsdp" in base.__module__ for base in type(module).__mro__)
+    return by_class or any(hasattr(parameter, "ds_id") for parameter in module.parameters())

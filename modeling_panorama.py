@@ -17,31 +17,14 @@ from .checkpoint_panorama import CheckedLoading, load_checkpoint
 from .composing_panorama import language_parts, parts_from_pretrained
 from .configuration_panorama import PanoramaConfig
 from .generation_panorama import PanoramaGenerationMixin
-from .language_loss_panorama import CHUNK_BYTES, IGNORED, chunked_cross_entropy, logit_transform
+from .language_loss_panorama import CHUNK_BYTES, IGNORED, chunked_cross_entropy, is_sharded, logit_transform
 from .options_panorama import check_option_names
 from .outputs_panorama import PanoramaModelOutput, TrainingStageOutput, VisionStageOutput
 from .overlap_panorama import OverlapLoss, VICRegProjector, VICRegTerms
 from .resampler_panorama import RESAMPLERS
+from .stages_panorama import TRAINED_PARTS, Stage, StagesMixin
 from .tokens_panorama import image_tokens
 from .towers_panorama import tower_of
-
-Stage = Literal["vision", "resampler", "finetune"]
-
-PARTS = ("vision_tower", "resampler", "vicreg_projector", "projection", "language_model")
-# What trains in which stage; everything else is frozen. Of the vision tower, `blocks` are the last
-# `vision_trainable_blocks`, and `tower` is all of it where `finetune_vision_tower` is set; of a language model with
-# LoRA only the adapters train.
-TRAINED_PARTS: dict[str, tuple[str, ...]] = {
-    "vision": ("blocks", "resampler", "vicreg_projector"),
-    "resampler": ("resampler", "projection"),
-    "finetune": ("tower", "resampler", "projection", "language_model"),
-}
-
-
-def part_of(name: str) -> str:
-    """The part of `PARTS` that a parameter of :class:`PanoramaVLM` belongs to, by its name; the head to the language
-    model."""
-    return next((part for part in PARTS if part in name.split(".")), "language_model")
 
 
 class PanoramaProjection(nn.Module):
@@ -281,11 +264,8 @@ class PanoramaModel(PanoramaPreTrainedModel):
             past_key_values=past_key_values,
             **kwargs,
         )
-        if outputs.last_hidden_state.shape[1] != inputs_embeds.shape[1]:
-            raise ValueError(
-                f"the language model makes {outputs.last_hidden_state.shape[1]} positions of {inputs_embeds.shape[1]}: "
-                "adapters that put tokens in front (prompt or prefix tuning) are not supported; use LoRA"
-            )
+        if len({inputs_embeds.shape[1], outputs.last_hidden_state.shape[1]}) > 1:  # type: ignore[union-attr]
+            raise ValueError("adapters that put tokens in front (prompt or prefix tuning) are not supported; use LoRA")
         return PanoramaModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),
@@ -296,7 +276,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
         )
 
 
-class PanoramaVLM(PanoramaGenerationMixin, PanoramaPreTrainedModel):
+class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel):
     """A vision-language model for 360-degree panoramas.
 
     ```
@@ -440,87 +420,6 @@ class PanoramaVLM(PanoramaGenerationMixin, PanoramaPreTrainedModel):
         finally:
             self.model.language_model = adapted
 
-    # Stages
-
-    @property
-    def has_lora(self) -> bool:
-        """Whether the language model carries LoRA adapters."""
-        return hasattr(self.model.language_model, "merge_and_unload")
-
-    def add_lora(self) -> None:
-        """Put LoRA adapters, as the configuration says, on the language model. Needs peft."""
-        if self.has_lora:
-            return
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError as error:
-            raise ImportError("LoRA needs peft: pip install peft, or use use_lora=False to train it whole") from error
-        lora = LoraConfig(
-            r=self.config.lora_rank,
-            lora_alpha=self.config.lora_alpha,
-            lora_dropout=self.config.lora_dropout,
-            target_modules=self.config.lora_target_modules or "all-linear",
-        )
-        self.model.language_model = get_peft_model(self.model.language_model, lora)
-
-    def merge_lora(self) -> None:
-        """Merge the LoRA adapters into the language model and drop them."""
-        if self.has_lora:
-            self.model.language_model = self.model.language_model.merge_and_unload()
-
-    def set_stage(self, stage: Stage) -> list[str]:
-        """Set what trains, from the table `TRAINED_PARTS`, and put everything frozen into evaluation mode.
-
-        What no output of the stage depends on, such as the pooling head of a tower, is frozen too.
-
-        Args:
-            stage: `"vision"`, `"resampler"` or `"finetune"`. `"finetune"` adds LoRA adapters where `use_lora` is set.
-
-        Returns:
-            The names of the parameters that train.
-
-        Raises:
-            ValueError: for another stage, and for stage `vision` where no two views have anything in common.
-        """
-        if stage not in TRAINED_PARTS:
-            raise ValueError(f"stage must be one of {sorted(TRAINED_PARTS)}, got {stage!r}")
-        if stage == "vision" and (problem := self.config.overlap_problem):
-            raise ValueError(f"stage 'vision' cannot train: {problem}")
-        if stage == "finetune" and self.config.use_lora:
-            self.add_lora()
-        self.requires_grad_(False)
-        for part in TRAINED_PARTS[stage]:
-            for parameter in self._trained_parameters(part):
-                parameter.requires_grad_(True)
-        parts = [*self.model.children(), self.lm_head, self.vicreg_projector]
-        self.training = self.model.training = True
-        for module in filter(None, parts):
-            module.train(any(parameter.requires_grad for parameter in module.parameters()))
-        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
-
-    def _trained_parameters(self, part: str) -> list[nn.Parameter]:
-        """The parameters of an entry of `TRAINED_PARTS`."""
-        config, tower = self.config, self.model.vision_tower
-        if part == "blocks":
-            return [p for block in self._last_blocks(config.vision_trainable_blocks) for p in block.parameters()]
-        if part == "tower":
-            unused = tower_of(config.vision_config).unused
-            used = [p for name, p in tower.named_parameters() if not name.startswith(unused)]
-            return used if config.finetune_vision_tower else []
-        if part == "language_model" and self.has_lora:
-            return [p for name, p in self.model.language_model.named_parameters() if "lora_" in name]
-        return [p for name, p in self.named_parameters() if part_of(name) == part]
-
-    def _last_blocks(self, count: int) -> list[nn.Module]:
-        """The last blocks of the vision tower."""
-        if count == 0:
-            return []
-        depth = self.config.vision_config.num_hidden_layers
-        lists = [m for m in self.model.vision_tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-        if count > depth or not lists:
-            raise ValueError(f"vision_trainable_blocks must be at most the tower's {depth} blocks, got {count}")
-        return list(lists[0][-count:])
-
     # Overlap consistency
 
     def overlap_loss(
@@ -648,8 +547,13 @@ class PanoramaVLM(PanoramaGenerationMixin, PanoramaPreTrainedModel):
             keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logit_transform(self.lm_head(hidden[:, keep]))
         if supervised:
-            given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-            ar_loss = self._chunked_loss(hidden, **given) if logits is None else self._loss(logits, **given, **kwargs)
+            given: dict[str, Any] = {"labels": labels, "shift_labels": shift_labels}
+            given["num_items_in_batch"] = num_items_in_batch
+            if logits is None:
+                ar_loss = self._chunked_loss(hidden, **given)
+            else:
+                vocab_size = self.config.text_config.vocab_size
+                ar_loss = self.loss_function(logits=logits, vocab_size=vocab_size, **given, **kwargs)
         loss, overlap_loss = ar_loss, None
         if ar_loss is not None and self.config.overlap_loss_weight_finetune > 0 and outputs.view_tokens is not None:
             mask = self.model.check_view_mask(view_mask, outputs.view_tokens)
@@ -669,15 +573,11 @@ class PanoramaVLM(PanoramaGenerationMixin, PanoramaPreTrainedModel):
     if TYPE_CHECKING:
         __call__ = forward
 
-    def _loss(self, logits: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """The autoregressive loss of all logits [B, T, vocabulary], by `loss_function`, which users may set."""
-        return self.loss_function(logits=logits, vocab_size=self.config.text_config.vocab_size, **kwargs)
-
     @torch.compiler.disable  # it picks supervised positions, whose number the compiler cannot know
     def _chunked_loss(
         self,
         hidden: torch.Tensor,
-        labels: torch.Tensor | None,
+        labels: torch.Tensor,
         shift_labels: torch.Tensor | None,
         num_items_in_batch: int | torch.Tensor | None,
     ) -> torch.Tensor:
@@ -691,14 +591,8 @@ class PanoramaVLM(PanoramaGenerationMixin, PanoramaPreTrainedModel):
             self.config.text_config.vocab_size,
             num_items=num_items_in_batch,
             transform=self.logit_transform,
-            chunk_bytes=None if _is_sharded(self.lm_head) else CHUNK_BYTES,
+            chunk_bytes=None if is_sharded(self.lm_head) else CHUNK_BYTES,
         )
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    """Whether each call of the module gathers weights from all processes (FSDP of its own, ZeRO-3)."""
-    by_class = any(".fsdp" in base.__module__ for base in type(module).__mro__)
-    return by_class or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
 PanoramaVLM.register_for_auto_class("AutoModel")

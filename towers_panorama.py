@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
 
@@ -45,7 +45,7 @@ class Tower:
         rows, columns = (patch, patch) if isinstance(patch, int) else patch
         return image_size // rows, image_size // columns
 
-    def __call__(self, tower: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, tower: PreTrainedModel, images: torch.Tensor) -> torch.Tensor:
         """Patch tokens, [N, 3, H, W] -> [N, rows * columns, D_vision]; CLS and registers are left out."""
         rows, columns = self.grid(tower.config, images.shape[-1])
         hidden = self.hidden_states(tower, images)  # [N, prefix + rows * columns, D_vision]
@@ -57,7 +57,7 @@ class Tower:
             )
         return hidden[:, prefix:]
 
-    def hidden_states(self, tower: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    def hidden_states(self, tower: PreTrainedModel, images: torch.Tensor) -> torch.Tensor:
         """Everything the tower gives, [N, 3, H, W] -> [N, prefix + patches, D_vision]."""
         as_made = self.resizes or self.image_size(tower.config) == images.shape[-1]
         options = {} if as_made else {"interpolate_pos_encoding": True}
@@ -71,7 +71,7 @@ class Siglip2Tower(Tower):
         """Side in pixels of a square image of `num_patches` patches."""
         return round(config.num_patches**0.5) * config.patch_size
 
-    def hidden_states(self, tower: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    def hidden_states(self, tower: PreTrainedModel, images: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] -> [N, patches, D_vision]."""
         rows, columns = self.grid(tower.config, images.shape[-1])
         patches = images.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # [N, 3, rows, p, columns, p]

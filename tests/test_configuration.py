@@ -1,7 +1,8 @@
+import json
 import warnings
 
 import pytest
-from panorama_vlm import PanoramaConfig
+from panorama_vlm import PanoramaConfig, PanoramaVLM
 from transformers import CLIPConfig, Dinov2Config, LlamaConfig
 
 
@@ -61,10 +62,88 @@ def test_the_defaults_raise_no_warning():
         PanoramaConfig(view_strategy="resize")
 
 
-@pytest.mark.parametrize("wrong", ["overlap_ration", "resampler_typ", "vicreg_projector_dims"])
-def test_a_misspelt_option_is_answered_with_the_right_name(wrong):
-    with pytest.raises(ValueError, match=f"unknown option '{wrong}' of PanoramaConfig, did you mean"):
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("fov", "fov_deg"),
+        ("fov_degree", "fov_deg"),
+        ("overlap", "overlap_ratio"),
+        ("overlap_ration", "overlap_ratio"),
+        ("pitch", "pitch_rows"),
+        ("latent_dim", "latent_dimension"),
+        ("resampler_typ", "resampler_type"),
+        ("vicreg_projector_dims", "vicreg_projector_dim"),
+        ("temperature", "densecl_temperature"),
+    ],
+)
+def test_an_option_that_does_not_exist_is_answered_with_the_one_that_was_meant(wrong, meant):
+    with pytest.raises(ValueError, match=f"unknown option '{wrong}' of PanoramaConfig, did you mean '{meant}'"):
         PanoramaConfig(**{wrong: 1})
+
+
+def test_an_option_like_no_other_is_answered_with_all_of_them():
+    with pytest.raises(ValueError, match="unknown option 'zzz' of PanoramaConfig; its options are view_strategy, .*"):
+        PanoramaConfig(zzz=1)
+
+
+@pytest.mark.parametrize("derived", ["num_views", "num_image_tokens", "view_plan"])
+def test_what_follows_from_other_options_cannot_be_given(derived):
+    with pytest.raises(ValueError, match=f"^{derived} cannot be set: it follows from other options") as raised:
+        PanoramaConfig(**{derived: 4})
+    assert len(str(raised.value)) < 200
+
+
+def test_a_file_with_keys_of_others_is_read_with_a_warning_and_keeps_them(tmp_path):
+    PanoramaConfig().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "made_by": "a converter", "newer_option": [1]}))
+    with pytest.warns(UserWarning, match="holds made_by, newer_option, not known here") as caught:
+        loaded = PanoramaConfig.from_pretrained(tmp_path)
+        PanoramaConfig.from_pretrained(tmp_path)
+    assert len([warning for warning in caught if "not known here" in str(warning.message)]) == 1
+    loaded.save_pretrained(tmp_path)
+    saved = json.loads(file.read_text())
+    assert saved["made_by"] == "a converter" and saved["newer_option"] == [1]
+
+
+def test_options_beside_a_file_are_checked_as_any(tmp_path):
+    PanoramaConfig().save_pretrained(tmp_path)
+    assert PanoramaConfig.from_pretrained(tmp_path, fov_deg=60).num_views == 13
+    with pytest.raises(ValueError, match=r"overlap_ratio must be in \(0, 1\), got 1.5"):
+        PanoramaConfig.from_pretrained(tmp_path, overlap_ratio=1.5)
+
+
+def test_a_misspelt_option_beside_a_model_is_an_error(make, tmp_path):
+    make()[0].save_pretrained(tmp_path)
+    assert PanoramaVLM.from_pretrained(tmp_path, vicreg_loss_weight=2.0).config.vicreg_loss_weight == 2.0
+    with pytest.raises(ValueError, match="unknown option 'fov' of PanoramaConfig, did you mean 'fov_deg'"):
+        PanoramaVLM.from_pretrained(tmp_path, fov=60)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_anyres_e2p_vicreg": False, "pole_caps": True}, "has a row of a single view"),
+        ({"use_anyres_e2p_vicreg": False, "view_strategy": "cubemap"}, "has a row of a single view"),
+        ({"view_strategy": "e2p", "overlap_pairs": ["global"]}, "view_strategy='e2p' has none"),
+        ({"view_strategy": "cubemap", "overlap_loss_weight_finetune": 0.1}, "meet at their edges and do not overlap"),
+    ],
+)
+def test_an_overlap_loss_that_the_views_cannot_have_is_refused_on_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        PanoramaConfig(**options)
+
+
+def test_views_that_do_not_overlap_are_named_as_the_reason_and_serve_other_stages(make, tmp_path):
+    with pytest.warns(UserWarning, match="stage 'vision' cannot train: the views of view_strategy='cubemap' meet"):
+        model, _ = make(view_strategy="cubemap")
+    with pytest.raises(ValueError, match="stage 'vision' cannot train: the views of view_strategy='cubemap' meet"):
+        model.set_stage("vision")
+    model.set_stage("resampler")
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it was said when it was made
+        PanoramaVLM.from_pretrained(tmp_path)
 
 
 def test_options_of_transformers_itself_pass():

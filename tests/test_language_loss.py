@@ -434,7 +434,7 @@ if sys.argv[1] == "ddp":
     trained = DistributedDataParallel(model)
 else:
     mesh = init_device_mesh("cpu", (2,))
-    for part in [*model.model.language_model.model.layers, model.model.language_model.lm_head, model]:
+    for part in [*model.model.language_model.layers, model.lm_head, model]:
         fully_shard(part, mesh=mesh)
 modeling_panorama.CHUNK_BYTES = 2 * 301 * 4
 for supervised in ((3, 9), (11, 0)):  # other numbers of chunks; none at all

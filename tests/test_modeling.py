@@ -4,7 +4,7 @@ import pytest
 import torch
 from panorama_vlm import PanoramaConfig, PanoramaVLM, TrainingStageOutput, VisionStageOutput, checkpoint_panorama
 from panorama_vlm.checkpoint_panorama import choose_attention
-from panorama_vlm.modeling_panorama import TRAINED_PARTS, part_of
+from panorama_vlm.stages_panorama import TRAINED_PARTS, part_of
 from panorama_vlm.towers_panorama import tower_of
 from transformers import AutoModelForCausalLM
 
@@ -130,6 +130,24 @@ def test_the_table_of_stages_says_what_trains(make):
         model.set_stage("warmup")
 
 
+@pytest.mark.parametrize("tower", TOWERS)
+def test_what_no_token_depends_on_is_known_and_does_not_train(make, panoramas, tower):
+    """Processes that wait for all gradients would wait for it forever."""
+    vision = {**SMALL, "image_size": 64, **TOWERS[tower], "vision_use_head": True, "use_mask_token": True}
+    if tower == "siglip2":
+        del vision["image_size"]
+    model, processor = make(vision=vision, finetune_vision_tower=True, use_lora=False)
+    trained = model.set_stage("finetune")
+    pixels = processor(images=panoramas[0], return_tensors="pt")["pixel_values"]
+    parameters = dict(model.model.vision_tower.named_parameters())
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    model.model.tower_tokens(pixels).sum().backward()
+    without = {name for name, parameter in parameters.items() if parameter.grad is None}
+    assert without == {name for name in parameters if f"model.vision_tower.{name}" not in trained}
+    assert without
+
+
 def test_frozen_parts_are_in_evaluation_mode_and_trained_parts_are_not(make):
     model, _ = make()
     model.train()
@@ -183,6 +201,35 @@ def test_matched_features_are_the_same_ray_of_an_image_of_directions(make):
     for matched in model.overlap.match(rays):
         apart = torch.rad2deg((matched.x - matched.y).norm(dim=-1))
         assert apart.max() < 0.3  # a token is 5.6 degrees wide; strips are 6.65 apart on average
+
+
+def test_matched_features_in_half_precision_are_interpolated_in_float32(make):
+    """Four tokens that are exact in bfloat16: their mean is to be exact, too."""
+    model, _ = make(vision={**SMALL, **TOWERS["siglip"], "image_size": 256})
+    features = torch.randn(1, 9, 256, 8).bfloat16()
+    for half, full in zip(model.overlap.match(features), model.overlap.match(features.float()), strict=True):
+        assert half.y.dtype == torch.float32
+        torch.testing.assert_close(half.y, full.y, rtol=0, atol=0)
+
+
+def test_every_weight_of_the_projector_learns(make, panoramas):
+    """VICReg does not see a bias of the last layer: its gradient would be rounding alone."""
+    model, processor = make(vicreg_projector_depth=3)
+    model.set_stage("vision")
+    model(processor(images=panoramas[:2], return_tensors="pt")["pixel_values"], stage="vision").loss.backward()
+    gradients = {name: p.grad.norm().item() for name, p in model.vicreg_projector.named_parameters()}
+    assert min(gradients.values()) > 1e-4 * max(gradients.values()), gradients
+
+
+def test_a_model_that_answered_in_inference_mode_can_be_trained(make, ask, panoramas):
+    model, processor = make(fov_deg=77.0)  # a plan that no other test uses
+    inputs = ask(processor, panoramas[0])
+    with torch.inference_mode():
+        model.generate(**inputs, max_new_tokens=2)
+        model(inputs["pixel_values"], stage="vision")
+    for stage in ("vision", "finetune"):
+        model.set_stage(stage)
+        model(**inputs, labels=inputs["input_ids"] % 500, stage=stage).loss.backward()
 
 
 def test_the_same_batch_gives_the_loss_of_its_panoramas(make, panoramas):
@@ -374,6 +421,41 @@ def test_beams_samples_and_penalties_work_though_the_placeholder_lies_outside_th
     assert (beams == processor.image_token_id).sum() == 2 * 80
     sampled = model.generate(**inputs, max_new_tokens=3, do_sample=True, repetition_penalty=1.3, temperature=0.7)
     torch.testing.assert_close(sampled[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+
+
+def test_a_placeholder_whose_id_the_language_model_has_is_never_generated(make, ask, panoramas):
+    """Vocabularies are padded (Qwen3's is): the id behind the last token then has an embedding and a logit."""
+    model, processor = make()
+    model.resize_token_embeddings(processor.image_token_id + 9)
+    model.config.text_config.vocab_size = processor.image_token_id + 9
+    with torch.no_grad():  # the placeholder is what it likes best
+        model.lm_head.weight[processor.image_token_id] = 100 * model.lm_head.weight.abs().mean(0)
+        model.lm_head.weight[: processor.image_token_id] *= 0
+    inputs = ask(processor, panoramas[0])
+    for options in ({"do_sample": False}, {"do_sample": True}, {"num_beams": 2}):
+        sequences = model.generate(**inputs, max_new_tokens=4, eos_token_id=None, **options)
+        new = sequences[:, inputs["input_ids"].shape[1] :]
+        assert new.shape[1] == 4 and (new != processor.image_token_id).all()
+
+
+def test_placeholders_are_counted_once_an_answer(make, ask, panoramas, monkeypatch):
+    """To count them at every token would make a GPU wait for each."""
+    model, processor = make()
+    counted = []
+    count = type(model.model).get_placeholder_mask
+    monkeypatch.setattr(type(model.model), "get_placeholder_mask", lambda *a: counted.append(1) or count(*a))
+    model.generate(**ask(processor, panoramas[0]), max_new_tokens=6, min_new_tokens=6)
+    assert len(counted) == 1
+
+
+def test_placeholders_without_panoramas_are_an_error(make, ask, panoramas):
+    model, processor = make()
+    inputs = ask(processor, panoramas[0])
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="0 panoramas need 0 <image> tokens .* but input_ids holds 80"):
+            call(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    with pytest.raises(ValueError, match="pixel_values take the place of <image> tokens in input_ids"):
+        model(inputs["pixel_values"], inputs_embeds=torch.zeros(1, 4, 32))
 
 
 @pytest.mark.parametrize("wrong", [[[1, 2]], "a.jpg", 3])

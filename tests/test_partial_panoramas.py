@@ -29,9 +29,7 @@ def test_the_overlap_loss_is_that_of_the_pairs_of_seen_views(make, mode, by_rays
     again, _ = model.overlap(noisy, MASK)
     torch.testing.assert_close(again, loss)
     assert not torch.isclose(model.overlap(noisy)[0], loss)
-    torch.testing.assert_close(
-        *(model.overlap(features, m)[0] for m in (None, MASK.new_ones(2, 9)))
-    )
+    torch.testing.assert_close(*(model.overlap(features, m)[0] for m in (None, MASK.new_ones(2, 9))))
     assert model.overlap.metrics(features, MASK) == pytest.approx(model.overlap.metrics(noisy, MASK))
     assert torch.isfinite(torch.stack(list(terms))).all()
 

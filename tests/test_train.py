@@ -14,6 +14,7 @@ import pytest
 import torch
 from panorama_vlm import PanoramaProcessor, PanoramaVLM
 from panorama_vlm.checkpoint_panorama import read_state
+from panorama_vlm.stages_panorama import part_of
 from panorama_vlm.train.checkpoint import newest_checkpoint, whole_folder
 from panorama_vlm.train.config import CONFIGS, describe, load_config, save_config
 from panorama_vlm.train.data import TooManyBadSamples
@@ -69,7 +70,7 @@ def test_a_run_of_three_stages_leaves_folders_that_load_and_says_what_it_did(tra
         assert not after.has_lora
         if before is not None:
             weights = dict(before.named_parameters())
-            changed = {n.split(".")[0] for n, p in after.named_parameters() if not torch.equal(p, weights[n])}
+            changed = {part_of(n) for n, p in after.named_parameters() if not torch.equal(p, weights[n])}
             assert changed == expected
         before = after
         card = (output / stage / "README.md").read_text()
@@ -164,8 +165,8 @@ def test_peft_loads_the_adapters_onto_the_language_model(trained):
 
     output, _ = trained
     base, tuned = (PanoramaVLM.from_pretrained(output / stage) for stage in ("resampler", "finetune"))
-    merged = PeftModel.from_pretrained(base.language_model, output / "finetune/adapter").merge_and_unload()
-    for name, weight in tuned.language_model.state_dict().items():
+    merged = PeftModel.from_pretrained(base.model.language_model, output / "finetune/adapter").merge_and_unload()
+    for name, weight in tuned.model.language_model.state_dict().items():
         torch.testing.assert_close(merged.state_dict()[name], weight)
 
 

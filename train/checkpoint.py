@@ -85,7 +85,7 @@ def save_adapters(model: PanoramaVLM, folder: Path, base: str | None, state_dict
         base: what the adapters belong to; `from_checkpoint` loads it.
         state_dict: of the model.
     """
-    adapters, prefix = model.model.language_model, "model.model.language_model."
+    adapters, prefix = model.model.language_model, "model.language_model."
     adapters.peft_config["default"].base_model_name_or_path = base
     own = {name.removeprefix(prefix): value for name, value in state_dict.items() if "lora_" in name}
     adapters.save_pretrained(folder, state_dict=own)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..modeling_panorama import PARTS
+from ..stages_panorama import PARTS
 from .data import STAGES, DataSource
 
 CONFIGS = Path(__file__).with_name("configs")

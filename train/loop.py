@@ -29,8 +29,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
 
 from ..checkpoint_panorama import choose_attention, read_state
-from ..modeling_panorama import PARTS, PanoramaVLM, part_of
+from ..modeling_panorama import PanoramaVLM
 from ..processing_panorama import IGNORE_INDEX
+from ..stages_panorama import PARTS, part_of
 from .build import load_start
 from .card import read_history, write_model_card
 from .checkpoint import (

@@ -1,0 +1,118 @@
+"""The stages: what trains in which, and LoRA adapters on the language model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+
+from .configuration_panorama import PanoramaConfig
+from .towers_panorama import tower_of
+
+Stage = Literal["vision", "resampler", "finetune"]
+
+PARTS = ("vision_tower", "resampler", "vicreg_projector", "projection", "language_model")
+# What trains in which stage; everything else is frozen. Of the vision tower, `blocks` are the last
+# `vision_trainable_blocks`, and `tower` is all of it where `finetune_vision_tower` is set; of a language model with
+# LoRA only the adapters train.
+TRAINED_PARTS: dict[str, tuple[str, ...]] = {
+    "vision": ("blocks", "resampler", "vicreg_projector"),
+    "resampler": ("resampler", "projection"),
+    "finetune": ("tower", "resampler", "projection", "language_model"),
+}
+
+
+def part_of(name: str) -> str:
+    """The part of `PARTS` that a parameter of :class:`PanoramaVLM` belongs to, by its name; the head to the language
+    model."""
+    return next((part for part in PARTS if part in name.split(".")), "language_model")
+
+
+class StagesMixin:
+    """Stages and adapters of :class:`PanoramaVLM`, which holds the parts named in `PARTS`."""
+
+    config: PanoramaConfig
+    model: Any
+    lm_head: nn.Module
+    vicreg_projector: nn.Module | None
+    requires_grad_: Any
+    named_parameters: Any
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the language model carries LoRA adapters."""
+        return hasattr(self.model.language_model, "merge_and_unload")
+
+    def add_lora(self) -> None:
+        """Put LoRA adapters, as the configuration says, on the language model. Needs peft."""
+        if self.has_lora:
+            return
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise ImportError("LoRA needs peft: pip install peft, or use use_lora=False to train it whole") from error
+        lora = LoraConfig(
+            r=self.config.lora_rank,
+            lora_alpha=self.config.lora_alpha,
+            lora_dropout=self.config.lora_dropout,
+            target_modules=self.config.lora_target_modules or "all-linear",
+        )
+        self.model.language_model = get_peft_model(self.model.language_model, lora)
+
+    def merge_lora(self) -> None:
+        """Merge the LoRA adapters into the language model and drop them."""
+        if self.has_lora:
+            self.model.language_model = self.model.language_model.merge_and_unload()
+
+    def set_stage(self, stage: Stage) -> list[str]:
+        """Set what trains, from the table `TRAINED_PARTS`, and put everything frozen into evaluation mode.
+
+        What no output of the stage depends on, such as the pooling head of a tower, is frozen too.
+
+        Args:
+            stage: `"vision"`, `"resampler"` or `"finetune"`. `"finetune"` adds LoRA adapters where `use_lora` is set.
+
+        Returns:
+            The names of the parameters that train.
+
+        Raises:
+            ValueError: for another stage, and for stage `vision` where no two views have anything in common.
+        """
+        if stage not in TRAINED_PARTS:
+            raise ValueError(f"stage must be one of {sorted(TRAINED_PARTS)}, got {stage!r}")
+        if stage == "vision" and (problem := self.config.overlap_problem):
+            raise ValueError(f"stage 'vision' cannot train: {problem}")
+        if stage == "finetune" and self.config.use_lora:
+            self.add_lora()
+        self.requires_grad_(False)
+        for part in TRAINED_PARTS[stage]:
+            for parameter in self._trained_parameters(part):
+                parameter.requires_grad_(True)
+        parts = [*self.model.children(), self.lm_head, self.vicreg_projector]
+        self.training = self.model.training = True
+        for module in filter(None, parts):
+            module.train(any(parameter.requires_grad for parameter in module.parameters()))
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def _trained_parameters(self, part: str) -> list[nn.Parameter]:
+        """The parameters of an entry of `TRAINED_PARTS`."""
+        config, tower = self.config, self.model.vision_tower
+        if part == "blocks":
+            return [p for block in self._last_blocks(config.vision_trainable_blocks) for p in block.parameters()]
+        if part == "tower":
+            unused = tower_of(config.vision_config).unused
+            used = [p for name, p in tower.named_parameters() if not name.startswith(unused)]
+            return used if config.finetune_vision_tower else []
+        if part == "language_model" and self.has_lora:
+            return [p for name, p in self.model.language_model.named_parameters() if "lora_" in name]
+        return [p for name, p in self.named_parameters() if part_of(name) == part]
+
+    def _last_blocks(self, count: int) -> list[nn.Module]:
+        """The last blocks of the vision tower."""
+        if count == 0:
+            return []
+        depth = self.config.vision_config.num_hidden_layers
+        lists = [m for m in self.model.vision_tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        if count > depth or not lists:
+            raise ValueError(f"vision_trainable_blocks must be at most the tower's {depth} blocks, got {count}")
+        return list(lists[0][-count:])
