@@ -15,9 +15,9 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from panorama_vlm.tests.hub_server import HubServer, sha256
+from panorama_vlm.tests.hub_server import File, HubServer, Repo, sha256
 from panorama_vlm.train.card import LOSS_CURVE, read_history, write_model_card
-from panorama_vlm.train.hub import HubPusher
+from panorama_vlm.train.hub import ANOTHER, HubPusher
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -398,8 +398,23 @@ def test_a_public_repo_is_refused_where_a_private_one_was_asked_for(server, push
         pusher(private=True).check()
     push = pusher(private=True)
     push.push(folder, "secret")
-    assert len(push.finish()) == 1
+    (command,) = push.finish()
     assert pushed(server) == {}
+    assert f"hf upload {ANOTHER} {folder}" in command, "the command must not publish it either"
+
+
+@pytest.mark.parametrize("source", ["setup.cfg", "train/hub.py"])
+def test_a_repo_that_holds_source_is_refused_before_and_at_a_push_and_stays_as_it_is(source, server, pusher, folder):
+    server.repos[REPO] = Repo(private=False)
+    there = {"README.md": b"# The project", "modeling_panorama.py": b"", source: b""}
+    server.repos[REPO].commit("the project", {path: File(data, lfs=False) for path, data in there.items()})
+    with pytest.raises(ValueError, match=f"{source}.*README.md.*name another repo"):
+        pusher().check()
+    push = pusher()
+    push.push(folder, "stage 'finetune'")
+    (command,) = push.finish()
+    assert pushed(server) == there
+    assert f"hf upload {ANOTHER} {folder}" in command, "the command must not overwrite it either"
 
 
 @pytest.mark.parametrize("kind", [429, 500, 503, "cut", "slow"])

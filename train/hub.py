@@ -34,6 +34,11 @@ LONGEST_WAIT_S = 900.0
 SLOWEST_UPLOAD = 1e6  # bytes a second: what is slower is taken for a connection that hangs
 # Weights of an earlier push that the folder no longer has: left in the repo, transformers could load them instead.
 STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+# What only a repo of source code holds, such as this project's own, which is a model repo too: a push would put the
+# card over its README.md, and the code that travels with a model over its code.
+SOURCE = ("setup.cfg", "train/")
+# Stands in the command for a push that the repo must not get.
+ANOTHER = "OWNER/ANOTHER-NAME"
 # Runs this file without its folder on sys.path, where `data.py` or `config.py` could hide other modules.
 _CHILD = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
 
@@ -49,10 +54,12 @@ class Push:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended: `error` is empty when it succeeded, `retry` says whether another one can help."""
+    """How an attempt ended: `error` is empty when it succeeded, `retry` says whether another one can help, and
+    `refused` that this repo must not get the folder."""
 
     error: str = ""
     retry: bool = False
+    refused: bool = False
     wait_s: float = 0.0  # at least so long, says the server
     url: str = ""
 
@@ -95,19 +102,21 @@ class HubPusher:
         self.attempts = attempts
         self.wait_s = wait_s
         self.timeout_s = timeout_s
-        self._lock = threading.Lock()  # of the four below
+        self._lock = threading.Lock()  # of the five below
         self._thread: threading.Thread | None = None
         self._running: Push | None = None
         self._waiting: Push | None = None
         self._failed: Push | None = None  # the newest that failed, unless a later one succeeded
+        self._refused = False  # since the last that succeeded
         self._stopped = threading.Event()
 
     def check(self) -> None:
         """Ask the Hub whether pushes will be possible, and create the repo. A Hub out of reach is only a warning.
 
         Raises:
-            ValueError: when the answer is no: a bad name, no token or one that may not write, or a public repo where a
-                private one was asked for. It says what to do.
+            ValueError: when the answer is no: a bad name, no token or one that may not write, a public repo where a
+                private one was asked for, or a repo that holds source code, which pushes would overwrite. It says what
+                to do.
         """
         from huggingface_hub.utils import validate_repo_id
 
@@ -185,7 +194,8 @@ class HubPusher:
             settings.append("HF_HUB_OFFLINE=0")
         if self.endpoint is not None:
             settings.append(f"HF_ENDPOINT={shlex.quote(self.endpoint)}")
-        command = ["hf", "upload", self.repo_id, str(push.folder), ".", "--repo-type", "model"]
+        repo_id = ANOTHER if self._refused else self.repo_id
+        command = ["hf", "upload", repo_id, str(push.folder), ".", "--repo-type", "model"]
         command += ["--commit-message", push.message]
         for pattern in STALE:
             command += ["--delete", pattern]
@@ -204,6 +214,8 @@ class HubPusher:
             outcome = self._attempts(push)
             with self._lock:
                 self._running, newer, failed_before = None, self._waiting, self._failed
+                if outcome is not None:
+                    self._refused = bool(outcome.error) and (self._refused or outcome.refused)
                 if outcome is not None and outcome.error and failed_before is not None and not push.folder.is_dir():
                     failed_before = None  # of the two, the older one is all there is: it stays the one to push
                 elif outcome is not None:
@@ -309,6 +321,10 @@ class _PassingError(Exception):
         self.wait_s = wait_s
 
 
+class _RefusedError(ValueError):
+    """This repo must not get the folder."""
+
+
 def _run_job(job: dict[str, Any]) -> str:
     """Create the repo and, where the job has a folder, commit it. Returns a URL."""
     import huggingface_hub
@@ -348,9 +364,15 @@ def _run_job(job: dict[str, Any]) -> str:
     url = api.create_repo(repo_id, private=job["private"] or None, exist_ok=True)
     info = api.model_info(repo_id)
     if job["private"] and not info.private:
-        raise ValueError(
+        raise _RefusedError(
             f"the repo exists and is public, but a private one was asked for: `hf repos settings {repo_id} --private` "
             "makes it private, or leave out --hub-private"
+        )
+    there = [file.rfilename for file in info.siblings or []]
+    if source := next((path for path in there if path.startswith(SOURCE)), None):
+        raise _RefusedError(
+            f"the repo holds source code ({source}), and a push would overwrite its README.md and its code: name "
+            "another repo. One that is not there is created"
         )
     if "folder" not in job:
         return str(url)
@@ -361,7 +383,7 @@ def _run_job(job: dict[str, Any]) -> str:
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
     # Not `upload_folder`: with hf_xet it may split a folder into several commits, and a repo between them is broken.
     operations: list[Any] = [CommitOperationAdd(path, file) for path, file in files.items() if _is_pushed(path)]
-    for path in (file.rfilename for file in info.siblings or []):
+    for path in there:
         if path not in files and any(fnmatch.fnmatchcase(path, pattern) for pattern in STALE):
             operations.append(CommitOperationDelete(path))
     # The parent: a commit of an attempt that was given up, and that the Hub carries out late, is refused.
@@ -392,6 +414,8 @@ def _verdict(error: BaseException, endpoint: str) -> Outcome:
     """Whether another attempt can help: not where the Hub, or the folder, gives a definite no."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+    if isinstance(error, _RefusedError):
+        return Outcome(_one_line(error), refused=True)
     cause: BaseException | None = error
     while cause is not None:  # the client wraps what happened in an LFS upload
         message = _one_line(error) if cause is error else f"{_one_line(error)} {_one_line(cause)}"
