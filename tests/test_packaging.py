@@ -1,0 +1,80 @@
+"""What an installed package holds: code, samples and train configs; the weights come from a clone or from the Hub."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parent.parent
+# What a release lays at the root, which is the package's folder and a Hub repo at once.
+MODEL = ["config.json", "generation_config.json", "model.safetensors", "processor_config.json", "tokenizer.json"]
+MODEL += ["tokenizer_config.json", "chat_template.jinja", "model-00001-of-00002.safetensors", "special_tokens_map.json"]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the repository with a model at its root."""
+    tree = tmp_path_factory.mktemp("packaging") / "tree"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    for name in MODEL:
+        (tree / name).write_bytes(b"weights" * 1000)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(tree):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        "dist",
+    ]
+    run = subprocess.run([*command, "--wheel-dir", "dist"], cwd=tree, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (path,) = (tree / "dist").glob("*.whl")
+    return zipfile.ZipFile(path).namelist()
+
+
+@pytest.mark.parametrize(
+    "folder, pattern",
+    [
+        (".", "*.py"),
+        ("train", "*.py"),
+        ("demo", "*.py"),
+        ("train", "configs/**/*.yaml"),
+        ("samples", "*.jpg"),
+        ("samples", "*.jsonl"),
+    ],
+)
+def test_the_wheel_holds_all_of(folder, pattern, wheel):
+    expected = {f"panorama_vlm/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / folder).glob(pattern)}
+    assert expected and expected <= set(wheel)
+
+
+def test_the_wheel_holds_no_weights_and_no_tests(wheel):
+    names = {Path(name).name for name in wheel}
+    assert not names & set(MODEL)
+    assert not [name for name in wheel if name.startswith("panorama_vlm/tests")]
+
+
+def test_the_source_distribution_holds_no_weights(tree):
+    command = [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_sdist('dist')"]
+    run = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (path,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {Path(name).name for name in archive.getnames()}
+    assert {"modeling_panorama.py", "bridge.jpg", "tiny.yaml", "setup.cfg", "LICENSE"} <= names
+    assert not names & set(MODEL)
