@@ -122,6 +122,7 @@ class ViewPlan:
 
     @property
     def num_views(self) -> int:
+        """V: how many views there are, the global one included."""
         return len(self.views)
 
     @property
@@ -202,9 +203,14 @@ class ViewOptions:
     Everything that can be wrong is found on construction.
 
     Args:
-        view_strategy: a name in `VIEW_STRATEGIES`.
-        fov_deg: field of view of a tile, or width of a window, in degrees, in (0, 180).
-        overlap_ratio: share of the field of view that neighbouring tiles of a loop have in common, in (0, 1).
+        view_strategy: a name in `VIEW_STRATEGIES`: `"anyres_e2p"` (global view and loops of overlapping perspective
+            tiles), `"e2p"` (those tiles alone), `"anyres_tiles"` (global view and loops of tiles that touch), `"tiles"`
+            (those tiles alone), `"cubemap"` (six faces), `"sliding_window"` (windows of the ERP image) or `"resize"`
+            (one view).
+        fov_deg: field of view of a tile, or width of a window, in degrees, in (0, 180). Tiles that touch are as wide
+            as a whole number of them allows: 360/n degrees, at most `fov_deg` and 120.
+        overlap_ratio: share of the field of view that neighbouring tiles of a loop have in common, in (0, 1). It has
+            no meaning where tiles touch.
         pitch_rows: pitch in degrees of each row of tiles, in [-90, 90].
         pole_caps: whether a tile looks straight up and another straight down.
         image_size: side of a view in pixels.
@@ -243,7 +249,7 @@ class ViewOptions:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """The names of all options."""
+        """The names of all options, in the order of the arguments."""
         return tuple(option.name for option in fields(cls))
 
     @property
@@ -257,7 +263,24 @@ def _e2p(options: ViewOptions) -> tuple[View, ...]:
     return _tiles_and_caps(options, loop_yaws(options.fov_deg, options.overlap_ratio), options.fov_deg)
 
 
+def _tiles(options: ViewOptions) -> tuple[View, ...]:
+    """For each row of pitch a closed loop of n perspective tiles of 360/n degrees, the least n for which they are no
+    wider than `fov_deg`, and at least three: two would have to see 180 degrees each, which no perspective does.
+
+    In the row at the horizon neighbours meet along a meridian and do not overlap, so stage `vision` has nothing to
+    compare; tiles of other rows overlap on the side of their pole and leave gaps on the other.
+    """
+    yaws = loop_yaws(min(options.fov_deg, 120.0), 0.0)
+    return _tiles_and_caps(options, yaws, 360 / len(yaws))
+
+
+def _anyres_tiles(options: ViewOptions) -> tuple[View, ...]:
+    """The whole panorama once, then the tiles of `tiles`."""
+    return (View("erp"), *_tiles(options))
+
+
 def _tiles_and_caps(options: ViewOptions, yaws: Sequence[float], fov: float) -> tuple[View, ...]:
+    """Tiles of `fov` degrees at these yaws for each row of pitch, then the caps of `fov_deg`, if asked for."""
     tiles = [View("perspective", yaw, pitch, fov, row) for row, pitch in enumerate(options.pitch_rows) for yaw in yaws]
     rows = len(options.pitch_rows)
     caps = [View("perspective", 0.0, pitch, options.fov_deg, rows + i) for i, pitch in enumerate((90.0, -90.0))]
@@ -289,10 +312,12 @@ def _resize(options: ViewOptions) -> tuple[View, ...]:
 
 VIEW_STRATEGIES: dict[str, Callable[[ViewOptions], tuple[View, ...]]] = {
     "anyres_e2p": _anyres_e2p,
+    "anyres_tiles": _anyres_tiles,
     "cubemap": _cubemap,
     "e2p": _e2p,
     "resize": _resize,
     "sliding_window": _sliding_window,
+    "tiles": _tiles,
 }
 
 
@@ -311,8 +336,9 @@ def plan_rays(plan: ViewPlan, grid: Grid) -> np.ndarray:
 def owned_tokens(plan: ViewPlan, grid: Grid) -> np.ndarray:
     """Which tokens reach the language model under `token_selection="owned"`, [V, S] of bool.
 
-    A tile owns the directions whose nearest tile centre is its own, so that each direction comes from the tile that
-    sees it best, and once. A global view keeps all its tokens: it is the coarse picture of the whole.
+    Of the tiles that see a direction, the one whose centre is nearest owns it, so that each direction comes from the
+    tile that sees it best, and once. A token goes with the direction of its middle. A global view keeps all its
+    tokens: it is the coarse picture of the whole. What this costs for which tiles is in `docs/views.md`.
     """
     rays = plan_rays(plan, grid)  # [V, S, 3]
     owned = np.ones(rays.shape[:2], dtype=bool)
@@ -320,6 +346,8 @@ def owned_tokens(plan: ViewPlan, grid: Grid) -> np.ndarray:
     if tiles:
         centres = np.stack([plan.views[tile].rays((1, 1))[0, 0] for tile in tiles])  # [N, 3]
         nearness = rays[tiles] @ centres.T  # [N, S, N], cosines
+        sees = [plan.views[tile].cells(rays[tiles], grid, margin=0.5)[2] for tile in tiles]
+        nearness[~np.stack(sees, -1)] = -np.inf
         nearest = (nearness > nearness.max(-1, keepdims=True) - _ROUNDING).argmax(-1)  # first of equals
         owned[tiles] = nearest == np.arange(len(tiles))[:, None]
     return _read_only(owned)

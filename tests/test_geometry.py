@@ -17,8 +17,30 @@ from panorama_vlm.geometry_panorama import (
     ray_correspondences,
     strip_correspondences,
 )
+from panorama_vlm.image_processing_panorama import PanoramaImageProcessor
 
 ROWS_OF_PITCH = [(0.0,), (-45.0, 0.0, 45.0)]
+
+
+def directions(count=40_000):
+    """Unit rays [count, 3] spread evenly over the sphere, along a spiral from pole to pole (Fibonacci)."""
+    index = np.arange(count) + 0.5
+    height, turn = 1 - 2 * index / count, index * math.pi * (3 - math.sqrt(5))
+    radius = np.sqrt(1 - height**2)
+    return np.stack([radius * np.sin(turn), height, radius * np.cos(turn)], -1)
+
+
+def token_at(view: View, rays, grid):
+    """The token of a tile whose cell a ray falls into, and whether the tile sees it, from the convention written out:
+    turn the world left by the yaw, then down by the pitch, and divide by the depth."""
+    a, b, half = math.radians(view.yaw), math.radians(view.pitch), math.tan(math.radians(view.fov) / 2)
+    x = rays[..., 0] * math.cos(a) - rays[..., 2] * math.sin(a)
+    z = rays[..., 0] * math.sin(a) + rays[..., 2] * math.cos(a)
+    y, z = rays[..., 1] * math.cos(b) - z * math.sin(b), rays[..., 1] * math.sin(b) + z * math.cos(b)
+    x, y = x / np.where(z > 0, z, 1) / half, y / np.where(z > 0, z, 1) / half
+    sees = (z > 0) & (np.abs(x) <= 1 + 1e-9) & (np.abs(y) <= 1 + 1e-9)
+    column, row = ((1 + x) / 2 * grid[1]).astype(int), ((1 - y) / 2 * grid[0]).astype(int)
+    return np.clip(row, 0, grid[0] - 1) * grid[1] + np.clip(column, 0, grid[1] - 1), sees
 
 
 def angle(a, b):
@@ -104,18 +126,103 @@ def test_of_eight_tiles_of_16_by_16_tokens_768_are_owned_and_the_global_view_kee
     assert owned[1:].sum() == 768
 
 
-@pytest.mark.parametrize("rows", ROWS_OF_PITCH)
-def test_a_token_is_owned_by_the_tile_whose_centre_is_nearest(rows):
-    plan = ViewOptions("anyres_e2p", 65.0, 0.4, rows).plan
-    grid = (5, 7)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(ViewOptions("anyres_e2p", 65.0, 0.4, rows) for rows in ROWS_OF_PITCH),
+        ViewOptions("e2p", 80.0, 0.3, pole_caps=True),  # the caps see directions nearer to a tile that does not
+        ViewOptions("anyres_tiles", 80.0, pitch_rows=(-30.0, 30.0), pole_caps=True),
+    ],
+)
+def test_a_token_is_owned_by_the_tile_whose_centre_is_nearest_of_those_that_see_it(options):
+    plan, grid = options.plan, (5, 7)
     owned = owned_tokens(plan, grid)
     rays = plan_rays(plan, grid)
     for view in plan.tiles:
         for token in range(grid[0] * grid[1]):
-            distances = [angle(rays_at(plan.views[other], 2.0, 3.0, grid), rays[view, token]) for other in plan.tiles]
-            nearest = plan.tiles[int(np.argmin(distances))]
+            sees = [other for other in plan.tiles if token_at(plan.views[other], rays[view, token], grid)[1]]
+            distances = [angle(rays_at(plan.views[other], 2.0, 3.0, grid), rays[view, token]) for other in sees]
+            nearest = sees[int(np.argmin(distances))]
             tied = np.isclose(distances, min(distances), atol=1e-6).sum() > 1
             assert tied or owned[view, token] == (nearest == view)
+
+
+@pytest.mark.parametrize("strategy", ["e2p", "tiles"])
+def test_a_token_that_no_other_tile_sees_is_not_lost_to_one_whose_centre_is_nearer(strategy):
+    plan, grid = ViewOptions(strategy, 80.0, 0.3, pole_caps=True).plan, (16, 16)
+    rays, owned = plan_rays(plan, grid), owned_tokens(plan, grid)
+    alone = sum(token_at(view, rays, grid)[1].astype(int) for view in plan.views) == 1
+    centres = np.stack([view.rays((1, 1))[0, 0] for view in plan.views])
+    assert (alone & ((rays @ centres.T).argmax(-1) != np.arange(plan.num_views)[:, None])).any()
+    assert owned[alone].all()
+
+
+@pytest.mark.parametrize(
+    ("fov", "count"), [(60, 6), (65, 6), (72, 5), (90, 4), (119, 4), (120, 3), (170, 3), (180 - 1e-12, 3)]
+)
+def test_tiles_that_touch_are_as_few_as_the_field_of_view_allows_and_never_fewer_than_three(fov, count):
+    plan = ViewOptions("tiles", float(fov)).plan
+    assert [view.yaw for view in plan.views] == [pytest.approx(i * 360 / count) for i in range(count)]
+    assert {(view.kind, view.pitch, view.fov) for view in plan.views} == {("perspective", 0.0, 360 / count)}
+
+
+def test_anyres_tiles_are_the_global_view_and_the_tiles():
+    options = {"fov_deg": 90.0, "pitch_rows": (-45.0, 45.0), "pole_caps": True}
+    whole, *tiles = ViewOptions("anyres_tiles", **options).plan.views
+    assert whole.is_global
+    assert tuple(tiles) == ViewOptions("tiles", **options).plan.views
+    assert [(view.yaw, view.pitch) for view in tiles[:5]] == [(0, -45), (90, -45), (180, -45), (270, -45), (0, 45)]
+
+
+def test_an_overlap_means_nothing_to_tiles_that_touch_and_none_at_all_is_still_refused():
+    assert ViewOptions("tiles", 90.0, 0.1).plan == ViewOptions("tiles", 90.0, 0.7).plan
+    with pytest.raises(ValueError, match=r"^overlap_ratio must be in \(0, 1\), got 0. Typical range: \[0.3, 0.7\]$"):
+        ViewOptions("tiles", 90.0, 0)
+
+
+def test_four_tiles_with_caps_are_the_faces_of_a_cube():
+    caps = ViewOptions("tiles", 90.0, pole_caps=True).plan
+    np.testing.assert_allclose(plan_rays(caps, (6, 6)), plan_rays(ViewOptions("cubemap").plan, (6, 6)), atol=1e-15)
+
+
+@pytest.mark.parametrize("fov", [60.0, 72.0, 90.0, 120.0])
+@pytest.mark.parametrize("strategy", ["tiles", "anyres_tiles"])
+def test_every_direction_that_tiles_which_touch_see_is_in_one_owned_token_and_no_token_is_thrown_away(strategy, fov):
+    plan, grid, rays = ViewOptions(strategy, fov).plan, (16, 16), directions()
+    owned = owned_tokens(plan, grid)
+    assert owned.all()
+    times = np.zeros(len(rays), int)
+    for tile in plan.tiles:
+        token, sees = token_at(plan.views[tile], rays, grid)
+        times += sees & owned[tile][token]
+    assert set(times) == {0, 1}
+    yaw, pitch = ray_angles(rays)
+    from_middle = (yaw + 180 / len(plan.tiles)) % (360 / len(plan.tiles)) - 180 / len(plan.tiles)
+    highest = np.degrees(np.arctan(np.tan(np.radians(plan.views[-1].fov / 2)) * np.cos(np.radians(from_middle))))
+    np.testing.assert_array_equal(times == 1, np.abs(pitch) <= highest)
+
+
+@pytest.mark.parametrize("fov", [60.0, 72.0, 90.0, 120.0])
+@pytest.mark.parametrize("grid", [(16, 16), (14, 14), (3, 5)])
+def test_no_token_of_tiles_that_touch_is_seen_by_a_neighbour_but_each_is_by_the_global_view(fov, grid):
+    assert len(ViewOptions("tiles", fov).plan.neighbours()) == 360 / fov
+    assert ray_correspondences(ViewOptions("tiles", fov).plan, grid) == ()
+    plan = ViewOptions("anyres_tiles", fov).plan
+    assert ray_correspondences(plan, grid) == ()
+    (pairs,) = ray_correspondences(plan, grid, ("neighbours", "global"))
+    assert list(pairs.first) == list(plan.tiles) and pairs.tokens.shape[1] == grid[0] * grid[1]
+
+
+def test_the_pixels_of_tiles_that_touch_look_where_their_rays_say():
+    erp = np.round(127.5 + 127.5 * View("erp").rays((512, 1024))).astype(np.uint8)
+    processor = PanoramaImageProcessor(
+        image_size=64, view_strategy="anyres_tiles", fov_deg=90.0, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    views = processor(erp, return_tensors="pt")["pixel_values"][0]
+    assert views.shape == (5, 3, 64, 64)
+    for index in processor.view_plan.tiles:
+        rays = torch.from_numpy(processor.view_plan.views[index].rays((64, 64))).permute(2, 0, 1)
+        assert (views[index] - rays).abs().max() < 0.02
 
 
 def test_tokens_of_two_tiles_and_the_global_view_that_look_the_same_way_get_the_same_code():
