@@ -28,7 +28,19 @@ def check_option_names(given: Iterable[str], known: Iterable[str], owner: str) -
         raise ValueError("\n".join(problems))
 
 
-def _nearest(name: str, options: Sequence[str]) -> str | None:
+def check_resembling_names(given: Iterable[str], known: Iterable[str], owner: str) -> None:
+    """Refuse misspelled options among names that are for others too, such as arguments that one `from_pretrained` hands
+    to several classes: what resembles no option passes.
+
+    Args:
+        given, known, owner: as in :func:`check_option_names`, which raises.
+    """
+    options = list(known)
+    meant = [name for name in given if _nearest(name, options, cutoff=0.75) is not None]
+    check_option_names(meant, options, owner)
+
+
+def _nearest(name: str, options: Sequence[str], cutoff: float = 0.4) -> str | None:
     """The option that begins as `name` does, or holds it, or is spelled like it; `None` where none is."""
     if len(name) >= 3:  # fewer letters are part of nearly everything
         for option in options:
@@ -37,4 +49,4 @@ def _nearest(name: str, options: Sequence[str]) -> str | None:
         for option in options:
             if name in option or option in name:
                 return option
-    return next(iter(difflib.get_close_matches(name, options, n=1, cutoff=0.4)), None)
+    return next(iter(difflib.get_close_matches(name, options, n=1, cutoff=cutoff)), None)

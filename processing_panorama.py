@@ -12,11 +12,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .configuration_panorama import IMAGE_TOKEN, PanoramaConfig
-from .image_processing_panorama import PanoramaImageProcessor, PanoramaImagesKwargs
+from .image_processing_panorama import PanoramaImageProcessor, PanoramaImagesKwargs, flatten_images
 
 logger = logging.getLogger(__name__)
 
@@ -221,8 +220,6 @@ class PanoramaProcessor(ProcessorMixin):
         Raises:
             ValueError: where the number of `<image>` and of panoramas differ; both are named.
         """
-        if images is not None:
-            images = self.image_processor.fetch_images(images)
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
             text = self._place_images(text, images)
@@ -237,7 +234,7 @@ class PanoramaProcessor(ProcessorMixin):
                 raise ValueError(f"the texts have {stray} {self.image_token}, but there are 0 panoramas")
             return text
         nested = isinstance(images, list | tuple) and len(images) > 0 and isinstance(images[0], list | tuple)
-        total = len(make_flat_list_of_images(images))
+        total = len(flatten_images(images))
         if nested:
             counts = [len(of_one) for of_one in images]
         elif total == len(text):
@@ -272,6 +269,7 @@ class PanoramaProcessor(ProcessorMixin):
         return self.default_generation_prompt
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """The placeholders of one panorama; transformers asks for it."""
         return self.image_token * self._image_token_counts(image_inputs)[image_idx]
 
     def _image_token_counts(self, image_inputs: Mapping[str, Any]) -> list[int]:
@@ -284,7 +282,7 @@ class PanoramaProcessor(ProcessorMixin):
                 "PanoramaProcessor.from_config, or set it to PanoramaConfig.image_tokens_per_view"
             )
         return [
-            sum(count for count, seen in zip(self.image_tokens_per_view, views, strict=True) if seen)
+            sum(count for count, shown in zip(self.image_tokens_per_view, views, strict=True) if shown)
             for views in image_inputs["view_mask"]
         ]
 

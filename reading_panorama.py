@@ -31,6 +31,7 @@ _SAME_FORMAT = {"MPO": "JPEG"}  # several JPEGs in one file: what phones write
 _MAGIC = {b"GIF8": "a GIF", b"%PDF": "a PDF", b"<svg": "an SVG", b"<!DO": "a web page", b"<htm": "a web page"}
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 _GPANO = "{http://ns.google.com/photos/1.0/panorama/}"
+_PATH = "panorama_path"  # attribute of an image that was opened here by its path, and is closed when it is read
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -40,12 +41,12 @@ class Panorama:
 
     Args:
         pixels: [H, W, 3], uint8, or float32 in [0, 1].
-        seen: the part of it that the camera saw, as shares of its rows and columns (top, bottom, left, right); the
-            rest is filled. Right may pass 1: the part goes on at the left edge. `None` where all was seen.
+        covered: the part of it that the image covers, as shares of its rows and columns (top, bottom, left, right);
+            the rest is filled. Right may pass 1: the part goes on at the left edge. `None` where it is all.
     """
 
     pixels: torch.Tensor
-    seen: tuple[float, float, float, float] | None = None
+    covered: tuple[float, float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,18 @@ def read_panorama(
     image = open_image(source)
     sphere, name = None, "the panorama"
     if isinstance(image, Image.Image):
+        if is_ours := hasattr(image, _PATH):
+            image = image if image.fp is not None else open_image(getattr(image, _PATH))  # read before
         name = _name(image)
-        _check_size(name, image.size)
         try:
+            _check_size(name, image.size)
             sphere = read_photo_sphere(image)
-            pixels = _decode(image, needed_width, sphere, fill)
+            pixels = _decode(image, needed_width, sphere, fill, is_ours)
         except _BROKEN as error:
-            raise ValueError(f"cannot read {name}: {error}") from error
+            raise ValueError(f"cannot read {name}: {str(error).removeprefix(f'cannot read {name}: ')}") from error
+        finally:
+            if is_ours:
+                image.close()
     elif isinstance(image, np.ndarray | torch.Tensor):
         pixels = _from_array(image, fill)
         _check_size(name, (pixels.shape[1], pixels.shape[0]))
@@ -183,6 +189,7 @@ def content_digest(source: Any) -> str:
     """SHA-256 of what an image source holds: of the file where there is one, else of the pixels."""
     if isinstance(source, dict) and not source.get("bytes"):
         source = source.get("path")
+    source = getattr(source, _PATH, source)
     data: Any
     if isinstance(source, dict):
         data = source["bytes"]
@@ -225,6 +232,8 @@ def _open(file: str | BinaryIO, name: str) -> Image.Image:
             f"cannot read {name}: it is named as {_family(promised)}, but holds {_family(image.format)}; rename it"
         )
     image.filename = name
+    if isinstance(file, str):
+        setattr(image, _PATH, file)
     return image
 
 
@@ -265,8 +274,11 @@ def _is_lazy(image: Image.Image) -> bool:
     return bool(getattr(image, "tile", None)) and getattr(image, "fp", None) is not None
 
 
-def _decode(image: Image.Image, needed_width: float, sphere: PhotoSphere | None, fill: Sequence[float]) -> torch.Tensor:
-    """Pixels [H, W, 3] of an image; a JPEG that is not decoded yet is decoded small."""
+def _decode(
+    image: Image.Image, needed_width: float, sphere: PhotoSphere | None, fill: Sequence[float], is_ours: bool
+) -> torch.Tensor:
+    """Pixels [H, W, 3] of an image; a JPEG that is not decoded yet is decoded small. `is_ours`: whether nobody else
+    will look at it."""
     if _family(image.format) == "JPEG" and _is_lazy(image):
         scale = _jpeg_scale(image, needed_width, sphere)
         width, height = image.width // scale, image.height // scale
@@ -277,8 +289,8 @@ def _decode(image: Image.Image, needed_width: float, sphere: PhotoSphere | None,
                 return torch.from_numpy(simplejpeg.decode_jpeg(file.read(), min_height=height, min_width=width))
             except ValueError:  # where the least is wrong; whether it can be read, Pillow decides
                 file.seek(0)
-        # Opened a second time, because the one that was handed in would be small for its owner, too.
-        image = Image.open(file, formats=["JPEG"])
+        if not is_ours:  # opened a second time: the one that was handed in would be small for its owner, too
+            image = Image.open(file, formats=["JPEG"])
         image.draft(image.mode, (width, height))
     if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
@@ -393,7 +405,7 @@ def _place(
     full_height, full_width, top, left = area
     if (full_height, full_width) == (height, width):
         return Panorama(pixels)
-    seen = (top / full_height, (top + height) / full_height, left / full_width, (left + width) / full_width)
+    covered = (top / full_height, (top + height) / full_height, left / full_width, (left + width) / full_width)
 
     # Reduced before it is laid on the canvas, so that the canvas is no larger than what is needed.
     most = max(1, int(full_width / needed_width))
@@ -409,7 +421,7 @@ def _place(
         part = (reduced.round() if pixels.dtype == torch.uint8 else reduced).to(pixels.dtype)
     canvas = neutral.expand(full_height // k, full_width // k, 3).clone()
     canvas[row : row + rows, column : column + columns] = part
-    return Panorama(canvas, seen)
+    return Panorama(canvas, covered)
 
 
 def _area_of(sphere: PhotoSphere | None, height: int, width: int, name: str) -> tuple[int, int, int, int] | None:
@@ -434,11 +446,11 @@ def _turn(panorama: Panorama, yaw: float) -> Panorama:
     """The panorama with another front: `yaw` degrees to the right of the present one, to the nearest column."""
     width = panorama.pixels.shape[1]
     shift = round(yaw / 360 * width) % width
-    seen = panorama.seen
-    if seen is not None and seen[3] - seen[2] < 1:
-        left = (seen[2] - shift / width) % 1
-        seen = (seen[0], seen[1], left, left + seen[3] - seen[2])
-    return Panorama(panorama.pixels.roll(-shift, dims=1), seen)
+    covered = panorama.covered
+    if covered is not None and covered[3] - covered[2] < 1:
+        left = (covered[2] - shift / width) % 1
+        covered = (covered[0], covered[1], left, left + covered[3] - covered[2])
+    return Panorama(panorama.pixels.roll(-shift, dims=1), covered)
 
 
 def _is_number(text: str) -> bool:

@@ -22,8 +22,8 @@ from ..geometry_panorama import (
     ray_correspondences,
     strip_correspondences,
 )
-from ..image_processing_panorama import erp_to_views
 from ..reading_panorama import to_erp_tensor
+from ..sampling_panorama import erp_to_views
 
 _MARGIN = 8
 

@@ -46,7 +46,7 @@ print(json.dumps([type(part).__module__.split(".")[0] for part in (model, proces
 @pytest.fixture
 def saved(make, ask, tmp_path, panoramas, monkeypatch):
     """A folder, a picture, and the logits and the answer of the model that was saved."""
-    monkeypatch.setattr("panorama_vlm.image_processing_panorama.cv2", None)  # as where the folder is loaded
+    monkeypatch.setattr("panorama_vlm.sampling_panorama.cv2", None)  # as where the folder is loaded
     model, processor = make(default_generation_prompt="Say what you see.")
     picture = tmp_path / "panorama.png"
     panoramas[0].save(picture)

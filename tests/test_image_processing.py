@@ -1,11 +1,13 @@
+import json
+
 import numpy as np
 import py360convert
 import pytest
 import torch
 from panorama_vlm import PanoramaImageProcessor, PanoramaProcessor
 from panorama_vlm.geometry_panorama import View, ViewOptions, ViewPlan, plan_rays
-from panorama_vlm.image_processing_panorama import erp_to_views, views_to_erp
 from panorama_vlm.reading_panorama import to_erp_tensor
+from panorama_vlm.sampling_panorama import erp_to_views, views_to_erp
 from PIL import Image
 
 
@@ -268,3 +270,35 @@ def test_values_of_tokens_are_painted_too_and_a_wrong_number_of_views_is_refused
     assert not seen[0].any()
     with pytest.raises(ValueError, match=r"the plan's 8 views, got \[9, 1, 4, 4\]"):
         views_to_erp(torch.zeros(9, 1, 4, 4), plan, 64)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("fov_degree", "fov_deg"), ("fov", "fov_deg"), ("overlap", "overlap_ratio"), ("pitch", "pitch_rows")],
+)
+def test_an_option_that_does_not_exist_is_answered_with_the_one_that_was_meant(panoramas, tmp_path, wrong, meant):
+    message = f"unknown option '{wrong}' of PanoramaImageProcessor, did you mean '{meant}'"
+    with pytest.raises(ValueError, match=message):
+        PanoramaImageProcessor(**{wrong: 60})
+    with pytest.raises(ValueError, match=message):
+        PanoramaImageProcessor(image_size=32)(panoramas[0], **{wrong: 60})
+    PanoramaImageProcessor(image_size=32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        PanoramaImageProcessor.from_pretrained(tmp_path, **{wrong: 60})
+
+
+def test_options_beside_a_file_are_honoured_and_checked(tmp_path):
+    PanoramaImageProcessor(image_size=32).save_pretrained(tmp_path)
+    assert len(PanoramaImageProcessor.from_pretrained(tmp_path, fov_deg=60).view_plan.views) == 13
+    with pytest.raises(ValueError, match=r"overlap_ratio must be in \(0, 1\), got 1.5"):
+        PanoramaImageProcessor.from_pretrained(tmp_path, overlap_ratio=1.5)
+
+
+def test_a_file_with_keys_of_others_is_read_with_a_warning_and_keeps_them(tmp_path):
+    PanoramaImageProcessor(image_size=32).save_pretrained(tmp_path)
+    file = next(tmp_path.glob("*processor_config.json"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "newer_option": [1]}))
+    with pytest.warns(UserWarning, match="holds newer_option, not known here"):
+        loaded = PanoramaImageProcessor.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path)
+    assert json.loads(file.read_text())["newer_option"] == [1]

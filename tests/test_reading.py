@@ -1,7 +1,10 @@
+import gc
 import io
 import math
 import time
 import tracemalloc
+import warnings
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,8 +13,8 @@ from datasets import Dataset
 from datasets import Image as ImageColumn
 from panorama_vlm import PanoramaImageProcessor
 from panorama_vlm.geometry_panorama import ViewOptions
-from panorama_vlm.image_processing_panorama import view_mask
 from panorama_vlm.reading_panorama import PhotoSphere, read_panorama, read_photo_sphere, to_erp_tensor
+from panorama_vlm.sampling_panorama import view_mask
 from PIL import Image
 
 XMP = """<?xpacket begin="" id="W5M0MpCehiHzreSzNTczkc9d"?>
@@ -284,7 +287,7 @@ def test_a_partial_panorama_lies_where_the_camera_saw_it_and_the_rest_is_neutral
     panorama = read_panorama(data, needed_width, fill=(0.2, 0.4, 0.6))
     k = 4096 // panorama.pixels.shape[1]
     assert k == (1 if needed_width == math.inf else 4)
-    assert panorama.seen == (0.25, 0.75, 0.25, 0.75)
+    assert panorama.covered == (0.25, 0.75, 0.25, 0.75)
     expected = np.full((2048, 4096, 3), np.array([51, 102, 153]), np.uint8)
     expected[top : top + height, left : left + width] = np.array(part)
     expected = expected.reshape(2048 // k, k, 4096 // k, k, 3).mean((1, 3))
@@ -310,10 +313,9 @@ def test_views_that_see_only_fill_are_masked(panoramas):
 def test_the_mask_agrees_with_what_the_views_show():
     """Brute force: white where the camera saw, black elsewhere; a view is masked where it is all black."""
     generator = np.random.default_rng(0)
-    plan = ViewOptions("e2p", 60.0, 0.3, (-60.0, 0.0, 60.0), True).plan
-    processor = PanoramaImageProcessor(
-        64, "e2p", 60.0, 0.3, (-60.0, 0.0, 60.0), True, image_mean=(0, 0, 0), image_std=(1, 1, 1)
-    )
+    views = ViewOptions("e2p", 60.0, 0.3, (-60.0, 0.0, 60.0), True, image_size=64)
+    plan = views.plan
+    processor = PanoramaImageProcessor(**asdict(views), image_mean=(0, 0, 0), image_std=(1, 1, 1))
     for _ in range(12):
         width, height = 8 * generator.integers(4, 56), 8 * generator.integers(4, 28)
         left, top = 8 * generator.integers(0, 64 - width // 8), 8 * generator.integers(0, 32 - height // 8)
@@ -325,17 +327,41 @@ def test_the_mask_agrees_with_what_the_views_show():
         mask = out["view_mask"][0] if "view_mask" in out else torch.ones(plan.num_views, dtype=torch.bool)
         assert (mask | (shown < 0.2)).all()  # a corner thinner than a pixel may go unseen
         assert (~mask | (shown > 0)).all()
-        assert torch.equal(mask, view_mask(plan, read_panorama(encoded(white, "JPEG", xmp=xmp), yaw_offset=yaw).seen))
+        panorama = read_panorama(encoded(white, "JPEG", xmp=xmp), yaw_offset=yaw)
+        assert torch.equal(mask, view_mask(plan, panorama.covered))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_file_is_closed_when_it_is_read_and_can_be_read_again(panoramas, tmp_path, kind):
+    path = tmp_path / f"panorama.{kind.lower()}"
+    panoramas[0].save(path, kind)
+    processor = PanoramaImageProcessor(image_size=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        opened = processor.fetch_images(str(path))
+        first = processor(opened, return_tensors="pt")["pixel_values"]
+        again = processor(opened, cache_dir=str(tmp_path / "cache"), return_tensors="pt")["pixel_values"]
+        by_path = processor([str(path)], return_tensors="pt")["pixel_values"]
+        del opened
+        gc.collect()
+    assert torch.equal(first, by_path)
+    torch.testing.assert_close(again, first, rtol=0, atol=1 / 127.5)
+
+
+def test_a_file_object_stays_open(panoramas):
+    file = io.BytesIO(encoded(panoramas[0], "PNG"))
+    read_panorama(file)
+    assert not file.closed
 
 
 def test_an_image_that_is_not_two_to_one_is_a_band_around_the_horizon_with_a_warning(panoramas):
     band = panoramas[0].crop((0, 64, 512, 192))
     with pytest.warns(UserWarning, match=r"512 x 128 pixels, not 2:1.*the middle 360 x 90 degrees"):
         panorama = read_panorama(band)
-    assert panorama.seen == (0.25, 0.75, 0, 1)
+    assert panorama.covered == (0.25, 0.75, 0, 1)
     assert torch.equal(panorama.pixels[64:192], torch.tensor(np.array(band)))
     with pytest.warns(UserWarning, match="the middle 180 x 180 degrees"):
-        assert read_panorama(panoramas[0].resize((256, 256))).seen == (0, 1, 0.25, 0.75)
+        assert read_panorama(panoramas[0].resize((256, 256))).covered == (0, 1, 0.25, 0.75)
     with pytest.raises(ValueError, match="512 x 128 pixels, not 2:1.*strict_aspect=False"):
         PanoramaImageProcessor(image_size=32)(band, strict_aspect=True)
     xmp = photo_sphere(**crop_values((512, 256), (512, 128), 64, 0))
@@ -366,7 +392,7 @@ def test_north_comes_to_the_front_where_it_is_asked_for(panoramas):
 def test_photo_sphere_data_that_cannot_be_are_ignored_with_a_warning(panoramas, values):
     with pytest.warns(UserWarning, match="do not fit its 512 x 256 pixels, ignored"):
         panorama = read_panorama(encoded(panoramas[0], "JPEG", xmp=photo_sphere(**values)))
-    assert panorama.pixels.shape == (256, 512, 3) and panorama.seen is None
+    assert panorama.pixels.shape == (256, 512, 3) and panorama.covered is None
 
 
 def test_an_xml_bomb_is_ignored_with_a_warning(panoramas):
