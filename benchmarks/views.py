@@ -34,25 +34,30 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from panorama_vlm import image_processing_panorama as processing
-from panorama_vlm import reading_panorama as reading
 from panorama_vlm.benchmarks.overlap_loss import peak_resident, reset_peak_resident
 from panorama_vlm.geometry_panorama import ViewOptions
 from panorama_vlm.image_processing_panorama import PanoramaImageProcessor
+from panorama_vlm.reading_panorama import read_panorama
+from panorama_vlm.sampling_panorama import erp_to_views, needed_width
 from PIL import Image
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+try:
+    import cv2
+except ImportError:
+    cv2 = None
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 Source = Path | np.ndarray
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
@@ -92,19 +97,10 @@ def ours(source: Source, side: int) -> torch.Tensor:
 
 
 def ours_torch_only(source: Source, side: int) -> torch.Tensor:
-    with patch.object(processing, "cv2", None), patch.object(reading, "simplejpeg", None):
-        return ours(source, side)
-
-
-def ours_one_sample(source: Source, side: int) -> torch.Tensor:
-    """No option of ours: as little quality as the others, nothing reduced first and one bilinear sample a pixel."""
-
-    def as_it_is(pixels: torch.Tensor, kind: str, *args: Any) -> tuple[torch.Tensor, tuple[float, float], int]:
-        return prefilter(pixels, kind, *args) if kind == "erp" else (pixels, (pixels.shape[0], pixels.shape[1]), 1)
-
-    prefilter = processing._prefilter
-    with patch.object(processing, "_prefilter", as_it_is):
-        return ours(source, side)
+    """Read as always, sampled by torch."""
+    pixels = read_panorama(source, needed_width(PLAN, side)).pixels
+    views = erp_to_views(pixels.permute(2, 0, 1), PLAN, side, backend="torch")
+    return views.sub_(127.5).div_(127.5)
 
 
 def by_py360convert(source: Source, side: int, fov: float = 90.0) -> torch.Tensor:
@@ -152,15 +148,11 @@ def by_pyequilib(source: Source, side: int) -> torch.Tensor:
 
 @lru_cache(maxsize=4)
 def prepared_maps(width: int, height: int, side: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    import cv2
-
     places = (np.broadcast_arrays(*place) for place in tile_places(width, height, side))
     return [cv2.convertMaps(x.astype(np.float32), y.astype(np.float32), cv2.CV_16SC2) for x, y in places]
 
 
 def by_opencv(source: Source, side: int) -> torch.Tensor:
-    import cv2
-
     image: Any = cv2.imread(str(source), cv2.IMREAD_COLOR_RGB) if isinstance(source, Path) else source
     maps = prepared_maps(image.shape[1], image.shape[0], side)
     tiles = [cv2.remap(image, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP) for places in maps]
@@ -179,22 +171,21 @@ def bare_decode(source: Source, side: int) -> np.ndarray:
     """A JPEG file at the reduced scale at which we decode it, by the decoder we use, and nothing else: the limit."""
     assert isinstance(source, Path)
     image = Image.open(source)
-    scale = reading._jpeg_scale(image, processing._needed_width(PLAN, side), None)
+    scale = next((scale for scale in (8, 4, 2) if image.width / scale >= needed_width(PLAN, side)), 1)
     width, height = image.width // scale, image.height // scale
-    if reading.simplejpeg is not None:
-        pixels: np.ndarray = reading.simplejpeg.decode_jpeg(source.read_bytes(), min_height=height, min_width=width)
+    if simplejpeg is not None:
+        pixels: np.ndarray = simplejpeg.decode_jpeg(source.read_bytes(), min_height=height, min_width=width)
         return pixels
     image.draft(image.mode, (width, height))
     return np.asarray(image)
 
 
-OURS, TORCH, ONE_SAMPLE, DECODE = "ours", "ours, torch only", "ours, one sample a pixel", "bare decode"
+OURS, TORCH, DECODE = "ours", "ours, sampled by torch", "bare decode"
 PY360, ALIGNED, EQUILIB, REMAP = "py360convert", "py360convert, aligned", "pyequilib", "OpenCV remap"
 WAYS: dict[str, Callable[[Source, int], Any]] = {
     DECODE: bare_decode,
     OURS: ours,
     TORCH: ours_torch_only,
-    ONE_SAMPLE: ours_one_sample,
     PY360: by_py360convert,
     ALIGNED: by_py360convert_aligned,
     EQUILIB: by_pyequilib,
@@ -202,7 +193,6 @@ WAYS: dict[str, Callable[[Source, int], Any]] = {
 }
 NEEDS = {
     OURS: "cv2",
-    ONE_SAMPLE: "cv2",
     PY360: "py360convert",
     ALIGNED: "py360convert",
     EQUILIB: "equilib",
@@ -226,7 +216,7 @@ def ways_of(job: Job) -> list[str]:
     """The ways that can do a job and can be imported. `ALIGNED` is left to :func:`quality_of`: it takes what `PY360`
     takes, and in turns with it neither would find its maps prepared."""
     absent = missing()
-    apart = {ALIGNED, DECODE if job.kind == ARRAY else ONE_SAMPLE}
+    apart = {ALIGNED, DECODE} if job.kind == ARRAY else {ALIGNED}
     return [way for way in WAYS if NEEDS.get(way) not in absent and way not in apart]
 
 
@@ -307,7 +297,6 @@ def fresh_processes() -> Any:
     ours_and_torch = (
         "panorama_vlm.image_processing_panorama",
         "panorama_vlm.benchmarks.overlap_loss",
-        "torch.utils.data",
     )
     context.set_forkserver_preload([*ours_and_torch, *PACKAGES])
     return context
@@ -316,8 +305,8 @@ def fresh_processes() -> Any:
 def tie_to_core(index: int | None) -> None:
     """One thread, and where the system can do it, one core."""
     torch.set_num_threads(1)
-    if processing.cv2 is not None:
-        processing.cv2.setNumThreads(1)
+    if cv2 is not None:
+        cv2.setNumThreads(1)
     if index is not None and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[index % len(cores)]})
@@ -426,155 +415,6 @@ def quality(jobs: Sequence[Job], files: dict[int, list[Path]]) -> dict[tuple[Job
     }
 
 
-# Where the time goes
-
-
-class Stopwatch:
-    """Seconds by step; a step that runs inside another one is taken from it."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._inner: list[tuple[str, float]] = []  # the open steps, and how long steps inside them took
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        self._inner.append((name, 0.0))
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            took = time.perf_counter() - start
-            _, inside = self._inner.pop()
-            self.seconds[name] = self.seconds.get(name, 0.0) + took - inside
-            if self._inner:
-                outer, so_far = self._inner[-1]
-                self._inner[-1] = (outer, so_far + took)
-
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with self.step(name):
-                return function(*args, **kwargs)
-
-        return run
-
-
-STEPS = {  # function of the image processor -> what it does
-    "read_panorama": "place on the sphere",
-    "_prefilter": "global view, and what the tiles need reduced",
-    "_cut": "cut out what a view sees",
-    "_warp_opencv": "to float, planar",
-    "_warp_torch": "to float, planar",
-    "_make_views": "the rest of the views",
-    "preprocess": "normalise",
-    "BatchFeature": "stack the panoramas of a batch",
-}
-
-
-def profile(file: Path, side: int, repeats: int) -> dict[str, float]:
-    """Median milliseconds by step of one panorama, from file to views, on one core."""
-    rounds = []
-    for _ in range(repeats + 1):
-        watch = Stopwatch()
-        with ExitStack() as stack:
-            stack.enter_context(patch.object(reading, "_decode", watch.timed("decode", reading._decode)))
-            for name, title in STEPS.items():
-                owner = processing if hasattr(processing, name) else PanoramaImageProcessor
-                stack.enter_context(patch.object(owner, name, watch.timed(title, getattr(owner, name))))
-            if processing.cv2 is not None:
-                stack.enter_context(patch.object(processing, "cv2", timed_opencv(watch, processing.cv2)))
-            with watch.step("open the file, transformers"):
-                ours(file, side)
-        rounds.append({name: 1e3 * seconds for name, seconds in watch.seconds.items()})
-    return {name: statistics.median(steps[name] for steps in rounds[1:]) for name in rounds[-1]}
-
-
-def timed_opencv(watch: Stopwatch, cv2: Any) -> SimpleNamespace:
-    names = ("INTER_AREA", "INTER_LINEAR", "BORDER_REPLICATE", "COLOR_RGB2RGBA", "setNumThreads", "split")
-    return SimpleNamespace(
-        cvtColor=watch.timed(STEPS["_cut"], cv2.cvtColor),
-        remap=watch.timed("remap", cv2.remap),
-        resize=watch.timed("reduce by areas (global view, 2 x 2 samples)", cv2.resize),
-        **{name: getattr(cv2, name) for name in names},
-    )
-
-
-def median_seconds(function: Callable[[], Any], repeats: int) -> float:
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
-def print_profile(file: Path, side: int, repeats: int) -> None:
-    steps = profile(file, side, repeats)
-    total = sum(steps.values())
-    decode = 1e3 * median_seconds(lambda: bare_decode(file, side), repeats)
-    print(f"\nWhere the time of ours goes, {file.stem.split('_')[0]} columns, {side} pixels, one core:\n")
-    print("| step | ms | share |\n|---|--:|--:|")
-    for name, took in sorted(steps.items(), key=lambda item: -item[1]):
-        print(f"| {name} | {took:.2f} | {took / total:.0%} |")
-    print(f"| all | {total:.2f} | |")
-    print(f"\nThe bare decode alone takes {decode:.2f} ms here.")
-
-
-def profile_in_process(file: Path, side: int, repeats: int) -> None:
-    tie_to_core(0)
-    print_profile(file, side, repeats)
-    sys.stdout.flush()
-
-
-# Data loaders
-
-
-class Panoramas(Dataset):
-    """Views of files, through our processor."""
-
-    def __init__(self, files: Sequence[Path], image_processor: PanoramaImageProcessor):
-        self.files, self.image_processor = files, image_processor
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.image_processor(self.files[index], return_tensors="pt")["pixel_values"][0]
-
-
-def print_data_loaders(files: Sequence[Path], side: int, epoch: int, rounds: int, folder: Path) -> None:
-    """Panoramas a second of `DataLoader`s with 0, 1 and 2 workers that stay, after a first epoch."""
-    many = [files[index % len(files)] for index in range(epoch)]
-    kinds = {
-        "": PanoramaImageProcessor(image_size=side),
-        ", `cache_dir` filled": PanoramaImageProcessor(image_size=side, cache_dir=folder),
-    }
-    loaders = {
-        (name, workers): DataLoader(
-            Panoramas(many, image_processor),
-            batch_size=4,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            multiprocessing_context="fork" if workers else None,
-        )
-        for name, image_processor in kinds.items()
-        for workers in (0, 1, 2)
-    }
-    speeds: dict[tuple[str, int], list[float]] = {key: [] for key in loaders}
-    for turn in tqdm(range(rounds + 1), desc="data loaders"):
-        for key, loader in loaders.items():
-            start = time.perf_counter()
-            views = sum(len(batch) for batch in loader)
-            if turn:
-                speeds[key].append(views / (time.perf_counter() - start))
-    print(
-        f"\n`DataLoader`, batches of 4, {files[0].stem.split('_')[0]}-column files, {side} pixels, fork, panoramas/s:\n"
-    )
-    print("| source | in the main process | 1 worker | 2 workers |\n|---|--:|--:|--:|")
-    for name in kinds:
-        cells = [show(Times(statistics.median(speeds[name, n]), max(speeds[name, n]))) for n in (0, 1, 2)]
-        print("|", " | ".join([f"files{name}", *cells]), "|")
-
-
 # The table
 
 
@@ -656,11 +496,6 @@ def claims(measured: Measured) -> list[Claim]:
             found.append(Claim(f"{where}: times as fast as py360convert, {cores} core(s)", ratio, 1))
         closer = measured.quality[array, OURS][0] - measured.quality[array, ALIGNED][0]
         found.append(Claim(f"{where}: dB closer to the reference than {ALIGNED}", closer, 0))
-        for cores, ratio in enumerate(speed(array, ONE_SAMPLE, PY360), start=1):
-            text = f"{where}, one sample a pixel: times as fast as py360convert, {cores} core(s)"
-            found.append(Claim(text, ratio, 3))
-        closer = measured.quality[array, ONE_SAMPLE][0] - measured.quality[array, ALIGNED][0]
-        found.append(Claim(f"{where}, one sample a pixel: dB above {ALIGNED} (equal to 0.3)", closer, -0.3))
     return found
 
 
@@ -682,7 +517,7 @@ def print_header(repeats: int, mosaics: int) -> None:
     names = [
         "torch",
         "pillow",
-        *(["simplejpeg"] if reading.simplejpeg else []),
+        *(["simplejpeg"] if simplejpeg else []),
         *(PACKAGES[module] for module in PACKAGES if module not in absent),
     ]
     versions = ", ".join(f"{name} {version(name)}" for name in names)
@@ -725,27 +560,16 @@ def main() -> int:
         arguments.sizes, arguments.views, arguments.repeats, arguments.mosaics = [512], [32], 1, 1
 
     print_header(arguments.repeats, arguments.mosaics)
-    claimed = CLAIMED_FILE[0] in arguments.sizes and CLAIMED_FILE[1] in arguments.views
-    width, side = CLAIMED_FILE if claimed else (arguments.sizes[0], arguments.views[0])
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        # Before this process grows, because workers are forked from it.
-        loaded = write_mosaics(folder, [width], 2 if arguments.smoke else 8)[width]
-        epoch, rounds = (8, 1) if arguments.smoke else (24, 2)
-        print_data_loaders(loaded, side, epoch, rounds, folder / "kept")
-        measured = measure(arguments, folder)
-        for kind in (FILE, ARRAY):
-            print_table(measured, kind)
-        print_limit(measured)
-        sys.stdout.flush()
-        task = fresh_processes().Process(target=profile_in_process, args=(loaded[0], side, 5 * arguments.repeats))
-        task.start()
-        task.join()
+        measured = measure(arguments, Path(name))
+    for kind in (FILE, ARRAY):
+        print_table(measured, kind)
+    print_limit(measured)
     found = claims(measured)
     if not found:
         print("\nThe sizes and ways of this run say nothing about a claim.")
-        return 0 if arguments.smoke else task.exitcode or 0
-    return 0 if print_claims(found) and task.exitcode == 0 else 1
+        return 0
+    return 0 if print_claims(found) else 1
 
 
 if __name__ == "__main__":
