@@ -124,8 +124,8 @@ def read_panorama(
     image = open_image(source)
     sphere, name = None, "the panorama"
     if isinstance(image, Image.Image):
-        if is_ours := hasattr(image, _PATH):
-            image = image if image.fp is not None else open_image(getattr(image, _PATH))  # read before
+        if is_ours := hasattr(image, _PATH):  # closed where it was read before
+            image = open_image(getattr(image, _PATH)) if getattr(image, "fp", None) is None else image
         name = _name(image)
         try:
             _check_size(name, image.size)

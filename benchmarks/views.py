@@ -53,7 +53,7 @@ from tqdm import tqdm
 try:
     import cv2
 except ImportError:
-    cv2 = None
+    cv2 = None  # type: ignore[assignment]
 try:
     import simplejpeg
 except ImportError:
