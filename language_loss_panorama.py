@@ -32,25 +32,26 @@ class LogitTransform(NamedTuple):
         return output if self.softcap is None else self.softcap * torch.tanh(output / self.softcap)
 
 
-def _plain(config: PretrainedConfig) -> LogitTransform:
-    return LogitTransform()
+_PLAIN = (
+    *("apertus", "arcee", "bitnet", "bloom", "cwm", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "falcon"),
+    *("gemma", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "helium"),
+    *("hunyuan_v1_dense", "lfm2", "llama", "ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo"),
+    *("olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_text"),
+    *("qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "stablelm", "starcoder2", "youtu"),
+)
+_SOFT_CAP = ("gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "nanochat", "vaultgemma")
+_MULTIPLIED = ("cohere", "cohere2")
+_DIVIDED = ("granite", "granitemoe", "minicpm3")
 
-
-def _soft_cap(config: PretrainedConfig) -> LogitTransform:
-    return LogitTransform(softcap=config.final_logit_softcapping)
-
-
-# By `model_type` of the text config. To add one: see that its logits are `transform(head(last_hidden_state))`; the test
-# of this table compares each with the family's own.
+# By `model_type` of the text config. A family belongs here if its logits are `transform(head(last_hidden_state))`, which
+# tests/test_language_heads.py shows for each.
 LANGUAGE_HEADS: dict[str, Callable[[PretrainedConfig], LogitTransform]] = {
-    **dict.fromkeys(
-        (*("gpt_neox", "llama", "mistral", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3"),),
-        _plain,
-    ),
-    **dict.fromkeys(("gemma2", "gemma3_text"), _soft_cap),
-    "cohere": lambda config: LogitTransform(scale=config.logit_scale),
+    **dict.fromkeys(_PLAIN, lambda config: LogitTransform()),
+    **dict.fromkeys(_SOFT_CAP, lambda config: LogitTransform(softcap=config.final_logit_softcapping)),
+    **dict.fromkeys(_MULTIPLIED, lambda config: LogitTransform(scale=config.logit_scale)),
+    **dict.fromkeys(_DIVIDED, lambda config: LogitTransform(scale=1 / config.logits_scaling)),
     "falcon_h1": lambda config: LogitTransform(scale=config.lm_head_multiplier),
-    "granite": lambda config: LogitTransform(scale=1 / config.logits_scaling),
+    "hyperclovax": lambda config: LogitTransform(scale=config.logits_scaling),
 }
 
 

@@ -60,8 +60,8 @@ def test_a_language_model_without_a_head_is_refused(tower):
 
 
 def test_a_language_model_whose_logits_are_not_known_is_refused_when_it_is_configured(tower):
-    with pytest.raises(ValueError, match="language model of type 'gpt_bigcode' follow from its head is not known"):
-        PanoramaConfig(tower, {"model_type": "gpt_bigcode"})
+    with pytest.raises(ValueError, match="language model of type 'bert' follow from its head is not known"):
+        PanoramaConfig(tower, {"model_type": "bert"})
 
 
 def test_hidden_states_of_the_headless_model_give_the_logits_through_the_head(make, ask, panoramas):
