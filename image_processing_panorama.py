@@ -23,7 +23,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from .geometry_panorama import ViewOptions, ViewPlan
 from .options_panorama import check_option_names, check_resembling_names
-from .reading_panorama import ImageSource, content_digest, open_image, read_panorama
+from .reading_panorama import ImageSource, close_image, content_digest, open_image, read_panorama
 from .sampling_panorama import erp_to_views, needed_width, use_one_thread_in_a_worker, view_mask
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         options = {name: getattr(self, name) for name in self.option_names()}
         options |= {name: value for name, value in kwargs.items() if value is not None and name in options}
         view_options = ViewOptions(**{name: options[name] for name in ViewOptions.names()})
-        sources = flatten_images(self.fetch_images(images))
+        sources = flatten_images(images)
         yaw_offsets = kwargs.get("yaw_offsets")
         yaw_offsets = [0.0] * len(sources) if yaw_offsets is None else list(yaw_offsets)
         if len(yaw_offsets) != len(sources):
@@ -195,7 +195,8 @@ class PanoramaImageProcessor(BaseImageProcessor):
         """Write the views of one panorama, in [0, 255], into `out` [V, 3, image_size, image_size]; from the cache where
         there is one. Returns its mask [V]."""
         if options["cache_dir"] is None:
-            return _sample_views(source, views, options, yaw_offset, out)
+            return _sample_views(self.fetch_images(source), views, options, yaw_offset, out)
+        source = self.fetch_images(source)
         kept_out = ("cache_dir", "image_std")
         key = {name: value for name, value in options.items() if name not in kept_out} | asdict(views)
         text = json.dumps([_CACHE_VERSION, content_digest(source), yaw_offset, key], sort_keys=True)
@@ -210,6 +211,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
                 pass
             save_file(stored, unfinished.name)
             os.replace(unfinished.name, file)
+        close_image(source)
         out.copy_(stored["views"])
         return stored["mask"]
 

@@ -43,8 +43,8 @@ _SOFT_CAP = ("gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "nanochat",
 _MULTIPLIED = ("cohere", "cohere2")
 _DIVIDED = ("granite", "granitemoe", "minicpm3")
 
-# By `model_type` of the text config. A family belongs here if its logits are `transform(head(last_hidden_state))`, which
-# tests/test_language_heads.py shows for each.
+# By `model_type` of the text config. A family belongs here if its logits are `transform(head(last_hidden_state))`;
+# tests/test_language_heads.py shows it for each.
 LANGUAGE_HEADS: dict[str, Callable[[PretrainedConfig], LogitTransform]] = {
     **dict.fromkeys(_PLAIN, lambda config: LogitTransform()),
     **dict.fromkeys(_SOFT_CAP, lambda config: LogitTransform(softcap=config.final_logit_softcapping)),

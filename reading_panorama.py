@@ -31,6 +31,7 @@ _SAME_FORMAT = {"MPO": "JPEG"}  # several JPEGs in one file: what phones write
 _MAGIC = {b"GIF8": "a GIF", b"%PDF": "a PDF", b"<svg": "an SVG", b"<!DO": "a web page", b"<htm": "a web page"}
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 _GPANO = "{http://ns.google.com/photos/1.0/panorama/}"
+_NAME = "panorama_name"  # attribute of an image, for messages: Pillow would map the file that `filename` names
 _PATH = "panorama_path"  # attribute of an image that was opened here by its path, and is closed when it is read
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -92,6 +93,12 @@ def open_image(source: Any) -> Any:
     return source
 
 
+def close_image(image: Any) -> None:
+    """Close the file of an image that :func:`open_image` opened by its path; reading it again opens it again."""
+    if hasattr(image, _PATH):
+        image.close()
+
+
 def read_panorama(
     source: ImageSource,
     needed_width: float = math.inf,
@@ -134,8 +141,7 @@ def read_panorama(
         except _BROKEN as error:
             raise ValueError(f"cannot read {name}: {str(error).removeprefix(f'cannot read {name}: ')}") from error
         finally:
-            if is_ours:
-                image.close()
+            close_image(image)
     elif isinstance(image, np.ndarray | torch.Tensor):
         pixels = _from_array(image, fill)
         _check_size(name, (pixels.shape[1], pixels.shape[0]))
@@ -231,7 +237,7 @@ def _open(file: str | BinaryIO, name: str) -> Image.Image:
         raise ValueError(
             f"cannot read {name}: it is named as {_family(promised)}, but holds {_family(image.format)}; rename it"
         )
-    image.filename = name
+    setattr(image, _NAME, name)
     if isinstance(file, str):
         setattr(image, _PATH, file)
     return image
@@ -261,7 +267,7 @@ def _what_is_it(file: str | BinaryIO) -> str:
 
 
 def _name(image: Image.Image) -> str:
-    return str(getattr(image, "filename", "") or "the panorama")
+    return str(getattr(image, _NAME, "") or getattr(image, "filename", "") or "the panorama")
 
 
 def _check_size(name: str, size: tuple[int, int]) -> None:

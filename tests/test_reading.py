@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import io
 import math
@@ -331,21 +332,50 @@ def test_the_mask_agrees_with_what_the_views_show():
         assert torch.equal(mask, view_mask(plan, panorama.covered))
 
 
+@contextlib.contextmanager
+def no_file_left_open():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+        gc.collect()
+    assert not [str(w.message) for w in caught if issubclass(w.category, ResourceWarning)]
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_a_file_is_closed_when_it_is_read_and_can_be_read_again(panoramas, tmp_path, kind):
     path = tmp_path / f"panorama.{kind.lower()}"
     panoramas[0].save(path, kind)
     processor = PanoramaImageProcessor(image_size=32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ResourceWarning)
+    with no_file_left_open():
         opened = processor.fetch_images(str(path))
         first = processor(opened, return_tensors="pt")["pixel_values"]
         again = processor(opened, cache_dir=str(tmp_path / "cache"), return_tensors="pt")["pixel_values"]
         by_path = processor([str(path)], return_tensors="pt")["pixel_values"]
         del opened
-        gc.collect()
     assert torch.equal(first, by_path)
     torch.testing.assert_close(again, first, rtol=0, atol=1 / 127.5)
+
+
+def test_the_bytes_of_a_row_are_read_and_not_the_file_that_its_path_names(panoramas, tmp_path):
+    """Pillow maps uncompressed files by name."""
+    for number, kind in ((0, "PGM"), (1, "BMP"), (2, "TIFF")):
+        path = tmp_path / f"row.{kind.lower()}"
+        grey = panoramas[number].convert("L")
+        grey.save(path)
+        data = path.read_bytes()
+        grey.rotate(180).save(path)
+        read = read_panorama({"bytes": data, "path": str(path)}).pixels
+        assert torch.equal(read[..., 0], torch.tensor(np.array(grey))), kind
+
+
+def test_prepared_views_leave_no_file_open(panoramas, tmp_path):
+    paths = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for path, panorama in zip(paths, panoramas, strict=False):
+        panorama.save(path)
+    processor = PanoramaImageProcessor(image_size=16, cache_dir=tmp_path / "cache")
+    with no_file_left_open():
+        for _ in range(2):
+            processor(paths, return_tensors="pt")
 
 
 def test_a_file_object_stays_open(panoramas):
