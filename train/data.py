@@ -879,20 +879,3 @@ class SkippedSamples:
         self.bad += len(records)
         self.seen += seen
         self.kinds.update(record["reason"].split(":")[0] for record in records)
-
-
-def load_samples(folder: str) -> Dataset:
-    """`image`, `query` and `annotation` of each line of `FOLDER/metadata.jsonl`; images are decoded when read.
-
-    Raises:
-        ValueError: for a missing column or a missing file, which it names.
-    """
-    samples = load_dataset("json", data_files=str(Path(folder, "metadata.jsonl")), split="train")
-    missing = {"file_name", "query", "annotation"} - set(samples.column_names)
-    if missing:
-        raise ValueError(f"metadata.jsonl lacks the fields {sorted(missing)}, it has {samples.column_names}")
-    paths = [str(Path(folder, name)) for name in samples["file_name"]]
-    absent = [path for path in paths if not Path(path).is_file()]
-    if absent:
-        raise ValueError(f"{len(absent)} panoramas of metadata.jsonl do not exist, the first is {absent[0]!r}")
-    return samples.add_column("image", paths).cast_column("image", Image())
