@@ -10,14 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from panorama_vlm.losses_panorama import (
-    VICRegTerms,
-    check_finite,
-    densecl,
-    effective_rank,
-    overlap_metrics,
-    vicreg,
-)
+from panorama_vlm.losses_panorama import VICRegTerms, densecl, vicreg
+from panorama_vlm.overlap_panorama import check_finite, effective_rank, overlap_metrics
 from torch import Tensor
 from torch.nn import functional as F
 
