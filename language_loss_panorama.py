@@ -27,31 +27,54 @@ class LogitTransform(NamedTuple):
     softcap: float | None = None
 
     def __call__(self, output: Tensor) -> Tensor:
+        """Output of the head [..., vocabulary] -> logits of the same shape."""
         if self.scale != 1.0:
             output = output * self.scale
         return output if self.softcap is None else self.softcap * torch.tanh(output / self.softcap)
 
 
 _PLAIN = (
-    *("apertus", "arcee", "bitnet", "bloom", "cwm", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "falcon"),
-    *("gemma", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "helium"),
-    *("hunyuan_v1_dense", "lfm2", "llama", "ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo"),
-    *("olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_text"),
-    *("qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "stablelm", "starcoder2", "youtu"),
+    *("apertus", "arcee", "bitnet", "bloom", "cwm", "deepseek_v2", "deepseek_v3", "ernie4_5", "ernie4_5_moe"),
+    *("exaone4", "exaone_moe", "falcon", "flex_olmo", "gemma", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt2"),
+    *("gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe"),
+    *("lfm2", "lfm2_moe", "llama", "llama4_text", "ministral", "ministral3", "mistral", "mixtral", "nemotron"),
+    *("nemotron_h", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2"),
+    *("qwen2_moe", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3"),
+    *("stablelm", "starcoder2", "youtu"),
 )
-_SOFT_CAP = ("gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "nanochat", "vaultgemma")
-_MULTIPLIED = ("cohere", "cohere2")
-_DIVIDED = ("granite", "granitemoe", "minicpm3")
+_SOFT_CAP = ("gemma2", "gemma3_text", "nanochat", "vaultgemma")
+_MULTIPLIED = ("cohere", "cohere2", "cohere2_moe")
+_DIVIDED = (
+    *("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "minicpm3"),
+)
 
-# By `model_type` of the text config. A family belongs here if its logits are `transform(head(last_hidden_state))`;
-# tests/test_language_heads.py shows it for each.
+
+def _gemma4(config: PretrainedConfig) -> LogitTransform:
+    """Gemma 4's soft cap.
+
+    Raises:
+        ValueError: for its small models, which embed token ids in every layer: the pixels of an image have no id.
+    """
+    if config.hidden_size_per_layer_input:
+        raise ValueError(
+            "hidden_size_per_layer_input of a gemma4_text language model must be 0, got "
+            f"{config.hidden_size_per_layer_input}: a model that embeds token ids in every layer cannot be shown images"
+        )
+    return LogitTransform(softcap=config.final_logit_softcapping)
+
+
+# By `model_type` of the text config. A family belongs here if its logits are `transform(head(last_hidden_state))`, and
+# embeddings tell it all that ids do (Gemma 3n looks ids up in every layer, and leaves that out in silence where it gets
+# embeddings); tests/test_language_heads.py shows both for each.
 LANGUAGE_HEADS: dict[str, Callable[[PretrainedConfig], LogitTransform]] = {
     **dict.fromkeys(_PLAIN, lambda config: LogitTransform()),
     **dict.fromkeys(_SOFT_CAP, lambda config: LogitTransform(softcap=config.final_logit_softcapping)),
     **dict.fromkeys(_MULTIPLIED, lambda config: LogitTransform(scale=config.logit_scale)),
     **dict.fromkeys(_DIVIDED, lambda config: LogitTransform(scale=1 / config.logits_scaling)),
     "falcon_h1": lambda config: LogitTransform(scale=config.lm_head_multiplier),
+    "gemma4_text": _gemma4,
     "hyperclovax": lambda config: LogitTransform(scale=config.logits_scaling),
+    "recurrent_gemma": lambda config: LogitTransform(softcap=config.logits_soft_cap),
 }
 
 
@@ -59,7 +82,7 @@ def logit_transform(text_config: PretrainedConfig) -> LogitTransform:
     """What the language model of a configuration makes of its head's output.
 
     Raises:
-        ValueError: for a `model_type` of which it is not known.
+        ValueError: for a `model_type` of which it is not known, or a model of it that cannot be shown images.
     """
     kind = text_config.model_type
     if kind not in LANGUAGE_HEADS:

@@ -43,19 +43,25 @@ SMALL = {
     "v_head_dim": 16,
     # what stands between head and logits
     "final_logit_softcapping": 2.0,
+    "logits_soft_cap": 2.0,
     "logit_scale": 0.25,
     "logits_scaling": 4.0,
     "lm_head_multiplier": 0.5,
 }
+ATTENTION = ["full_attention", "full_attention"]
 OWN = {
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
-    "gemma3n_text": {"vocab_size_per_layer_input": 90, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0},
     "gemma4_text": {"vocab_size_per_layer_input": 90, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global"], 2]], "num_heads": 2},
     "gptj": {"rotary_dim": 8},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_state": 8, "layer_types": ["mamba", "attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "qwen3_5_text": {"layer_types": ["full_attention", "full_attention"]},
-    "qwen3_next": {"layer_types": ["full_attention", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention"]},
+    "qwen3_5_moe_text": {"layer_types": ATTENTION},
+    "qwen3_5_text": {"layer_types": ATTENTION},
+    "qwen3_next": {"layer_types": ATTENTION},
+    "recurrent_gemma": {"lru_width": 32, "block_types": ["recurrent", "attention"]},
 }
 
 
@@ -86,6 +92,27 @@ def test_the_logits_of_a_family_are_those_of_the_table(family):
         plain = head(hidden)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert ((plain - expected).abs().max() > 0.1) == (logit_transform(config) != logit_transform(small("llama")))
+
+
+@pytest.mark.parametrize("family", sorted(LANGUAGE_HEADS))
+def test_a_family_answers_embeddings_as_it_answers_their_ids(family):
+    torch.manual_seed(0)
+    causal = AutoModelForCausalLM.from_config(small(family), attn_implementation="eager").float().eval()
+    for parameter in causal.parameters():  # what starts at zero would hide a part
+        torch.nn.init.normal_(parameter, parameter.mean().item(), 0.1 + parameter.std(correction=0).item())
+    ids = torch.randint(3, 90, (1, 5))
+    with torch.no_grad():
+        expected = causal(input_ids=ids).logits
+        logits = causal(inputs_embeds=causal.get_input_embeddings()(ids)).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_a_language_model_that_embeds_ids_in_every_layer_is_refused(family):
+    config = AutoConfig.for_model(family)
+    assert config.hidden_size_per_layer_input == 256
+    with pytest.raises(ValueError, match=family):
+        logit_transform(config)
 
 
 def test_a_family_that_is_not_in_the_table_is_refused():
