@@ -152,6 +152,8 @@ class _PairMoments(torch.autograd.Function):
         d sum_{i != j} C^2 / dX = 4 / (n - 1) * X (C - diag C) = 4 / (n - 1) * (G X - X diag C)
 
     Their columns sum to zero, so that they hold for the tokens before centring too.
+    Left to autograd, the same forms took 1.5 to 1.7 times as long and 1.2 to 1.7 times the memory (L = 128 of D = 768
+    and 1024, P = 16 to 64, one and two threads): it keeps the centred tokens and multiplies the matrix twice.
 
     The Gram form takes the difference of two sums. In float32 its value is good to 1e-6 for features of like
     scale, and to 2e-4 with one dimension a hundred times the others; the gradient keeps 1e-5 there.
