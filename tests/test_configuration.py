@@ -19,7 +19,7 @@ from transformers import CLIPConfig, Dinov2Config, LlamaConfig
         ({"pitch_rows": []}, "pitch_rows must be different degrees"),
         ({"pitch_rows": [0, 100]}, "pitch_rows must be different degrees"),
         ({"resampler_type": "qformer"}, "resampler_type must be one of .*'mlp'.*, got 'qformer'"),
-        ({"view_strategy": "tiles"}, "view_strategy must be one of"),
+        ({"view_strategy": "mosaic"}, "view_strategy must be one of"),
         ({"token_selection": "some"}, "token_selection must be one of"),
         ({"vicreg_mode": "global"}, "vicreg_mode must be one of"),
         ({"overlap_loss": "mse"}, "overlap_loss must be one of"),
