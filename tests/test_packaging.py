@@ -1,5 +1,6 @@
 """What an installed package holds: code, samples and train configs; the weights come from a clone or from the Hub."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -78,3 +79,23 @@ def test_the_source_distribution_holds_no_weights(tree):
         names = {Path(name).name for name in archive.getnames()}
     assert {"modeling_panorama.py", "bridge.jpg", "tiny.yaml", "setup.cfg", "LICENSE"} <= names
     assert not names & set(MODEL)
+
+
+def test_the_files_that_travel_with_a_model_import_one_way_and_little():
+    """No circle, for types neither; at the top of a file only what every user of a saved model has."""
+    files = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*_panorama.py")}
+    imports = {
+        name: {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
+        for name, tree in files.items()
+    }
+    done: list[str] = []
+    while len(done) < len(files):
+        ready = [name for name in files if name not in done and imports[name] <= set(done)]
+        assert ready, {name: imports[name] - set(done) for name in files if name not in done}
+        done += ready
+    allowed = {"torch", "transformers", "safetensors", "numpy", "PIL", *sys.stdlib_module_names}
+    for name, tree in files.items():
+        for node in tree.body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            assert {each.split(".")[0] for each in names} <= allowed, name

@@ -751,8 +751,8 @@ class VisionCollator(_Collator):
         image = _present(sample["image"])
         inputs = self.processor.image_processor(images=[image], return_tensors="pt", **options)
         if "view_mask" in inputs:
-            seen = inputs["view_mask"][0]
-            if not any(seen[first] and seen[second] for first, second in self.neighbours):
+            shown = inputs["view_mask"][0]
+            if not any(shown[first] and shown[second] for first, second in self.neighbours):
                 raise BadSample("nothing to compare: no two neighbouring views show what the camera saw")
         return inputs
 
