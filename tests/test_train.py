@@ -1,7 +1,6 @@
 """The trainer as its users run it: commands, folders, files."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -15,32 +14,14 @@ import torch
 from panorama_vlm import PanoramaProcessor, PanoramaVLM
 from panorama_vlm.checkpoint_panorama import read_state
 from panorama_vlm.stages_panorama import part_of
+from panorama_vlm.tests.launching import ENVIRONMENT, SAMPLES, launch, metrics, run_here
 from panorama_vlm.train.checkpoint import newest_checkpoint, whole_folder
 from panorama_vlm.train.config import CONFIGS, describe, load_config, save_config
 from panorama_vlm.train.data import TooManyBadSamples
 from panorama_vlm.train.loop import PREEMPTED, train
 from safetensors.torch import load_file
 
-SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 NO_DROPOUT = "{latent_dimension: 32, lora_dropout: 0.0, overlap_loss_weight_finetune: 0.1}"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def launch(*arguments, processes=1):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["-m", "panorama_vlm.train", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-
-
-def run_here(output, *arguments):
-    """Train in this process."""
-    return train(load_config(["tiny.yaml", "--output", str(output), *map(str, arguments)]))
-
-
-def metrics(output, stage, name="loss"):
-    lines = (Path(output) / "logs" / stage / "metrics.jsonl").read_text().splitlines()
-    return [line[name] for line in map(json.loads, lines) if name in line]
 
 
 @pytest.fixture(scope="module")
@@ -409,7 +390,7 @@ def test_the_command_line_says_in_one_line_what_is_wrong_and_explains_every_opti
     run = subprocess.run(
         [sys.executable, "-m", "panorama_vlm.train", "tiny.yaml", "--stages", "all"], capture_output=True, text=True
     )
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert run.stderr.splitlines()[-1].startswith("error: in the command line: stages: Key 'stages'")
     text = describe()
     for option in ("--output", "--vision.learning_rates", "--compose.tokenizer", "--push_to_hub", "--resume"):

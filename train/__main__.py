@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
         train(load_config(arguments))
     except (ValueError, TooManyBadSamples, FloatingPointError) as error:
         logging.getLogger(__name__).debug("Where it happened", exc_info=True)
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except Preempted as stopped:
         print(f"{stopped}; start the same command again to go on (exit status {PREEMPTED})", file=sys.stderr)
         sys.exit(PREEMPTED)

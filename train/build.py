@@ -8,9 +8,49 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from ..configuration_panorama import PanoramaConfig
 from ..modeling_panorama import PanoramaVLM
 from ..processing_panorama import IMAGE_TOKEN, PanoramaProcessor
 from .config import ComposeConfig, TrainConfig
+
+
+def check_parts(config: TrainConfig, start: str | None = None) -> None:
+    """See that what a run starts from is there and fits, without loading weights.
+
+    Args:
+        config: of the run.
+        start: a folder of the run's own from which it goes on.
+
+    Raises:
+        ValueError: for a model, tower, language model or tokenizer that is not there, or options that do not fit.
+    """
+    model = start or config.model
+    if model is not None:
+        _found("model", model, PanoramaConfig.from_pretrained, **config.options)
+        return
+    parts = config.compose
+    _tokenizer(parts)
+    configs = {}
+    for name, of_which, kwargs in (
+        ("vision", parts.vision, parts.vision_kwargs),
+        ("language", parts.language, parts.language_kwargs),
+    ):
+        kwargs = {name: value for name, value in kwargs.items() if name != "dtype"}
+        configs[name] = (
+            _found(f"compose.{name}", of_which, AutoConfig.from_pretrained, **kwargs)
+            if isinstance(of_which, str)
+            else AutoConfig.for_model(**of_which)
+        )
+    PanoramaConfig(configs["vision"], configs["language"], **config.options)
+
+
+def _found(what: str, name: str, load: Any, **kwargs: Any) -> Any:
+    """What `load` gives of a name; a sentence where there is nothing of the kind."""
+    try:
+        return load(name, **kwargs)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{what}: {name!r} is no folder here and no repo that the Hub gives: {reason}") from error
 
 
 def load_start(config: TrainConfig, model: str | None = None) -> tuple[PanoramaVLM, PanoramaProcessor]:
@@ -21,10 +61,16 @@ def load_start(config: TrainConfig, model: str | None = None) -> tuple[PanoramaV
         model: folder of the stage before; without it what the configuration names.
     """
     model = model or config.model
-    if model is not None:
-        loaded = PanoramaVLM.from_pretrained(model, dtype=torch.float32, **config.options)
-        return loaded, PanoramaProcessor.from_pretrained(model)
-    return compose(config.compose, config.options)
+    if model is None:
+        return compose(config.compose, config.options)
+    loaded = PanoramaVLM.from_pretrained(model, dtype=torch.float32, **config.options)
+    saved = PanoramaProcessor.from_pretrained(model)
+    statistics = {name: getattr(saved.image_processor, name) for name in ("image_mean", "image_std")}
+    processor = PanoramaProcessor.from_config(loaded.config, saved.tokenizer, **statistics)
+    processor.chat_template = saved.chat_template
+    for name in ("strict_aspect", "align_heading"):
+        setattr(processor.image_processor, name, getattr(saved.image_processor, name))
+    return loaded, processor
 
 
 def compose(parts: ComposeConfig, options: dict[str, Any]) -> tuple[PanoramaVLM, PanoramaProcessor]:
@@ -59,13 +105,13 @@ def _tokenizer(parts: ComposeConfig) -> Any:
     if parts.tokenizer == "bytes":
         return bytes_tokenizer()
     if parts.tokenizer is not None:
-        return AutoTokenizer.from_pretrained(parts.tokenizer)
+        return _found("compose.tokenizer", parts.tokenizer, AutoTokenizer.from_pretrained)
     if not isinstance(parts.language, str):
         raise ValueError(
             "compose.tokenizer must name a Hub id or folder, or be `bytes`, where compose.language is a configuration"
         )
     names = {name: value for name, value in parts.language_kwargs.items() if name != "dtype"}
-    return AutoTokenizer.from_pretrained(parts.language, **names)
+    return _found("compose.language", parts.language, AutoTokenizer.from_pretrained, **names)
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:

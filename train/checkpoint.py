@@ -50,6 +50,14 @@ def commit_folder(unfinished: Path, folder: Path) -> None:
     _sync(folder.parent)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or as it was before."""
+    unfinished = path.with_name(_UNFINISHED + path.name)
+    unfinished.write_text(text, encoding="utf-8")
+    _sync(unfinished)
+    os.replace(unfinished, path)
+
+
 def unfinished_folder(folder: Path) -> Path:
     """Where the content of `folder` is written before :func:`commit_folder`."""
     return folder.with_name(_UNFINISHED + folder.name)

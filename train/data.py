@@ -23,7 +23,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -528,6 +528,11 @@ class Step:
     samples: int = 0
     seen: int = 0
 
+    def pin_memory(self) -> Step:
+        """The same, in memory from which a GPU copies while it computes; `DataLoader` calls it."""
+        batches = [BatchFeature({name: value.pin_memory() for name, value in b.items()}) for b in self.micro_batches]
+        return replace(self, micro_batches=batches)
+
 
 class BatchStream(torch.utils.data.IterableDataset):
     """The optimizer steps of a run, for `DataLoader(stream, batch_size=None, num_workers=n)`.
@@ -839,7 +844,13 @@ class SkippedSamples:
         Raises:
             TooManyBadSamples: when the share of bad samples is above `max_share`.
         """
+        known = set(self.kinds)
         self._count(records, seen)
+        if self.write:
+            for record in records:
+                if (kind := record["reason"].split(":")[0]) not in known:
+                    known.add(kind)
+                    logger.warning("A sample is left out, as others like it will be: %s", record["reason"])
         if records and self.write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -851,6 +862,13 @@ class SkippedSamples:
                 f"{self.max_share:g}. Commonest reasons: {common}. Each is listed in {str(self.path)!r}; "
                 "mend the data or allow a larger share"
             )
+
+    def summary(self) -> str:
+        """How many samples were left out, why, and where they are listed; nothing where none was."""
+        if not self.bad:
+            return ""
+        kinds = "; ".join(f"{kind} ({count})" for kind, count in self.kinds.most_common())
+        return f"{self.bad} of {self.seen} samples could not be used: {kinds}. Each is listed in {str(self.path)!r}"
 
     def rewind(self, step: int, seen: int = 0) -> None:
         """Forget the records from this step on, when a run goes on from there.

@@ -392,8 +392,8 @@ def _run_job(job: dict[str, Any]) -> str:
 
 
 def _is_pushed(path: str) -> bool:
-    """As `hf upload`: everything but git's and the cache's own folders."""
-    return not {".git", ".cache"} & set(path.split("/")[:-1])
+    """As `hf upload`: everything but git's and the cache's own folders, and what names paths of this machine."""
+    return path != "training.json" and not {".git", ".cache"} & set(path.split("/")[:-1])
 
 
 def _seconds_to_wait(headers: Any) -> float:

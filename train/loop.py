@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -27,12 +28,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..checkpoint_panorama import choose_attention, read_state
 from ..modeling_panorama import PanoramaVLM
 from ..processing_panorama import IGNORE_INDEX
 from ..stages_panorama import PARTS, part_of
-from .build import load_start
+from .build import check_parts, load_start
 from .card import read_history, write_model_card
 from .checkpoint import (
     commit_folder,
@@ -41,9 +43,11 @@ from .checkpoint import (
     unfinished_folder,
     whole_folder,
     write_state,
+    write_whole,
 )
 from .config import TrainConfig, save_config
-from .data import BatchStream, ConversationCollator, Samples, SkippedSamples, Step, VisionCollator, open_data
+from .data import STAGES, BatchStream, ConversationCollator, Samples, SkippedSamples, Step, VisionCollator, open_data
+from .fingerprint import FILE, check_finished, differences, fingerprint
 from .hub import HubPusher
 
 logger = logging.getLogger(__name__)
@@ -86,30 +90,43 @@ def train(config: TrainConfig) -> dict[str, list[float]]:
             f"{started} processes were started, but no GPU was found and each would train by itself; "
             "on CPUs: accelerate launch --cpu"
         )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps={accelerator.gradient_accumulation_steps} of accelerate launch would divide "
+            "the gradients once more: leave it out, and use --STAGE.accumulation"
+        )
+    done, to_train = _check_output(config, output, accelerator)
     checkpoint = _find_checkpoint(config, output)
     resumed_stage = None if checkpoint is None else read_state(checkpoint)["stage"]
+    check_parts(config, start=done[-1] if done else _start_before(config, output))
+    data = {
+        stage: open_data(
+            config.stage_config(stage).data or config.data,
+            stage=stage,
+            seed=config.seed,
+            validation_share=config.validation_share,
+        )
+        for stage in to_train
+    }
     pusher = None
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-
         if config.push_to_hub:
             pusher = HubPusher(config.push_to_hub, private=config.hub_private)
             pusher.check()
     if config.trackers:
         accelerator.init_trackers(config.project, config=_flat(dataclasses.asdict(config)))
     losses: dict[str, list[float]] = {}
-    with _sigterm() as asked_to_stop:
-        start: str | None = None
+    start = _start_before(config, output)
+    with _asked_to_stop() as asked_to_stop:
         for stage in config.stages:
-            folder = output / stage
-            if folder.is_dir():
-                logger.info("Stage %s is done: %s.", stage, folder)
-            else:
-                run = _StageRun(config, accelerator, stage, start, pusher, asked_to_stop)
+            if stage in to_train:
+                run = _StageRun(config, accelerator, stage, start, data.pop(stage), pusher, asked_to_stop)
                 losses[stage] = run.train(checkpoint if stage == resumed_stage else None)
                 del run
                 accelerator.free_memory()
-            start = str(folder)
+            else:
+                logger.info("Stage %s is done: %s.", stage, output / stage)
+            start = str(output / stage)
     if pusher is not None and start is not None:
         pusher.push(start, f"Stage {config.stages[-1]} of PanoramaVLM")
         for command in pusher.finish():
@@ -118,6 +135,45 @@ def train(config: TrainConfig) -> dict[str, list[float]]:
         accelerator.end_training()
     accelerator.wait_for_everyone()
     return losses
+
+
+def _check_output(config: TrainConfig, output: Path, accelerator: Accelerator) -> tuple[list[str], list[str]]:
+    """The folders of the stages that are done, and the stages to train.
+
+    Raises:
+        ValueError: where `output` cannot be written, or holds a stage that was trained otherwise.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to --output {str(output)!r}: {error}") from error
+    done, to_train = [], []
+    for stage in config.stages:
+        if not (output / stage).exists():
+            to_train.append(stage)
+        elif to_train:
+            raise ValueError(
+                f"{str(output)!r} holds stage {stage!r}, but not {to_train[0]!r} from which it would be trained: "
+                "choose another --output, or name a stage with --stage"
+            )
+        else:
+            check_finished(output / stage, fingerprint(config, stage, accelerator.num_processes))
+            done.append(str(output / stage))
+    return done, to_train
+
+
+def _start_before(config: TrainConfig, output: Path) -> str | None:
+    """Where the first stage of a run starts, if stages are trained one at a time: the one before, in `output`."""
+    before = [output / stage for stage in STAGES[: STAGES.index(config.stages[0])]]
+    found = [str(folder) for folder in before if (folder / FILE).is_file()]
+    if found and config.model is not None:
+        raise ValueError(
+            f"--model {config.model!r} and the trained stage {found[-1]!r} both say what to start from: leave out "
+            "--model, or choose another --output"
+        )
+    return found[-1] if found else None
 
 
 def _find_checkpoint(config: TrainConfig, output: Path) -> Path | None:
@@ -141,6 +197,7 @@ class _StageRun:
         accelerator: Accelerator,
         stage: str,
         start: str | None,
+        data: tuple[Samples, Samples | None],
         pusher: HubPusher | None,
         asked_to_stop: list[bool],
     ):
@@ -156,7 +213,8 @@ class _StageRun:
             model.set_attn_implementation(attention)
         trained = model.set_stage(stage)  # type: ignore[arg-type]
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            _checkpoint_activations(model)
+        set_seed(config.seed, device_specific=True)  # processes drop out other units
         if accelerator.is_main_process:
             self.logs.mkdir(parents=True, exist_ok=True)
             count = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -169,9 +227,7 @@ class _StageRun:
             )
 
         sources = self.options.data or config.data
-        train, self.validation = open_data(
-            sources, stage=stage, seed=config.seed, validation_share=config.validation_share
-        )
+        train, self.validation = data
         self.samples = train
         self.sources = [
             {"path": source.path, "samples": None if train.streaming else len(train), "weight": source.weight}
@@ -184,7 +240,10 @@ class _StageRun:
         self.schedule = get_scheduler(self.options.schedule, self.optimizer, warmup, self.stream.steps)
 
         self.skipped = SkippedSamples(
-            self.logs / "skipped.jsonl", config.max_bad_share, write=accelerator.is_main_process
+            self.logs / "skipped.jsonl",
+            config.max_bad_share,
+            minimum=20 if train.streaming else min(20, len(train)),
+            write=accelerator.is_main_process,
         )
         self.step = 0
         self.best: tuple[float, int] | None = None
@@ -225,7 +284,7 @@ class _StageRun:
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             pin_memory=self.accelerator.device.type == "cuda",
-            worker_init_fn=_ignore_sigterm,
+            worker_init_fn=_ignore_signals,
             generator=torch.Generator().manual_seed(self.config.seed),  # else it would draw from dropout's
         )
         steps: Any = iter(loader)
@@ -304,7 +363,7 @@ class _StageRun:
                 progress.set_postfix(loss=f"{figures['loss']:.4f}")
                 self.seconds = clock.seconds
                 if self.step % self.config.log_every == 0 or self.step == self.stream.steps:
-                    self._log({**figures, **clock.rates(), "epoch": (made.index + 1) / self.stream.epoch_steps})
+                    self._log({**figures, **clock.rates(), "epoch": self._epoch(made)})
                 stop = bool(figures["stop"])
                 last = self.step == self.stream.steps
                 if self.step % self.config.eval_every == 0 or last:
@@ -315,7 +374,13 @@ class _StageRun:
                     logger.warning("Asked to stop: saved step %d of stage %s.", self.step, self.stage)
                     raise Preempted(f"stopped at step {self.step} of stage {self.stage}")
         self._finish()
+        if self.accelerator.is_main_process and (words := self.skipped.summary()):
+            logger.warning("Stage %s: %s", self.stage, words)
         return losses
+
+    def _epoch(self, made: Step) -> float:
+        """Passes over the data when a step is done; of a stream, whose length is not known, whole ones before it."""
+        return (made.index + 1) / self.stream.epoch_steps if self.stream.epoch_steps else made.epoch
 
     def _optimizer_step(self, made: Step, trained: list[torch.nn.Parameter]) -> dict[str, float]:
         """One step on the samples of all processes: the loss is their mean, however they are spread."""
@@ -426,7 +491,7 @@ class _StageRun:
                 results = {f"{self.stage}/{name}": value for name, value in self.results.items()}
                 self.accelerator.log(results, step=self.step)
         if self.stage != "vision" and self.config.eval_samples:
-            answers = self._sample_answers(self.validation or self.samples)
+            answers = self._sample_answers(self.samples if self.validation is None else self.validation)
             if self.accelerator.is_main_process:
                 for answer in answers:
                     _append(self.logs / "samples.jsonl", {"step": self.step, **answer})
@@ -516,7 +581,7 @@ class _StageRun:
                 {
                     "stage": self.stage,
                     "step": self.step,
-                    "total_steps": self.config.stages.index(self.stage) * 10**9 + self.step,
+                    "total_steps": STAGES.index(self.stage) * 10**9 + self.step,
                     "seconds": self.seconds,
                     "schedule": self.schedule.state_dict(),
                     "results": self.results,
@@ -542,14 +607,13 @@ class _StageRun:
         return due and full_weights
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What has to be the same for a run to go on: it decides which samples a step holds, and who can read it."""
+        """What has to be the same for a run to go on: what decides the stage, which samples a step holds, and who can
+        read the checkpoint."""
         kind = self.accelerator.distributed_type
         return {
-            "seed": self.config.seed,
-            "samples of a step": self.stream.global_batch,
+            **fingerprint(self.config, self.stage, self.accelerator.num_processes),
             "steps": self.stream.steps,
             "samples": None if self.samples.streaming else len(self.samples),
-            "schedule": self.options.schedule,
             "shards": kind.value if kind in SHARDED else None,
         }
 
@@ -565,12 +629,10 @@ class _StageRun:
 
     def _resume(self, folder: Path) -> None:
         state = read_state(folder)
-        now, then = self._fingerprint(), state["run"]
-        if changed := [name for name in now if now[name] != then.get(name)]:
-            differences = ", ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in changed)
+        if changed := differences(state["run"], self._fingerprint()):
             raise ValueError(
-                f"{str(folder)!r} cannot be resumed with these options: {differences}. Set them back (batch_size x "
-                "accumulation x processes is what counts), or choose another --output"
+                f"{str(folder)!r} cannot be resumed with these options: {'; '.join(changed)}. Set them back (of "
+                "batch_size, accumulation and processes the product is what counts), or choose another --output"
             )
         self.accelerator.load_state(str(folder))
         self.schedule.load_state_dict(state["schedule"])
@@ -587,6 +649,7 @@ class _StageRun:
         if self.accelerator.is_main_process:
             with whole_folder(self.output / self.stage) as folder:
                 self._export(folder, gathered)
+                (folder / FILE).write_text(json.dumps(self._fingerprint(), indent=1), encoding="utf-8")
             logger.info("Saved %s.", self.output / self.stage)
         self.accelerator.wait_for_everyone()
 
@@ -619,7 +682,7 @@ class _StageRun:
             "results": self.results,
             "skipped": self.skipped.bad,
         }
-        (self.output / "stages.json").write_text(json.dumps(stages, indent=1), encoding="utf-8")
+        write_whole(self.output / "stages.json", json.dumps(stages, indent=1))
         history = {
             name: read_history(self.output / "logs" / name / "metrics.jsonl").get(name, [])
             for name in stages
@@ -693,28 +756,46 @@ def _set_up_sharding(plugin: FullyShardedDataParallelPlugin, model: PanoramaVLM)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
+def _checkpoint_activations(model: PanoramaVLM) -> None:
+    """Recompute activations in backward, in frozen parts too: transformers does so in training mode only, which here is
+    set for the layers themselves and not for what is in them, so that nothing is dropped out."""
+    model.gradient_checkpointing_enable()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
 @contextmanager
-def _sigterm() -> Iterator[list[bool]]:
-    """A flag that SIGTERM, what schedulers send before they take a node away, sets."""
+def _asked_to_stop() -> Iterator[list[bool]]:
+    """A flag that SIGTERM, what schedulers send before they take a node away, and the first Ctrl-C set; a second Ctrl-C
+    ends at once."""
     asked = [False]
 
-    def ask(*_: Any) -> None:
+    def ask(number: int, _: Any) -> None:
         asked[0] = True
+        if number == signal.SIGINT:
+            logger.warning("Asked to stop: the step is finished and saved. Ctrl-C again ends at once.")
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
 
+    before: dict[int, Any] = {}
     try:
-        before = signal.signal(signal.SIGTERM, ask)
+        for number in (int(signal.SIGTERM), int(signal.SIGINT)):
+            before[number] = signal.signal(number, ask)
     except ValueError:  # not in the main thread: whoever runs it there has to stop it
         yield asked
         return
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _ignore_sigterm(worker: int) -> None:
-    """Schedulers send SIGTERM to every process; workers have to go on until the loop has saved where it is."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    """Schedulers send SIGTERM, and terminals Ctrl-C, to every process; workers have to go on until the loop has saved
+    where it is."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _supervised(batch: Batch) -> int:

@@ -1,0 +1,276 @@
+"""Runs that tell the truth: what changed is said, what is wrong is found before the first step, nothing is lost."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from panorama_vlm.tests.launching import ENVIRONMENT, SAMPLES, launch, metrics, run_here
+from panorama_vlm.train.config import load_config
+from panorama_vlm.train.data import BatchStream, ConversationCollator, DataSource, Step, open_data
+from panorama_vlm.train.loop import train
+
+pytestmark = pytest.mark.slow
+
+
+def stopped_at(output, step, monkeypatch, *options):
+    """A run of stage `resampler` that was asked to stop at a step."""
+    from panorama_vlm.train import loop
+
+    real = loop._StageRun._optimizer_step
+
+    def step_and_ask(self, made, trained):
+        if made.index + 1 == step:
+            self.asked_to_stop[0] = True
+        return real(self, made, trained)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._StageRun, "_optimizer_step", step_and_ask)
+        with pytest.raises(loop.Preempted):
+            run_here(output, "--stage", "resampler", *options)
+
+
+# 1 and 2: options that changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (("--resampler.learning_rate", "1e-5"), "resampler.learning_rate was 0.001 and is 1e-05"),
+        (("--resampler.weight_decay", "0.5"), "resampler.weight_decay was 0.01 and is 0.5"),
+        (("--compose.language.hidden_size", "96"), "compose.language.hidden_size was 48 and is 96"),
+        (("--options.fov_deg", "80"), "fov_deg"),
+        (("--seed", "3"), "seed was 0 and is 3"),
+    ],
+)
+def test_a_run_that_goes_on_with_other_options_is_refused_and_the_difference_named(
+    tmp_path, monkeypatch, changed, named
+):
+    stopped_at(tmp_path, 3, monkeypatch)
+    if named == "fov_deg":
+        named, changed = "options.lora_rank was 4 and is 8", ("--options.lora_rank", "8")
+    with pytest.raises(ValueError, match=named):
+        run_here(tmp_path, "--stage", "resampler", *changed)
+
+
+def test_options_that_the_weights_do_not_depend_on_may_change(tmp_path, monkeypatch):
+    stopped_at(tmp_path, 3, monkeypatch)
+    losses = run_here(tmp_path, "--stage", "resampler", "--save_every", 2, "--num_workers", 1, "--log_every", 3)
+    assert len(losses["resampler"]) == 3
+
+
+@pytest.mark.parametrize("changed", [("--resampler.max_steps", 9), ("--data", "other"), ("--resampler.epochs", 7)])
+def test_a_finished_stage_of_another_run_is_not_taken_for_this_ones(tmp_path, changed):
+    output = tmp_path / "run"
+    run_here(output, "--stage", "resampler")
+    assert run_here(output, "--stage", "resampler") == {}  # the same again: done
+    if changed[1] == "other":
+        shutil.copytree(SAMPLES, tmp_path / "other")
+        changed = (changed[0], tmp_path / "other")
+    with pytest.raises(ValueError, match="was trained otherwise: resampler"):
+        run_here(output, "--stage", "resampler", *changed)
+
+
+def test_a_folder_that_no_stage_has_left_is_refused(tmp_path):
+    (tmp_path / "resampler").mkdir()
+    with pytest.raises(ValueError, match="is no stage that this trainer has finished"):
+        run_here(tmp_path, "--stage", "resampler")
+
+
+# 11: stages one at a time
+
+
+def test_stages_that_are_trained_one_at_a_time_chain(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_here(whole)
+    for stage in ("vision", "resampler", "finetune"):
+        run_here(parts, "--stage", stage)
+        assert metrics(parts, stage) == metrics(whole, stage)
+        assert (parts / stage / "model.safetensors").read_bytes() == (whole / stage / "model.safetensors").read_bytes()
+
+
+# 3: Ctrl-C
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-m", "panorama_vlm.train", "tiny.yaml", "--stage", "resampler", "--num_workers", "1"]
+    command += ["--resampler.max_steps", "5000", "--output", str(tmp_path)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT)
+    lines = tmp_path / "logs/resampler/metrics.jsonl"
+    begun = time.monotonic()
+    while not (lines.is_file() and len(lines.read_text().splitlines()) > 2) and time.monotonic() - begun < 120:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    status = process.wait(60)
+    words = (tmp_path / "log").read_text()
+    assert status == 75, words[-2000:]
+    assert "Traceback" not in words and "start the same command again to go on" in words
+    assert len(list((tmp_path / "checkpoints").iterdir())) >= 1
+
+
+# 4 and 7: found before the first step, in a sentence
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--compose.language", "org/no-such-model"], "compose.language: 'org/no-such-model' is no folder here"),
+        (["--compose.vision", "/no/such/tower"], "compose.vision: '/no/such/tower' is no folder here"),
+        (["--compose.tokenizer", "no-tokenizer"], "compose.tokenizer: 'no-tokenizer' is no folder here"),
+        (["--finetune.data", "/no/such/data"], "cannot read '/no/such/data'"),
+        (["--options.overlap_ratio", "1.5"], "overlap_ratio must be in (0, 1), got 1.5"),
+        (["--output", "FILE"], "cannot write to --output"),
+    ],
+)
+def test_what_is_wrong_with_any_stage_is_said_in_a_sentence_before_the_first_step(tmp_path, options, words):
+    (tmp_path / "file").write_text("in the way")
+    options = [str(tmp_path / "file" / "run") if option == "FILE" else option for option in options]
+    output = [] if "--output" in options else ["--output", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "panorama_vlm.train", "tiny.yaml", *output, *options]
+    run = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert run.returncode == 2
+    assert words in run.stderr and "Traceback" not in run.stderr
+    assert not (tmp_path / "run/logs").exists()
+
+
+# 5: skipped data
+
+
+def test_what_was_skipped_is_said_and_a_small_set_is_judged_too(tmp_path, caplog):
+    rows = [{"file_name": name, "query": "q", "annotation": "a"} for name in ["park.jpg"] * 4 + ["none.jpg"] * 2]
+    shutil.copy(SAMPLES / "park.jpg", tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["--stage", "resampler", "--data", tmp_path, "--resampler.max_steps", 3, "--resampler.batch_size", 3]
+    with pytest.raises(RuntimeError, match="2 of 6 samples could not be used"):
+        run_here(tmp_path / "strict", *options)
+    run_here(tmp_path / "run", *options, "--max_bad_share", 0.5)
+    assert "A sample is left out, as others like it will be: missing image" in caplog.text
+    said = next(record.getMessage() for record in caplog.records if record.getMessage().startswith("Stage resampler: "))
+    lines = (tmp_path / "run/logs/resampler/skipped.jsonl").read_text().splitlines()
+    assert f"{len(lines)} of 9 samples could not be used: missing image ({len(lines)})" in said
+
+
+# 9: streams
+
+
+def test_a_stream_trains_and_is_validated(tmp_path):
+    source = f"[{{path: '{SAMPLES}', streaming: true}}]"
+    options = ["--stage", "resampler", "--data", source, "--resampler.max_steps", 4, "--validation_share", 0.3]
+    losses = run_here(tmp_path, *options, "--eval_every", 2, "--eval_samples", 1)
+    assert len(losses["resampler"]) == 4
+    assert len(metrics(tmp_path, "resampler", "eval_loss")) >= 2
+    assert metrics(tmp_path, "resampler", "epoch")
+
+
+# 10: one configuration
+
+
+def test_options_beside_a_model_change_its_processor_too(tmp_path):
+    from panorama_vlm.train.build import load_start
+
+    run_here(tmp_path / "first", "--stage", "resampler")
+    config = load_config(
+        ["--model", str(tmp_path / "first/resampler"), "--options", "{fov_deg: 95, pitch_rows: [20]}"]
+        + ["--data", str(SAMPLES)]
+    )
+    model, processor = load_start(config)
+    assert model.config.view_plan == processor.image_processor.view_plan
+    assert processor.image_processor.fov_deg == 95 and processor.num_image_tokens == model.config.num_image_tokens
+    config.options = {"overlap_ratio": 1.5}
+    with pytest.raises(ValueError, match="overlap_ratio must be in"):
+        load_start(config)
+
+
+# 12: DDP with a tower that trains
+
+
+@pytest.mark.parametrize("tower", ["siglip_vision_model", "clip_vision_model", "dinov2"])
+def test_two_processes_train_a_tower_of_which_a_part_has_no_gradient(tmp_path, tower):
+    vision = f"{{model_type: {tower}, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+    vision += "num_attention_heads: 2, image_size: 32, patch_size: 8}"
+    run = launch(
+        *["tiny.yaml", "--stage", "finetune", "--output", tmp_path, "--compose.vision", vision],
+        *["--options.finetune_vision_tower", "true", "--finetune.max_steps", 3, "--eval_samples", 0],
+        processes=2,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+# 14: activations of frozen parts
+
+
+def test_gradient_checkpointing_reaches_the_frozen_language_model(make, ask, panoramas):
+    from panorama_vlm.train.loop import _checkpoint_activations
+
+    model, processor = make()
+    model.set_stage("resampler")
+    inputs = ask(processor, panoramas[0])
+    labels = inputs["input_ids"] % 500
+
+    def step():
+        """How often a layer of the language model runs in a step, and the gradient of the projection."""
+        calls = []
+        layer = model.model.language_model.layers[0].mlp
+        handle = layer.register_forward_pre_hook(lambda *_: calls.append(1))
+        model.zero_grad()
+        model(**inputs, labels=labels, stage="resampler").loss.backward()
+        handle.remove()
+        return len(calls), model.model.projection.ray.weight.grad.clone()
+
+    before = step()
+    _checkpoint_activations(model)
+    after = step()
+    assert (before[0], after[0]) == (1, 2)  # once more in backward
+    torch.testing.assert_close(after[1], before[1])
+    assert not model.model.language_model.layers[0].mlp.training
+
+
+# 15: a launch flag that would divide the gradients
+
+
+def test_accumulation_of_the_launcher_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=4 of accelerate launch"):
+        run_here(tmp_path, "--stage", "resampler")
+
+
+# 17: pinned memory
+
+
+def test_a_step_can_be_pinned(monkeypatch, make):
+    _, processor = make()
+    samples, _ = open_data([DataSource(str(SAMPLES))], stage="resampler", seed=0)
+    step = next(iter(BatchStream(samples, ConversationCollator(processor), batch_size=2, max_steps=1)))
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: pinned.append(tensor.shape) or tensor)
+    again = step.pin_memory()
+    assert isinstance(again, Step) and len(pinned) == len(step.micro_batches[0])
+
+
+# 19: one writer
+
+
+def test_a_file_that_is_torn_while_it_is_written_is_as_it_was(tmp_path, monkeypatch):
+    from panorama_vlm.train import checkpoint
+
+    file = tmp_path / "stages.json"
+    checkpoint.write_whole(file, "[1]")
+    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+    with pytest.raises(OSError, match="power cut"):
+        checkpoint.write_whole(file, "[1, 2, 3]")
+    assert file.read_text() == "[1]"
+
+
+def test_the_folder_of_a_stage_says_what_decided_it_and_the_hub_does_not(tmp_path):
+    from panorama_vlm.train.hub import _is_pushed
+
+    train(load_config(["tiny.yaml", "--stage", "vision", "--output", str(tmp_path)]))
+    decided = json.loads((Path(tmp_path) / "vision/training.json").read_text())
+    assert decided["vision.learning_rate"] == 1e-3 and decided["compose.language.hidden_size"] == 48
+    assert not _is_pushed("training.json") and _is_pushed("config.json")
