@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import warnings
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +116,33 @@ def _check_loaded(model: Any, info: dict[str, Any], path: Any) -> None:
         )
 
 
-def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def checksum(path: Path) -> int:
+    """CRC-32 of a file: finds what a disk or a copy has damaged."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def read_state(folder: str | os.PathLike[str], whole: Sequence[str] | None = ()) -> dict[str, Any]:
     """The state of a training checkpoint.
 
+    Args:
+        folder: of the checkpoint.
+        whole: the files of which the content is checked, not only the size; `None` for all.
+
     Raises:
-        ValueError: for a checkpoint that is not whole; what is missing is named.
+        ValueError: for a checkpoint that is not whole; what is missing or damaged is named.
     """
     try:
         state: dict[str, Any] = json.loads(Path(folder, STATE).read_text(encoding="utf-8"))
         for name, size in state["files"].items():
             if (there := Path(folder, name).stat().st_size) != size:
                 raise ValueError(f"{name} has {there} bytes instead of {size}")
+            known = state.get("checksums", {}).get(name)
+            if known is not None and (whole is None or name in whole) and checksum(Path(folder, name)) != known:
+                raise ValueError(f"{name} is damaged: its content is not what was written")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the checkpoint {str(folder)!r} is not whole: {error}") from error
     return state
@@ -138,7 +156,7 @@ def load_checkpoint(
     if (path / ADAPTER).is_file():
         return _load_adapters(cls, path, base, **kwargs)
     if (path / STATE).is_file():
-        state = read_state(path)
+        state = read_state(path, whole=["model.safetensors"])
         logger.info("%s is a training checkpoint: stage %s, step %d.", path, state["stage"], state["step"])
         return _load_training_checkpoint(cls, path, **kwargs)
     if (path / "config.json").is_file():
@@ -153,7 +171,9 @@ def load_checkpoint(
 
 def _load_adapters(cls: Any, path: Path, base: str | os.PathLike[str] | None, **kwargs: Any) -> Any:
     """A folder of LoRA adapters, with what they belong to."""
-    base = base or json.loads((path / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if base is None:
+        base = json.loads((path / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = path / base if base and (path / base).is_dir() else base
     if not base:
         raise ValueError(f"the adapters in {str(path)!r} do not say what they belong to: give base=FOLDER")
     logger.info("%s holds LoRA adapters; loading what they belong to from %s.", path, base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import nn
@@ -22,12 +23,12 @@ def parts_from_pretrained(
     vision_kwargs, language_kwargs = vision_kwargs or {}, language_kwargs or {}
     options = dict(options)
     if isinstance(vision, str):
-        options.setdefault("vision_name", vision)
+        options.setdefault("vision_name", public_name(vision))
         vision_config = AutoConfig.from_pretrained(vision, **vision_kwargs)
         vision_config = getattr(vision_config, "vision_config", vision_config)
         vision = AutoModel.from_pretrained(vision, **{**vision_kwargs, "config": vision_config})
     if isinstance(language, str):
-        options.setdefault("language_model_name", language)
+        options.setdefault("language_model_name", public_name(language))
         if options.get("image_token_id") is None:
             tokenizer = AutoTokenizer.from_pretrained(language, **language_kwargs)
             tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -43,6 +44,11 @@ def parts_from_pretrained(
     attention = {"vision_config": vision.config, "text_config": text_config}
     options["attn_implementation"] = {part: config._attn_implementation for part, config in attention.items()}
     return vision, language, {**options, "vision_config": vision.config, "text_config": text_config}
+
+
+def public_name(name: str) -> str:
+    """A Hub id as it is; of a folder its own name: what is saved says nothing about the disk it lay on."""
+    return os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
 
 
 def language_parts(language: PreTrainedModel) -> tuple[PreTrainedModel, nn.Module]:

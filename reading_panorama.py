@@ -129,13 +129,14 @@ def read_panorama(
             [0, 1]; the file and the reason are named.
     """
     image = open_image(source)
-    sphere, name = None, "the panorama"
+    sphere, name, size = None, "the panorama", None
     if isinstance(image, Image.Image):
         if is_ours := hasattr(image, _PATH):  # closed where it was read before
             image = open_image(getattr(image, _PATH)) if getattr(image, "fp", None) is None else image
         name = _name(image)
         try:
-            _check_size(name, image.size)
+            size = image.size
+            _check_size(name, size)
             sphere = read_photo_sphere(image)
             pixels = _decode(image, needed_width, sphere, fill, is_ours)
         except _BROKEN as error:
@@ -150,7 +151,7 @@ def read_panorama(
             "a panorama must be a path, bytes, a file object, a PIL image, an array or a tensor, got "
             f"{type(image).__name__}"
         )
-    panorama = _place(pixels, sphere, needed_width, fill, strict_aspect, name)
+    panorama = _place(pixels, sphere, needed_width, fill, strict_aspect, name, size)
     if align_heading and sphere is not None and sphere.heading is not None:
         yaw_offset -= sphere.heading
     return _turn(panorama, yaw_offset) if yaw_offset % 360 else panorama
@@ -233,10 +234,8 @@ def _open(file: str | BinaryIO, name: str) -> Image.Image:
         raise ValueError(f"cannot read {name}: {error}") from error
     promised = Image.registered_extensions().get(Path(name).suffix.lower())
     if promised is not None and _family(promised) != _family(image.format):
-        image.close()
-        raise ValueError(
-            f"cannot read {name}: it is named as {_family(promised)}, but holds {_family(image.format)}; rename it"
-        )
+        words = f"{name} is named as {_family(promised)}, but holds {_family(image.format)}: read as what it holds"
+        warnings.warn(words, stacklevel=3)
     setattr(image, _NAME, name)
     if isinstance(file, str):
         setattr(image, _PATH, file)
@@ -390,8 +389,9 @@ def _place(
     fill: Sequence[float],
     strict_aspect: bool,
     name: str,
+    size: tuple[int, int] | None,
 ) -> Panorama:
-    """Pixels [h, w, 3] at their place on the whole sphere."""
+    """Pixels [h, w, 3] at their place on the whole sphere; `size` is (width, height) of the file, for messages."""
     height, width = pixels.shape[:2]
     area = _area_of(sphere, height, width, name)
     if area is None:
@@ -399,7 +399,10 @@ def _place(
             return Panorama(pixels)
         whole = (width / 2, width) if width > 2 * height else (height, 2 * height)
         degrees = f"{360 * width / whole[1]:.0f} x {180 * height / whole[0]:.0f}"
-        problem = f"{name} is {width} x {height} pixels, not 2:1, and has no Photo Sphere data"
+        shown = size or (width, height)
+        if (shown[0] < shown[1]) != (width < height):  # it was turned upright
+            shown = shown[::-1]
+        problem = f"{name} is {shown[0]} x {shown[1]} pixels, not 2:1, and has no Photo Sphere data"
         if strict_aspect:
             raise ValueError(
                 f"{problem}; give a whole panorama, write GPano data into the file, or use strict_aspect=False to take "

@@ -445,13 +445,25 @@ def png_header(width, height):
     return bytes(tiny)
 
 
+def test_a_file_with_the_ending_of_another_format_is_read_with_a_warning(panoramas, tmp_path):
+    (tmp_path / "named.png").write_bytes(encoded(panoramas[0], "JPEG"))
+    with pytest.warns(UserWarning, match="named.png is named as PNG, but holds JPEG: read as what it holds"):
+        pixels = read_panorama(tmp_path / "named.png").pixels
+    assert torch.equal(pixels, read_panorama(encoded(panoramas[0], "JPEG")).pixels)
+
+
+def test_the_size_in_a_warning_is_that_of_the_file_and_not_what_was_decoded(tmp_path):
+    Image.new("RGB", (400, 304)).save(tmp_path / "a.jpg")
+    with pytest.warns(UserWarning, match="400 x 304 pixels, not 2:1"):
+        PanoramaImageProcessor(image_size=16)(str(tmp_path / "a.jpg"))
+
+
 def broken_files(panorama):
     jpeg, png = encoded(panorama, "JPEG"), encoded(panorama)
     return {
         "truncated.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "truncated.png": (png[: len(png) // 2], "truncated"),
         "empty.jpg": (b"", "it is empty"),
-        "named.png": (jpeg, "named as PNG, but holds JPEG"),
         "gif.jpg": (encoded(panorama, "GIF"), "it holds a GIF"),
         "pdf.jpg": (encoded(panorama, "PDF"), "it holds a PDF"),
         "page.jpg": (b"<!DOCTYPE html><p>404", "it holds a web page"),

@@ -231,6 +231,39 @@ def test_gradient_checkpointing_reaches_the_frozen_language_model(make, ask, pan
     assert not model.model.language_model.layers[0].mlp.training
 
 
+# 18: nothing about the disk
+
+
+def test_what_is_pushed_says_nothing_about_the_disk(tmp_path):
+    run_here(tmp_path / "secret-folder/run")
+    for stage in ("vision", "resampler", "finetune"):
+        for file in (tmp_path / "secret-folder/run" / stage).rglob("*"):
+            if file.suffix in (".json", ".md", ".jinja") and file.name != "training.json":
+                assert "secret-folder" not in file.read_text(), file
+
+
+# 20: damage
+
+
+def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_used(tmp_path, monkeypatch, caplog):
+    from panorama_vlm.train.checkpoint import newest_checkpoint
+
+    stopped_at(tmp_path, 5, monkeypatch)
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert [folder.name[-1] for folder in folders] == ["4", "5"]
+    for name in ("model.safetensors", "optimizer.bin"):
+        file = folders[-1] / name
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        damaged[len(whole) // 2] ^= 1
+        file.write_bytes(damaged)
+        caplog.clear()
+        assert newest_checkpoint(tmp_path / "checkpoints") == folders[0]
+        assert f"{name} is damaged" in caplog.text
+        file.write_bytes(whole)
+    assert newest_checkpoint(tmp_path / "checkpoints") == folders[-1]
+
+
 # 15: a launch flag that would divide the gradients
 
 

@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
-import fsspec
 import numpy as np
 import pytest
 import torch
@@ -317,15 +316,123 @@ def test_a_conversation_about_several_panoramas(tmp_path, make):
     assert [sample["image"] for sample in open_data([source], stage="vision", seed=0)[0]] == images
 
 
-def test_images_in_a_remote_file_system_are_fetched_and_urls_are_not(make):
+def test_of_all_protocols_only_files_of_the_hub_dataset_itself_are_fetched(make, monkeypatch):
+    """Rows come from outside: they must not reach what fsspec can reach."""
     _, processor = make()
-    with fsspec.open("memory://p.jpg", "wb") as file:
-        file.write((SAMPLES / "dawn.jpg").read_bytes())
+    opened = []
+
+    def open_remote(url, mode):
+        opened.append(url)
+        return (SAMPLES / "dawn.jpg").open(mode)
+
+    monkeypatch.setattr("panorama_vlm.train.data.fsspec.open", open_remote)
     collate = VisionCollator(processor, 0)
-    there, url = ({"image": image} for image in ("memory://p.jpg", "https://x.org/p.jpg"))
-    assert torch.equal(collate([there])["pixel_values"], collate([{"image": SAMPLES / "dawn.jpg"}])["pixel_values"])
+    own = {"image": "hf://datasets/org/set@1a2b/p.jpg", "source": "org/set"}
+    assert torch.equal(collate([own])["pixel_values"], collate([{"image": SAMPLES / "dawn.jpg"}])["pixel_values"])
+    assert opened == [own["image"]]
     with pytest.raises(BadSample, match="missing image: https://x.org/p.jpg is a URL; download it"):
-        collate([url])
+        collate([{"image": "https://x.org/p.jpg", "source": "org/set"}])
+    for url in ("memory://p.jpg", "reference://a", "file:///etc/hostname", "hf://datasets/org/other/p.jpg"):
+        with pytest.raises(BadSample, match="has a protocol that is not read"):
+            collate([{"image": url, "source": "org/set"}])
+    with pytest.raises(BadSample, match="has a protocol that is not read"):
+        collate([{"image": "hf://datasets/org/set/a.zip::file://x", "source": "org/set"}])
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "ABSOLUTE", "link.jpg", "folder/../../secret.jpg"])
+def test_a_row_names_files_of_its_own_folder_unless_its_source_allows_more(tmp_path, name):
+    folder = tmp_path / "data"
+    (folder / "folder").mkdir(parents=True)
+    Image.new("RGB", (16, 8)).save(tmp_path / "secret.jpg")
+    Image.new("RGB", (16, 8)).save(folder / "own.jpg")
+    (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    name = str(tmp_path / "secret.jpg") if name == "ABSOLUTE" else name
+    rows = [{"file_name": each, "query": "q", "annotation": "a"} for each in ("own.jpg", name)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own, outside = open_data([DataSource(str(folder))], stage="finetune", seed=0)[0]
+    assert "error" not in own and outside["error"].startswith("path outside: ")
+    _, allowed = open_data([DataSource(str(folder), allow_outside=True)], stage="finetune", seed=0)[0]
+    assert "error" not in allowed
+
+
+ODD_ROWS = {
+    "a list for a string": {"conversations": [{"from": "human", "value": ["a"]}, {"from": "gpt", "value": "b"}]},
+    "a number for a string": {"conversations": [{"from": "human", "value": [{"type": "text", "text": 5}]}]},
+    "a part without type": {
+        "conversations": [{"from": "human", "value": [{"text": "a"}]}, {"from": "gpt", "value": "b"}]
+    },
+    "the assistant first": {"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]},
+    "more images than there are": {
+        "image": [["own.jpg"]],
+        "conversations": [{"from": "human", "value": "<image><image>"}],
+    },
+    "no turn": {"conversations": []},
+    "turns that are none": {"conversations": ["a", "b"]},
+    "a dict for turns": {"conversations": {"from": "human"}},
+    "an image that is a number": {"image": 7, "conversations": [{"from": "human", "value": "a"}]},
+    "images that are objects": {"image": [{"a": 1}], "conversations": [{"from": "human", "value": "a"}]},
+}
+
+
+@pytest.mark.parametrize("kind", ODD_ROWS)
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_every_odd_row_is_skipped_with_a_reason_and_ends_nothing(make, tmp_path, kind, ending):
+    _, processor = make()
+    Image.new("RGB", (16, 8)).save(tmp_path / "own.jpg")
+    good = {"image": "own.jpg", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    rows = [good, {"image": "own.jpg", **ODD_ROWS[kind]}]
+    text = json.dumps(rows) if ending == "json" else "\n".join(map(json.dumps, rows))
+    (tmp_path / f"rows.{ending}").write_text(text)
+    samples, _ = open_data([DataSource(str(tmp_path / f"rows.{ending}"))], stage="finetune", seed=0)
+    skipped = []
+    batch = ConversationCollator(processor)([samples[0], samples[1]], skipped)
+    assert len(batch["input_ids"]) == 1
+    assert len(skipped) == 1 and skipped[0]["reason"]
+
+
+def test_a_row_nested_thousands_deep_is_skipped_and_a_file_of_it_refused(tmp_path):
+    Image.new("RGB", (16, 8)).save(tmp_path / "own.jpg")
+    good = json.dumps({"file_name": "own.jpg", "query": "q", "annotation": "a"})
+    deep = '{"file_name": "own.jpg", "query": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    (tmp_path / "rows.jsonl").write_text(f"{good}\n{deep}\n")
+    first, second = open_data([DataSource(str(tmp_path / "rows.jsonl"))], stage="finetune", seed=0)[0]
+    assert "error" not in first and second["error"].startswith("broken row")
+    (tmp_path / "rows.json").write_text(f"[{good}, {deep}]")
+    with pytest.raises(ValueError, match="cannot read .*rows.json"):
+        open_data([DataSource(str(tmp_path / "rows.json"))], stage="finetune", seed=0)
+
+
+def test_a_panorama_without_a_pair_is_left_out_where_its_stage_compares(make):
+    _, processor = make()
+    panorama = Image.new("RGB", (512, 256))
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": panorama}, {"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+    ]
+    alone = torch.tensor([[True, True, *[False] * 7]])  # the global view and one tile
+    for compares in (False, True):
+        collate = ConversationCollator(processor, compares=compares)
+        collate.processor.image_processor = OneView(collate.processor.image_processor, alone)
+        skipped = []
+        batch = collate([{"messages": messages}], skipped)
+        assert (batch is None) == compares
+        assert not compares or "nothing to compare" in skipped[0]["reason"]
+
+
+class OneView:
+    """An image processor whose panoramas show one tile."""
+
+    def __init__(self, processor, mask):
+        self.processor, self.mask = processor, mask
+
+    def __getattr__(self, name):
+        return getattr(self.processor, name)
+
+    def __call__(self, *args, **kwargs):
+        inputs = self.processor(*args, **kwargs)
+        inputs["view_mask"] = list(self.mask)
+        return inputs
 
 
 def test_a_folder_of_images_serves_the_vision_stage_alone(tmp_path):

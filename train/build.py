@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from ..composing_panorama import public_name
 from ..configuration_panorama import PanoramaConfig
 from ..modeling_panorama import PanoramaVLM
 from ..processing_panorama import IMAGE_TOKEN, PanoramaProcessor
@@ -79,7 +80,7 @@ def compose(parts: ComposeConfig, options: dict[str, Any]) -> tuple[PanoramaVLM,
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     language, vision = parts.language, parts.vision
     if isinstance(language, str):
-        options = {"language_model_name": language, **options}
+        options = {"language_model_name": public_name(language), **options}
         language = AutoModelForCausalLM.from_pretrained(language, **{"dtype": torch.float32, **parts.language_kwargs})
     else:
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

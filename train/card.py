@@ -249,10 +249,12 @@ def _results(stages: list[dict[str, Any]]) -> str:
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:
-    fields = [field for field in ("image", "question", "answer", "reference") if any(s.get(field) for s in samples)]
+    fields = [field for field in ("image", "question", "answer", "reference") if any(field in s for s in samples)]
     rows = [[_name(s.get(field)) if field == "image" else s.get(field) for field in fields] for s in samples]
     table = _table(fields, rows)
-    return table and f"Given by this model.\n\n{table}"
+    trained = any(s.get("trained") for s in samples)
+    words = "Given by this model" + " to questions that it was trained on" * trained
+    return table and f"{words}. What is empty is what it gave.\n\n{table}"
 
 
 def _limits(config: PanoramaConfig, stages: list[dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..checkpoint_panorama import OTHER_PARTS, STATE, read_state
+from ..checkpoint_panorama import OTHER_PARTS, STATE, checksum, read_state
 from ..modeling_panorama import PanoramaVLM
 
 logger = logging.getLogger(__name__)
@@ -64,13 +64,16 @@ def unfinished_folder(folder: Path) -> Path:
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """The last file of a training checkpoint: `state`, and how large the others are."""
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    (folder / STATE).write_text(json.dumps({**state, "files": files}, indent=1), encoding="utf-8")
+    """The last file of a training checkpoint: `state`, and of each other file the size and a checksum."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {name: path.stat().st_size for name, path in paths.items()}
+    checksums = {name: checksum(path) for name, path in paths.items()}
+    text = json.dumps({**state, "files": files, "checksums": checksums}, indent=1)
+    (folder / STATE).write_text(text, encoding="utf-8")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder; those that are torn are ignored with a warning."""
+    """The newest whole checkpoint in a folder; those that are torn or damaged are ignored with a warning."""
     for torn in folder.glob(f"{_UNFINISHED}*"):
         logger.warning("Ignoring %s: it was not finished when the run was stopped.", torn)
     whole = []
@@ -81,7 +84,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
             whole.append((read_state(path)["total_steps"], path))
         except ValueError as error:
             logger.warning("Ignoring %s: %s", path, error)
-    return max(whole)[1] if whole else None
+    for _, path in sorted(whole, reverse=True):
+        try:
+            read_state(path, whole=None)
+            return path
+        except ValueError as error:
+            logger.warning("Ignoring %s: %s", path, error)
+    return None
 
 
 def save_adapters(model: PanoramaVLM, folder: Path, base: str | None, state_dict: dict[str, torch.Tensor]) -> None:
@@ -90,10 +99,14 @@ def save_adapters(model: PanoramaVLM, folder: Path, base: str | None, state_dict
     Args:
         model: with adapters.
         folder: to write into.
-        base: what the adapters belong to; `from_checkpoint` loads it.
+        base: what the adapters belong to; `from_checkpoint` loads it. A folder is named as it is found from `folder`:
+            the name says nothing about the disk.
         state_dict: of the model.
     """
     adapters, prefix = model.model.language_model, "model.language_model."
+    if base is not None and os.path.isdir(base):
+        stage = folder.parent.with_name(folder.parent.name.removeprefix(_UNFINISHED))
+        base = os.path.relpath(base, stage / folder.name)
     adapters.peft_config["default"].base_model_name_or_path = base
     own = {name.removeprefix(prefix): value for name, value in state_dict.items() if "lora_" in name}
     adapters.save_pretrained(folder, state_dict=own)

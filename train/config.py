@@ -72,7 +72,10 @@ class TrainConfig:
     random_heading: bool = _option(True, "turn panoramas to random headings in stage vision")
     group_by_length: bool = _option(False, "let the samples of a step be of similar length")
     num_workers: int = _option(1, "processes that read and cut panoramas")
-    cache_dir: str | None = _option(None, "folder that keeps prepared views for later epochs")
+    cache_dir: str | None = _option(
+        None,
+        "keeps prepared views for later epochs; headings are then multiples of 45 degrees, not 1",
+    )
     max_bad_share: float = _option(0.1, "the run fails when more samples than this share cannot be used")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, more time")
     resume: str = _option("auto", "auto: from the newest whole checkpoint in output; never; or a checkpoint")

@@ -21,13 +21,14 @@ import sys
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import fsspec
 import numpy as np
 import torch
@@ -65,9 +66,12 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 _ERROR = "__error__"  # a column with what is wrong with a row of a text file
 _STREAM_BUFFER = 200  # rows of a stream, with their undecoded images, among which the next one is drawn
 _BAD_INPUT = (
-    *(ValueError, TypeError, OSError, EOFError, SyntaxError, zlib.error, struct.error),
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError),
+    *(OSError, EOFError, SyntaxError, zlib.error, struct.error),
     *(PILImage.DecompressionBombError, TemplateError),
 )  # what a broken image or a conversation that the chat template refuses raises
+
+_BROKEN_ROW = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)  # what odd rows raise
 
 RawSample = dict[str, Any]
 Collate = Callable[[list[RawSample], list[dict[str, Any]]], "BatchFeature | None"]
@@ -87,6 +91,8 @@ class DataSource:
         image_column, question_column, answer_column, conversation_column: found by their usual names without this.
         weight: how often each sample is seen in an epoch (0.5: a random half of them, a new one in each epoch). With
             a stream among the sources, its share of the samples, relative to the other weights.
+        allow_outside: whether rows may name images outside the source's own folder (or `images`), by `../`, absolute
+            paths or links.
         streaming: read while training instead of before; the number of samples is unknown then.
     """
 
@@ -100,6 +106,7 @@ class DataSource:
     conversation_column: str | None = None
     weight: float = 1.0
     streaming: bool = False
+    allow_outside: bool = False
 
 
 class BadSample(ValueError):
@@ -120,6 +127,8 @@ class _Opened:
 
     def panoramas(self, row: dict[str, Any]) -> list[str | bytes]:
         """The images of a row: paths, or the bytes of files."""
+        if row.get(_ERROR):
+            return []
         value = row.get(self.columns["image"])
         if isinstance(value, str) and value.startswith("["):
             value = json.loads(value)
@@ -130,10 +139,23 @@ class _Opened:
             if isinstance(image, str) and image.startswith(("http://", "https://")) and self.source.images:
                 image = image.split("?")[0].rsplit("/", 1)[-1]
             if isinstance(image, str) and image and "://" not in image:
-                image = os.path.join(self.root or "", image)
+                image = self._allowed(os.path.join(self.root or "", image))
+            if image is not None and not isinstance(image, str | bytes):
+                raise BadSample(f"broken row: an image must be a path or bytes, got {type(image).__name__}")
             if image:
                 found.append(image)
         return found
+
+    def _allowed(self, path: str) -> str:
+        """A path that the rows of this source may name: in its own folder, links resolved."""
+        if self.source.allow_outside:
+            return path
+        cache = (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME)  # where Hub datasets lie
+        folders = [_real_path(str(folder)) for folder in ([self.root] if self.root else cache)]
+        real = _real_path(path)
+        if not any(os.path.commonpath([real, folder]) == folder for folder in folders):
+            raise BadSample(f"path outside: {path} does not lie in the folder of the source (see allow_outside)")
+        return path
 
     def sample(self, row: dict[str, Any], stage: str, name: str, which: int = 0) -> RawSample:
         """What a collator needs of a row: `image` in stage `vision` (the one numbered `which`), else `messages`."""
@@ -147,8 +169,9 @@ class _Opened:
             if stage == "vision":
                 return {**raw, "image": images[which]}
             return {**raw, "messages": _messages(self._turns(row), images)}
-        except ValueError as error:
-            return {**raw, "error": str(error) if isinstance(error, BadSample) else f"broken row: {error}"}
+        except _BROKEN_ROW as error:
+            words = f"broken row: {type(error).__name__}: {error}"
+            return {**raw, "error": str(error) if isinstance(error, BadSample) else words[:300]}
 
     def _turns(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         if "conversation" not in self.columns:
@@ -169,10 +192,9 @@ def _messages(turns: list[dict[str, Any]], images: list[Any]) -> list[dict[str, 
         role = turn.get("from") or turn.get("role")
         if role not in _ROLES:
             raise BadSample(f"broken row: a turn is from {role!r}, it must be from one of {sorted(_ROLES)}")
-        content = turn.get("value") or turn.get("content") or ""
-        if isinstance(content, list):
-            content = "".join(IMAGE_TOKEN if part["type"] == "image" else part.get("text") or "" for part in content)
-        texts.append((_ROLES[role], str(content)))
+        texts.append((_ROLES[role], _text_of(turn.get("value") or turn.get("content") or "")))
+    if next((role for role, _ in texts if role != "system"), "user") != "user":
+        raise BadSample("broken row: the conversation starts with the assistant; it must start with a question")
     if not any(IMAGE_TOKEN in text for _, text in texts):
         first = next((place for place, (role, _) in enumerate(texts) if role == "user"), None)
         if first is not None:
@@ -190,6 +212,23 @@ def _messages(turns: list[dict[str, Any]], images: list[Any]) -> list[dict[str, 
                 parts.append({"type": "text", "text": piece.strip("\n")})
         messages.append({"role": role, "content": parts})
     return messages
+
+
+def _text_of(content: Any) -> str:
+    """The text of a turn, `<image>` for each image in it."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise BadSample(f"broken row: a turn must hold a string or a list of parts, got {str(content)[:80]!r}")
+    texts = []
+    for part in content:
+        if part.get("type") not in ("image", "text"):
+            raise BadSample(f"broken row: a part of a turn must be of type image or text, got {str(part)[:80]!r}")
+        text = IMAGE_TOKEN if part["type"] == "image" else part.get("text") or ""
+        if not isinstance(text, str):
+            raise BadSample(f"broken row: a text must be a string, got {str(text)[:80]!r}")
+        texts.append(text)
+    return "".join(texts)
 
 
 def conversation(image: Any, query: str, annotation: str | None = None, **_: Any) -> list[dict[str, Any]]:
@@ -216,7 +255,7 @@ def _text_rows(path: str) -> Iterator[dict[str, str | None]]:
                 if not isinstance(fields, dict):
                     raise ValueError(f"it must be a JSON object, got {str(item)[:80]!r}")
                 yield {k: v if v is None or isinstance(v, str) else json.dumps(v) for k, v in fields.items()}
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield {_ERROR: str(error)}
 
 
@@ -273,7 +312,7 @@ def _open(source: DataSource, stage: str) -> _Opened:
     try:
         data, root = _read(source)
         first = list(data.take(100)) if data.column_names is None else []
-    except (ValueError, OSError, csv.Error, DatasetsError) as error:
+    except (ValueError, OSError, RecursionError, csv.Error, DatasetsError) as error:
         raise ValueError(f"cannot read {source.path!r}: {error}") from error
     there = data.column_names or list(dict.fromkeys(key for row in first for key in row))
     if (isinstance(data, Dataset) and len(data) == 0) or not there:
@@ -320,7 +359,7 @@ def _try_panoramas(opened: _Opened, row: dict[str, Any]) -> list[str | bytes]:
     """The images of a row; none where it is broken, which its collator reports."""
     try:
         return opened.panoramas(row)
-    except ValueError:
+    except _BROKEN_ROW:
         return []
 
 
@@ -675,6 +714,13 @@ class _Collator:
             self.processor.image_processor = copy.copy(processor.image_processor)
             self.processor.image_processor.cache_dir = cache_dir
         self.warned: set[tuple[str, int]] = set()
+        self.neighbours = processor.image_processor.view_plan.neighbours()
+
+    def check_comparable(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Raise :class:`BadSample` where no two neighbouring views show what the camera saw."""
+        masks = inputs.get("view_mask", ())
+        if len(masks) and not any(mask[first] and mask[second] for mask in masks for first, second in self.neighbours):
+            raise BadSample("nothing to compare: no two neighbouring views show what the camera saw")
 
     def prepare(self, sample: RawSample) -> dict[str, torch.Tensor]:
         """The inputs of one sample, with a leading dimension of 1 (or its number of panoramas)."""
@@ -746,19 +792,15 @@ class VisionCollator(_Collator):
         super().__init__(processor, cache_dir)
         self.seed, self.random_heading = seed, random_heading
         self.step_deg = 1 if cache_dir is None else 45
-        self.neighbours = processor.image_processor.view_plan.neighbours()
 
     def prepare(self, sample: RawSample) -> dict[str, torch.Tensor]:
         options = {}
         if self.random_heading:
             generator = np.random.default_rng((self.seed, sample.get("epoch", 0), sample.get("index", 0)))
             options["yaw_offsets"] = [float(self.step_deg * generator.integers(360 // self.step_deg))]
-        image = _present(sample["image"])
+        image = _present(sample["image"], sample.get("source"))
         inputs = self.processor.image_processor(images=[image], return_tensors="pt", **options)
-        if "view_mask" in inputs:
-            shown = inputs["view_mask"][0]
-            if not any(shown[first] and shown[second] for first, second in self.neighbours):
-                raise BadSample("nothing to compare: no two neighbouring views show what the camera saw")
+        self.check_comparable(inputs)
         return inputs
 
 
@@ -769,10 +811,17 @@ class ConversationCollator(_Collator):
     Args:
         processor: of the model. Samples of more than its `max_text_length` text tokens are skipped, not cut.
         cache_dir: folder for prepared views.
+        compares: whether the overlap loss is part of the stage: samples without anything to compare are skipped.
     """
 
-    def __init__(self, processor: PanoramaProcessor, cache_dir: str | os.PathLike[str] | None = None):
+    def __init__(
+        self,
+        processor: PanoramaProcessor,
+        cache_dir: str | os.PathLike[str] | None = None,
+        compares: bool = False,
+    ):
         super().__init__(processor, cache_dir)
+        self.compares = compares
         self.max_text_length = processor.max_text_length
         self.processor.max_text_length = sys.maxsize
 
@@ -780,7 +829,7 @@ class ConversationCollator(_Collator):
         messages: list[dict[str, Any]] = []
         for message in sample["messages"] if "messages" in sample else conversation(**sample):
             parts = [
-                {**part, "image": _present(part["image"])} if part["type"] == "image" else part
+                {**part, "image": _present(part["image"], sample.get("source"))} if part["type"] == "image" else part
                 for part in message["content"]
             ]
             if message["role"] != "system" and not any((part.get("text") or "").strip() for part in parts):
@@ -793,6 +842,8 @@ class ConversationCollator(_Collator):
         length = int((inputs["input_ids"] != self.processor.image_token_id).sum())
         if length > self.max_text_length:
             raise BadSample(f"too long: {length} text tokens, at most max_text_length={self.max_text_length} are used")
+        if self.compares:
+            self.check_comparable(inputs)
         return inputs
 
 
@@ -801,11 +852,16 @@ def _images(sample: RawSample) -> list[Any]:
     return [sample["image"]] if "image" in sample else [part["image"] for part in parts if part["type"] == "image"]
 
 
-def _present(image: Any) -> Any:
-    """The image, if it is there; one in a remote file system, as streams name them, is fetched."""
+def _present(image: Any, source: str | None) -> Any:
+    """The image, if it is there; a file of the Hub dataset that is streamed is fetched, and nothing else that has a
+    protocol: rows come from outside."""
     if isinstance(image, str):
         if image.startswith(("http://", "https://")):
             raise BadSample(f"missing image: {image} is a URL; download it and name its folder with `images`")
+        if "://" in image and not (
+            re.match(rf"hf://datasets/{re.escape(source or '')}[@/]", image) and "::" not in image
+        ):
+            raise BadSample(f"missing image: {image} has a protocol that is not read; download it")
         if "://" in image:
             with fsspec.open(image, "rb") as file:
                 return file.read()

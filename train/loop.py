@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -20,6 +19,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
@@ -184,7 +184,7 @@ def _find_checkpoint(config: TrainConfig, output: Path) -> Path | None:
         return None
     if config.resume == "auto":
         return newest_checkpoint(output / "checkpoints")
-    read_state(config.resume)
+    read_state(config.resume, whole=None)
     return Path(config.resume)
 
 
@@ -233,6 +233,7 @@ class _StageRun:
             {"path": source.path, "samples": None if train.streaming else len(train), "weight": source.weight}
             for source in sources
         ]
+        self.compares = model.config.overlap_loss_weight_finetune > 0
         self.stream = self._batches(train)
         optimizer = torch.optim.AdamW(self._parameter_groups(model), lr=self.options.learning_rate)
         self.model, self.optimizer = self._prepare(model, optimizer)
@@ -257,7 +258,7 @@ class _StageRun:
             heading = training and self.config.random_heading
             collate = VisionCollator(self.processor, self.config.seed, self.config.cache_dir, heading)
         else:
-            collate = ConversationCollator(self.processor, self.config.cache_dir)
+            collate = ConversationCollator(self.processor, self.config.cache_dir, self.compares)
         steps = self.options.max_steps if training else (self.config.eval_samples or 1) if samples.streaming else None
         return BatchStream(
             samples,
@@ -552,6 +553,7 @@ class _StageRun:
                     "image": Path(images[0]).name if images and isinstance(images[0], str) else sample.get("name"),
                     "question": "".join(words).strip(),
                     "answer": output.text[0].strip(),
+                    "trained": self.validation is None,
                     "reference": "".join(part.get("text", "") for part in reference).strip(),
                 }
             )
@@ -736,10 +738,19 @@ class _Clock:
         if torch.cuda.is_available():
             rates["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            rates["memory_gib"] = peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+            rates["memory_gib"] = _peak_memory() / 2**30
         self._reset()
         return rates
+
+
+def _peak_memory() -> int:
+    """The most memory that this process has had, in bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _set_up_sharding(plugin: FullyShardedDataParallelPlugin, model: PanoramaVLM) -> None:
