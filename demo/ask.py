@@ -3,6 +3,7 @@
 Run as a file; it does not import the package: `python demo/ask.py MODEL_FOLDER SAMPLES ANSWERS.json`.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -39,4 +40,7 @@ def main(model_folder: str, samples_folder: str, answers_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description="Ask a saved model its sample questions, without the package.")
+    for name in ("model_folder", "samples_folder", "answers_file"):
+        parser.add_argument(name)
+    main(**vars(parser.parse_args()))

@@ -166,7 +166,7 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_batch(tmp_path, sta
         options = [f"--{stage}.batch_size", batch[0], f"--{stage}.accumulation", batch[1]]
         run = launch(*common, "--output", output, *options, processes=processes)
         assert run.returncode == 0, run.stderr[-3000:]
-        assert f"on {processes} processes" in run.stderr
+        assert f"on {processes} process" in run.stderr
         losses.append(torch.tensor(metrics(output, stage), dtype=torch.float64))
     assert len(losses[0]) == 20 and losses[0].std() > 1e-3  # it learns, so what it learned from shows
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-5)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
+import warnings
+from pathlib import Path
 
 import psutil
+from transformers.utils import logging as transformers_logging
 
 from .config import describe, load_config
 from .data import TooManyBadSamples
@@ -22,13 +26,16 @@ def main(arguments: list[str] | None = None) -> None:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         os.execv(sys.executable, [sys.executable, *command, "-m", "panorama_vlm.train", *arguments])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "datasets", "PIL", "accelerate"):
+    transformers_logging.disable_progress_bar()  # one bar a stage is enough
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")  # peft asks for it
+    for noisy in ("httpx", "datasets", "PIL", "accelerate", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("accelerate.utils.other").setLevel(
         logging.ERROR
     )  # that tied weights are saved once is as it should
     try:
-        train(load_config(arguments))
+        config = load_config(arguments)
+        train(config)
     except (ValueError, TooManyBadSamples, FloatingPointError) as error:
         logging.getLogger(__name__).debug("Where it happened", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
@@ -36,6 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     except Preempted as stopped:
         print(f"{stopped}; start the same command again to go on (exit status {PREEMPTED})", file=sys.stderr)
         sys.exit(PREEMPTED)
+    if os.environ.get("RANK", "0") == "0" and config.stages[-1] != "vision":
+        folder = shlex.quote(str(Path(config.output, config.stages[-1])))
+        print(f'Ask it: python -m panorama_vlm.ask {folder} PANORAMA.jpg "What is behind me?"', file=sys.stderr)
 
 
 def _processes_asked_for() -> int:

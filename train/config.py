@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import re
 import textwrap
 import typing
@@ -15,6 +16,8 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..configuration_panorama import PanoramaConfig
+from ..geometry_panorama import ViewOptions
 from ..stages_panorama import PARTS
 from .data import STAGES, DataSource
 
@@ -198,7 +201,15 @@ def describe() -> str:
     """Every option with its default and what it does."""
     lines = ["usage: accelerate launch -m panorama_vlm.train [CONFIG.yaml] [--option value ...]", ""]
     lines += [f"Ready files: {', '.join(sorted(path.name for path in CONFIGS.glob('*.yaml')))}", ""]
-    return "\n".join(lines + _describe(TrainConfig, ""))
+    lines += _describe(TrainConfig, "")
+    for title, of in (
+        ("A source of `data` is {path: PATH, ...} with", DataSource),
+        ("`options` are", PanoramaConfig),
+        ("`options` of the views are", ViewOptions),
+    ):
+        arguments = (inspect.getdoc(of) or "").split("Args:\n")[1].split("\n\n")[0]
+        lines += ["", f"{title}:", *arguments.splitlines()]
+    return "\n".join(lines)
 
 
 def _describe(of: type, prefix: str) -> list[str]:
@@ -213,7 +224,9 @@ def _describe(of: type, prefix: str) -> list[str]:
                 lines += _describe(types[option.name], f"{prefix}{option.name}.")
             continue
         default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
-        words = textwrap.wrap(f"{option.metadata['help']} (default: {default})", 90)
+        choices = typing.get_args(types[option.name]) if typing.get_origin(types[option.name]) is Literal else ()
+        one_of = f", one of {', '.join(choices)}" if choices else ""
+        words = textwrap.wrap(f"{option.metadata['help']}{one_of} (default: {default})", 90)
         lines += [f"--{prefix}{option.name}", *(f"      {line}" for line in words)]
     return lines
 

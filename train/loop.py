@@ -30,6 +30,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..ask import answer
 from ..checkpoint_panorama import choose_attention, read_state
 from ..modeling_panorama import PanoramaVLM
 from ..processing_panorama import IGNORE_INDEX
@@ -219,11 +220,12 @@ class _StageRun:
             self.logs.mkdir(parents=True, exist_ok=True)
             count = sum(p.numel() for p in model.parameters() if p.requires_grad)
             logger.info(
-                "Stage %s trains %s parameters in %d tensors on %d processes.",
+                "Stage %s trains %s parameters in %d tensors on %d process%s.",
                 stage,
                 f"{count:,}",
                 len(trained),
                 accelerator.num_processes,
+                "es" * (accelerator.num_processes > 1),
             )
 
         sources = self.options.data or config.data
@@ -529,30 +531,21 @@ class _StageRun:
             if not asked or "error" in sample:
                 continue
             prompt = messages[: asked[0] + 1]
+            synced = self.accelerator.distributed_type != DistributedType.NO
             try:
-                inputs = self.processor.apply_chat_template(
-                    prompt, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
-                ).to(self.accelerator.device)
+                words = answer(self.plain, self.processor, prompt, synced_gpus=synced)
             except (ValueError, TypeError, OSError) as error:
                 logger.debug("No sample answer for %s: %s", sample.get("name"), error)
                 answers.append({})
                 continue
-            output: Any = self.plain.generate(
-                **inputs,
-                max_new_tokens=64,
-                do_sample=False,
-                return_dict_in_generate=True,
-                tokenizer=self.processor.tokenizer,
-                synced_gpus=self.accelerator.distributed_type != DistributedType.NO,
-            )
             images = [part["image"] for part in prompt[-1]["content"] if part["type"] == "image"]
-            words = [part["text"] for part in prompt[-1]["content"] if part["type"] == "text"]
+            asked_words = [part["text"] for part in prompt[-1]["content"] if part["type"] == "text"]
             reference = messages[asked[0] + 1]["content"] if len(messages) > asked[0] + 1 else []
             answers.append(
                 {
                     "image": Path(images[0]).name if images and isinstance(images[0], str) else sample.get("name"),
-                    "question": "".join(words).strip(),
-                    "answer": output.text[0].strip(),
+                    "question": "".join(asked_words).strip(),
+                    "answer": words,
                     "trained": self.validation is None,
                     "reference": "".join(part.get("text", "") for part in reference).strip(),
                 }
