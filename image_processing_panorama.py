@@ -23,7 +23,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from .geometry_panorama import ViewOptions, ViewPlan
 from .options_panorama import check_option_names, check_resembling_names
-from .reading_panorama import ImageSource, close_image, content_digest, open_image, read_panorama
+from .reading_panorama import ImageSource, content_digest, load_file_bytes, read_panorama
 from .sampling_panorama import erp_to_views, needed_width, use_one_thread_in_a_worker, view_mask
 
 logger = logging.getLogger(__name__)
@@ -129,13 +129,13 @@ class PanoramaImageProcessor(BaseImageProcessor):
         return ViewOptions(**{name: getattr(self, name) for name in ViewOptions.names()}).plan
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open whatever names or holds an image, without decoding it; arrays, tensors and PIL images stay. Lists keep
-        their nesting."""
+        """Fetch what a URL names, and decode what a data URL holds; all else stays as it is, for :func:`read_panorama`
+        to open. Lists keep their nesting."""
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
         if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(("http://", "https://", "data:")):
             return load_image(image_url_or_urls)
-        return open_image(image_url_or_urls)
+        return image_url_or_urls
 
     def preprocess(
         self,
@@ -176,7 +176,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         device = torch.device(kwargs.get("device") or "cpu")
         pixel_values = _empty((len(sources), view_options.plan.num_views, 3, size, size), device)
         masks = [
-            self._make_views(source, view_options, options, float(yaw_offset), views)
+            self._make_views(self.fetch_images(source), view_options, options, float(yaw_offset), views)
             for source, yaw_offset, views in zip(sources, yaw_offsets, pixel_values, strict=True)
         ]
         mean, std = (
@@ -195,8 +195,8 @@ class PanoramaImageProcessor(BaseImageProcessor):
         """Write the views of one panorama, in [0, 255], into `out` [V, 3, image_size, image_size]; from the cache where
         there is one. Returns its mask [V]."""
         if options["cache_dir"] is None:
-            return _sample_views(self.fetch_images(source), views, options, yaw_offset, out)
-        source = self.fetch_images(source)
+            return _sample_views(source, views, options, yaw_offset, out)
+        source = load_file_bytes(source)
         kept_out = ("cache_dir", "image_std")
         key = {name: value for name, value in options.items() if name not in kept_out} | asdict(views)
         text = json.dumps([_CACHE_VERSION, content_digest(source), yaw_offset, key], sort_keys=True)
@@ -211,7 +211,6 @@ class PanoramaImageProcessor(BaseImageProcessor):
                 pass
             save_file(stored, unfinished.name)
             os.replace(unfinished.name, file)
-        close_image(source)
         out.copy_(stored["views"])
         return stored["mask"]
 

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BatchFeature
@@ -20,6 +21,7 @@ from .image_processing_panorama import PanoramaImageProcessor, PanoramaImagesKwa
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100  # what cross-entropy leaves out
+_STAND_IN = Image.new("L", (1, 1))  # for a panorama that is not opened yet
 
 # For tokenizers without a chat template of their own.
 _PLAIN_TEMPLATE = (
@@ -267,6 +269,18 @@ class PanoramaProcessor(ProcessorMixin):
             stacklevel=stacklevel,
         )
         return self.default_generation_prompt
+
+    def validate_inputs(self, images: Any = None, **kwargs: Any) -> None:
+        """As `ProcessorMixin.validate_inputs`, which counts only opened images: panoramas are still files here, so it
+        gets as many stand-ins."""
+        stand_ins = None if images is None else [_STAND_IN] * len(flatten_images(images))
+        super().validate_inputs(images=stand_ins, **kwargs)
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
+        """As `ProcessorMixin._process_images`, which counts only opened images: the views of all panoramas, and the
+        placeholders of each."""
+        inputs = self.image_processor(images, **kwargs)
+        return inputs, [self.replace_image_token(inputs, index) for index in range(len(inputs["pixel_values"]))]
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one panorama; transformers asks for it."""

@@ -32,7 +32,6 @@ _MAGIC = {b"GIF8": "a GIF", b"%PDF": "a PDF", b"<svg": "an SVG", b"<!DO": "a web
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 _GPANO = "{http://ns.google.com/photos/1.0/panorama/}"
 _NAME = "panorama_name"  # attribute of an image, for messages: Pillow would map the file that `filename` names
-_PATH = "panorama_path"  # attribute of an image that was opened here by its path, and is closed when it is read
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -93,12 +92,6 @@ def open_image(source: Any) -> Any:
     return source
 
 
-def close_image(image: Any) -> None:
-    """Close the file of an image that :func:`open_image` opened by its path; reading it again opens it again."""
-    if hasattr(image, _PATH):
-        image.close()
-
-
 def read_panorama(
     source: ImageSource,
     needed_width: float = math.inf,
@@ -131,9 +124,7 @@ def read_panorama(
     image = open_image(source)
     sphere, name, size = None, "the panorama", None
     if isinstance(image, Image.Image):
-        if is_ours := hasattr(image, _PATH):  # closed where it was read before
-            image = open_image(getattr(image, _PATH)) if getattr(image, "fp", None) is None else image
-        name = _name(image)
+        name, is_ours = _name(image), image is not source
         try:
             size = image.size
             _check_size(name, size)
@@ -142,7 +133,8 @@ def read_panorama(
         except _BROKEN as error:
             raise ValueError(f"cannot read {name}: {str(error).removeprefix(f'cannot read {name}: ')}") from error
         finally:
-            close_image(image)
+            if is_ours and not hasattr(source, "read"):  # a file object stays open for its owner
+                image.close()
     elif isinstance(image, np.ndarray | torch.Tensor):
         pixels = _from_array(image, fill)
         _check_size(name, (pixels.shape[1], pixels.shape[0]))
@@ -192,16 +184,26 @@ def read_photo_sphere(image: Image.Image) -> PhotoSphere | None:
         return None
 
 
+def load_file_bytes(source: Any) -> Any:
+    """What names a file, as a row with its bytes and its path (see :func:`open_image`), so that who needs them twice
+    reads the file once; anything else as it is.
+
+    Raises:
+        OSError: for a file that does not exist or cannot be opened; it is named.
+    """
+    if isinstance(source, dict) and not source.get("bytes") and source.get("path"):
+        source = str(source["path"])
+    if isinstance(source, str | os.PathLike):
+        return {"bytes": Path(source).read_bytes(), "path": os.fspath(source)}
+    return source
+
+
 def content_digest(source: Any) -> str:
     """SHA-256 of what an image source holds: of the file where there is one, else of the pixels."""
-    if isinstance(source, dict) and not source.get("bytes"):
-        source = source.get("path")
-    source = getattr(source, _PATH, source)
+    source = load_file_bytes(source)
     data: Any
     if isinstance(source, dict):
         data = source["bytes"]
-    elif isinstance(source, str | os.PathLike):
-        data = Path(source).read_bytes()
     elif isinstance(source, Image.Image) and _is_lazy(source):
         source.fp.seek(0)  # type: ignore[attr-defined]
         data = source.fp.read()  # type: ignore[attr-defined]
@@ -237,8 +239,6 @@ def _open(file: str | BinaryIO, name: str) -> Image.Image:
         words = f"{name} is named as {_family(promised)}, but holds {_family(image.format)}: read as what it holds"
         warnings.warn(words, stacklevel=3)
     setattr(image, _NAME, name)
-    if isinstance(file, str):
-        setattr(image, _PATH, file)
     return image
 
 

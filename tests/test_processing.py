@@ -1,3 +1,7 @@
+import base64
+import builtins
+import io
+
 import pytest
 import torch
 from panorama_vlm import PanoramaProcessor
@@ -173,3 +177,75 @@ def test_save_and_load_keeps_everything(make, tmp_path, panoramas):
     b = loaded(images=panoramas[0], text="<image>x", return_tensors="pt")
     for key in a:
         torch.testing.assert_close(a[key], b[key])
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Names of the files that are opened, in order; one that is opened while an earlier one is open is an error."""
+    names, files, real = [], [], builtins.open
+
+    def record(file, *arguments, **options):
+        result = real(file, *arguments, **options)
+        if str(file).endswith((".jpg", ".png", ".tiff")):
+            assert all(earlier.closed for earlier in files), f"{file} is opened beside another one"
+            names.append(str(file))
+            files.append(result)
+        return result
+
+    monkeypatch.setattr(builtins, "open", record)
+    monkeypatch.setattr(io, "open", record)
+    return names
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_each_file_is_opened_once_and_alone_on_its_way_to_model_inputs(make, panoramas, tmp_path, opened, cached):
+    _, processor = make()
+    paths = [str(tmp_path / name) for name in ("a.jpg", "b.png", "c.tiff")]
+    for path, panorama in zip(paths, panoramas, strict=False):
+        panorama.save(path)
+    expected = processor(images=paths, text=["<image>?"] * 3, return_tensors="pt")["pixel_values"]
+    processor.image_processor.cache_dir = tmp_path / "cache" if cached else None
+    conversations = [chat("?", panorama=path) for path in paths]
+    for _ in range(2):
+        opened.clear()
+        inputs = processor(images=paths, text=["<image>?"] * 3, return_tensors="pt")
+        assert opened == paths
+        torch.testing.assert_close(inputs["pixel_values"], expected, rtol=0, atol=1 / 127.5)
+    opened.clear()
+    processor.apply_chat_template(conversations, tokenize=True, return_dict=True, return_tensors="pt")
+    processor.apply_chat_template(conversations, return_labels=True)
+    assert opened == 2 * paths
+
+
+def test_every_kind_of_source_counts_as_one_panorama(make, panoramas, tmp_path):
+    _, processor = make()
+    panoramas[0].save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    sources = [str(tmp_path / "a.png"), tmp_path / "a.png", data, {"bytes": data, "path": None}, io.BytesIO(data), url]
+    expected = processor(images=panoramas[0], text="<image>?", return_tensors="pt")
+    for source in sources:
+        for images in (source, [source], [[source]]):
+            inputs = processor(images=images, text="<image>?", return_tensors="pt")
+            assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+            assert torch.equal(inputs["input_ids"], expected["input_ids"])
+
+
+def test_only_urls_are_fetched_and_lists_keep_their_nesting(make, panoramas, tmp_path):
+    _, processor = make()
+    data = io.BytesIO()
+    panoramas[0].save(data, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    given = [["missing.png", url], [tmp_path], [panoramas[1], data]]
+    fetched = processor.image_processor.fetch_images(given)
+    assert fetched == [["missing.png", fetched[0][1]], [tmp_path], [panoramas[1], data]]
+    assert fetched[0][1].size == panoramas[0].size
+
+
+def test_a_missing_or_broken_file_is_named(make, tmp_path):
+    _, processor = make()
+    with pytest.raises(FileNotFoundError, match="missing.png"):
+        processor(images=str(tmp_path / "missing.png"), text="<image>?")
+    (tmp_path / "broken.png").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"cannot read .*broken.png: it holds a web page"):
+        processor(images=str(tmp_path / "broken.png"), text="<image>?")

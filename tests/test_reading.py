@@ -342,18 +342,28 @@ def no_file_left_open():
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
-def test_a_file_is_closed_when_it_is_read_and_can_be_read_again(panoramas, tmp_path, kind):
+def test_a_file_is_closed_when_it_is_read(panoramas, tmp_path, kind):
     path = tmp_path / f"panorama.{kind.lower()}"
     panoramas[0].save(path, kind)
     processor = PanoramaImageProcessor(image_size=32)
     with no_file_left_open():
-        opened = processor.fetch_images(str(path))
-        first = processor(opened, return_tensors="pt")["pixel_values"]
-        again = processor(opened, cache_dir=str(tmp_path / "cache"), return_tensors="pt")["pixel_values"]
-        by_path = processor([str(path)], return_tensors="pt")["pixel_values"]
-        del opened
-    assert torch.equal(first, by_path)
-    torch.testing.assert_close(again, first, rtol=0, atol=1 / 127.5)
+        read_panorama(path)
+        by_path = processor(str(path), return_tensors="pt")["pixel_values"]
+        by_row = processor({"bytes": None, "path": str(path)}, return_tensors="pt")["pixel_values"]
+        cached = processor([path], cache_dir=str(tmp_path / "cache"), return_tensors="pt")["pixel_values"]
+    assert torch.equal(by_path, by_row)
+    torch.testing.assert_close(cached, by_path, rtol=0, atol=1 / 127.5)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_file_that_cannot_be_read_is_closed_too(panoramas, tmp_path, kind):
+    data = encoded(panoramas[0], kind)
+    (tmp_path / f"broken.{kind.lower()}").write_bytes(data[: len(data) // 2])
+    (tmp_path / "wrongly_named.bmp").write_bytes(data)
+    with no_file_left_open():
+        for name in (f"broken.{kind.lower()}", "wrongly_named.bmp"):
+            with pytest.raises(ValueError, match=f"cannot read .*{name}"):
+                read_panorama(tmp_path / name)
 
 
 def test_the_bytes_of_a_row_are_read_and_not_the_file_that_its_path_names(panoramas, tmp_path):
@@ -381,6 +391,10 @@ def test_prepared_views_leave_no_file_open(panoramas, tmp_path):
 def test_a_file_object_stays_open(panoramas):
     file = io.BytesIO(encoded(panoramas[0], "PNG"))
     read_panorama(file)
+    assert not file.closed
+    file.name = "wrongly_named.jpg"
+    with pytest.raises(ValueError, match="it is named as JPEG, but holds PNG"):
+        read_panorama(file)
     assert not file.closed
 
 
