@@ -30,13 +30,15 @@ logger = logging.getLogger(__name__)
 
 _READ_OPTIONS = ("strict_aspect", "align_heading")
 _CALL_OPTIONS = ("device", "yaw_offsets")
-# What transformers writes into the file of a processor, or hands over with it.
+# What transformers writes into the file of a processor, or hands over with it; and the options of image processors that
+# resize, crop and rescale, which have no effect here.
 _TRANSFORMERS_OPTIONS = (
     "_processor_class",
     "auto_map",
     "feature_extractor_type",
     "image_processor_type",
     "processor_class",
+    *ImagesKwargs.__annotations__,
 )
 _CACHE_VERSION = 1  # to be raised when the same file and options give other views
 
@@ -85,8 +87,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         **kwargs: Any,
     ):
         given = {name: kwargs.pop(name) for name in ViewOptions.names() if name in kwargs}
-        unknown = [name for name in kwargs if name not in _TRANSFORMERS_OPTIONS]
-        check_option_names(unknown, self.option_names(), type(self).__name__)
+        self._check_names(kwargs, self.option_names())
         super().__init__(**kwargs)
         for name, value in asdict(ViewOptions(**given)).items():
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
@@ -105,9 +106,17 @@ class PanoramaImageProcessor(BaseImageProcessor):
         return (*ViewOptions.names(), *own)
 
     @classmethod
+    def _check_names(cls, given: dict[str, Any], own: Sequence[str]) -> None:
+        """Refuse options that neither this class nor transformers has, and warn of those that only transformers has."""
+        check_option_names((name for name in given if name not in _TRANSFORMERS_OPTIONS), own, cls.__name__)
+        for name, value in given.items():
+            if name in ImagesKwargs.__annotations__ and name not in own and value is not None:
+                warnings.warn(f"{name} has no effect on {cls.__name__}", stacklevel=3)
+
+    @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `ImageProcessingMixin.from_dict`. Options among `kwargs` are checked as on construction, and what a file
-        holds that is not known is kept, with a warning."""
+        """As `ImageProcessingMixin.from_dict`. What resembles an option among `kwargs` is checked as on construction,
+        the rest is for other classes. What a file holds that is not known is kept, with a warning."""
         known = {*cls.option_names(), *_TRANSFORMERS_OPTIONS}
         check_resembling_names((name for name in kwargs if name not in known), cls.option_names(), cls.__name__)
         foreign = {name: value for name, value in image_processor_dict.items() if name not in known}
@@ -118,6 +127,11 @@ class PanoramaImageProcessor(BaseImageProcessor):
         for name, value in foreign.items():
             setattr(processor[0] if isinstance(processor, tuple) else processor, name, value)
         return processor
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike[str]) -> Any:
+        """As `ImageProcessingMixin.from_json_file`, but what is not known is kept, as by :meth:`from_dict`."""
+        return cls.from_dict(json.loads(Path(json_file).read_text(encoding="utf-8")))
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved: everything but `cache_dir`, which belongs to a machine."""
@@ -138,11 +152,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         return image_url_or_urls
 
     def preprocess(
-        self,
-        images: ImageSource | Sequence[Any],
-        *args: Any,
-        return_tensors: str | None = None,
-        **kwargs: Any,
+        self, images: ImageSource | Sequence[Any], *, return_tensors: str | None = None, **kwargs: Any
     ) -> BatchFeature:
         """Cut panoramas into views.
 
@@ -151,18 +161,20 @@ class PanoramaImageProcessor(BaseImageProcessor):
                 file object, a PIL image, a row of a `datasets.Image` column, or an array or tensor [H, W, 3],
                 [3, H, W] or [H, W] (with alpha, too), of uint8, uint16, or float in [0, 1]. Sizes may differ.
             return_tensors: `"pt"` or `"np"`; without it lists of B tensors.
-            kwargs: any option of the constructor, for this call alone; `yaw_offsets`, degrees to the right of the
-                front of each panorama that become its front; `device`, where the views are made and returned.
+            kwargs: any option of the constructor, for this call alone (`None` for that of the processor);
+                `yaw_offsets`, degrees to the right of the front of each panorama that become its front; `device`, where
+                the views are made and returned.
 
         Returns:
             `pixel_values` [B, V, 3, image_size, image_size], and where a panorama is partial `view_mask` [B, V], false
             for a view that shows nothing the camera saw.
 
         Raises:
-            ValueError: for a panorama that cannot be read or is not what an option asks for; it is named.
+            ValueError: for a panorama that cannot be read or is not what an option asks for, it is named; for an option
+                that does not exist.
         """
         use_one_thread_in_a_worker(os.getpid())
-        check_option_names(kwargs, (*self.option_names(), *_CALL_OPTIONS), type(self).__name__)
+        self._check_names(kwargs, (*self.option_names(), *_CALL_OPTIONS))
         options = {name: getattr(self, name) for name in self.option_names()}
         options |= {name: value for name, value in kwargs.items() if value is not None and name in options}
         view_options = ViewOptions(**{name: options[name] for name in ViewOptions.names()})

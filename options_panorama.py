@@ -36,7 +36,7 @@ def check_resembling_names(given: Iterable[str], known: Iterable[str], owner: st
         given, known, owner: as in :func:`check_option_names`, which raises.
     """
     options = list(known)
-    meant = [name for name in given if _nearest(name, options, cutoff=0.75) is not None]
+    meant = [name for name in given if _nearest(name, options, cutoff=0.8) is not None]
     check_option_names(meant, options, owner)
 
 

@@ -13,10 +13,11 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BatchFeature
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import AudioKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs, VideosKwargs
 
 from .configuration_panorama import IMAGE_TOKEN, PanoramaConfig
 from .image_processing_panorama import PanoramaImageProcessor, PanoramaImagesKwargs, flatten_images
+from .options_panorama import check_resembling_names
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,12 @@ class PanoramaProcessorKwargs(ProcessingKwargs, total=False):
 
     images_kwargs: PanoramaImagesKwargs
     _defaults = _NO_DEFAULTS  # transformers before 5.23 reads it
+
+
+_CALL_OPTIONS = frozenset().union(
+    *(kwargs.__annotations__ for kwargs in (TextKwargs, VideosKwargs, AudioKwargs, PanoramaProcessorKwargs)),
+    PanoramaImagesKwargs.__annotations__,
+)
 
 
 class PanoramaProcessor(ProcessorMixin):
@@ -220,8 +227,11 @@ class PanoramaProcessor(ProcessorMixin):
             images).
 
         Raises:
-            ValueError: where the number of `<image>` and of panoramas differ; both are named.
+            ValueError: where the number of `<image>` and of panoramas differ, both are named; for a misspelled option
+                of the image processor.
         """
+        others = [name for name in kwargs if name not in _CALL_OPTIONS]
+        check_resembling_names(others, PanoramaImageProcessor.option_names(), type(self).__name__)
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
             text = self._place_images(text, images)

@@ -232,8 +232,8 @@ def test_every_pixel_of_every_strategy_looks_where_its_ray_says(strategy, option
     options = {"fov_deg": 90.0, "overlap_ratio": 0.5, **options}
     plan, size = ViewOptions(strategy, **options).plan, 64
     views = erp_to_views(direction_image(1024), plan, size).double()  # [V, 3, 64, 64]
-    seen = torch.nn.functional.normalize(views, dim=1).permute(0, 2, 3, 1).numpy()
-    for view, colours in zip(plan.views, seen, strict=True):
+    rays = torch.nn.functional.normalize(views, dim=1).permute(0, 2, 3, 1).numpy()  # [V, H, W, 3]
+    for view, colours in zip(plan.views, rays, strict=True):
         row, column, _ = view.cells(colours, (size, size))
         expected_row, expected_column = np.mgrid[:size, :size]
         assert np.abs(row - expected_row).max() < 0.05
@@ -242,7 +242,7 @@ def test_every_pixel_of_every_strategy_looks_where_its_ray_says(strategy, option
 
 
 @pytest.mark.parametrize(
-    ("strategy", "options", "covered"),
+    ("strategy", "options", "share"),
     [
         ("anyres_e2p", {"pitch_rows": (-45.0, 0.0, 45.0)}, 1.0),
         ("e2p", {"pitch_rows": (-45.0, 0.0, 45.0), "pole_caps": True}, 1.0),
@@ -251,23 +251,23 @@ def test_every_pixel_of_every_strategy_looks_where_its_ray_says(strategy, option
         ("sliding_window", {}, 1.0),
     ],
 )
-def test_views_painted_back_onto_the_sphere_give_a_smooth_panorama(strategy, options, covered, psnr):
+def test_views_painted_back_onto_the_sphere_give_a_smooth_panorama(strategy, options, share, psnr):
     smooth = direction_image(256)
     smooth = 0.5 + 0.25 * torch.sin(3 * smooth) + 0.25 * smooth.roll(1, 0)
     plan = ViewOptions(strategy, **{"fov_deg": 90.0, "overlap_ratio": 0.5, **options}).plan
-    painted, seen = views_to_erp(erp_to_views(smooth, plan, 256), plan, 256)
-    assert seen.float().mean() >= covered - 1e-6
-    assert psnr(painted[:, seen], smooth[:, seen]) > 40
-    assert (painted[:, ~seen] == 0).all()
+    painted, shown = views_to_erp(erp_to_views(smooth, plan, 256), plan, 256)
+    assert shown.float().mean() >= share - 1e-6
+    assert psnr(painted[:, shown], smooth[:, shown]) > 40
+    assert (painted[:, ~shown] == 0).all()
 
 
 def test_values_of_tokens_are_painted_too_and_a_wrong_number_of_views_is_refused():
     plan = ViewOptions("e2p", 90.0, 0.5).plan
     values = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 4, 4)
-    painted, seen = views_to_erp(values, plan, 64)
+    painted, shown = views_to_erp(values, plan, 64)
     assert painted[0, 32, 64] == pytest.approx(0, abs=1e-2)  # the middle of the front tile
     assert painted[0, 32, 96] == pytest.approx(2, abs=1e-2)  # the middle of the tile to the right
-    assert not seen[0].any()
+    assert not shown[0].any()
     with pytest.raises(ValueError, match=r"the plan's 8 views, got \[9, 1, 4, 4\]"):
         views_to_erp(torch.zeros(9, 1, 4, 4), plan, 64)
 
@@ -302,3 +302,46 @@ def test_a_file_with_keys_of_others_is_read_with_a_warning_and_keeps_them(tmp_pa
         loaded = PanoramaImageProcessor.from_pretrained(tmp_path)
     loaded.save_pretrained(tmp_path)
     assert json.loads(file.read_text())["newer_option"] == [1]
+    assert json.loads(PanoramaImageProcessor.from_json_file(file).to_json_string())["newer_option"] == [1]
+
+
+NO_EFFECT = {
+    "do_resize": True,
+    "do_rescale": False,
+    "do_convert_rgb": True,
+    "size": {"height": 8, "width": 8},
+    "resample": 2,
+    "data_format": "channels_first",
+    "input_data_format": "channels_last",
+    "disable_grouping": True,
+}
+
+
+@pytest.mark.parametrize("name", NO_EFFECT)
+def test_an_option_of_other_image_processors_is_no_error_and_says_that_it_changes_nothing(panoramas, tmp_path, name):
+    processor, given = PanoramaImageProcessor(image_size=32), {name: NO_EFFECT[name]}
+    expected = processor(panoramas[0], return_tensors="pt")["pixel_values"]
+    processor.save_pretrained(tmp_path)
+    makers = (
+        lambda: PanoramaImageProcessor(image_size=32, **given)(panoramas[0], return_tensors="pt"),
+        lambda: PanoramaImageProcessor.from_pretrained(tmp_path, **given)(panoramas[0], return_tensors="pt"),
+        lambda: processor(panoramas[0], return_tensors="pt", **given),
+    )
+    for make_views in makers:
+        with pytest.warns(UserWarning, match=f"{name} has no effect on PanoramaImageProcessor"):
+            views = make_views()["pixel_values"]
+        assert torch.equal(views, expected)
+
+
+def test_what_transformers_hands_over_passes_without_a_word(panoramas, tmp_path, recwarn):
+    processor = PanoramaImageProcessor(image_size=32, processor_class="PanoramaProcessor", feature_extractor_type="x")
+    processor(panoramas[0], return_tensors="np", device="cpu", data_format=None, do_resize=None)
+    processor.save_pretrained(tmp_path)
+    names = {"trust_remote_code": True, "image_token": "<image>", "padding_side": "left", "code_revision": "main"}
+    PanoramaImageProcessor.from_pretrained(tmp_path, _from_auto=True, **names)
+    assert not [str(warning.message) for warning in recwarn]
+
+
+def test_what_is_neither_images_nor_a_named_option_is_an_error(panoramas):
+    with pytest.raises(TypeError, match="positional argument"):
+        PanoramaImageProcessor(image_size=32)(panoramas[0], 60.0)

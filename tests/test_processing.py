@@ -249,3 +249,21 @@ def test_a_missing_or_broken_file_is_named(make, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"<html>")
     with pytest.raises(ValueError, match=r"cannot read .*broken.png: it holds a web page"):
         processor(images=str(tmp_path / "broken.png"), text="<image>?")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("fov_degree", "fov_deg"), ("fov", "fov_deg"), ("overlap", "overlap_ratio"), ("pitch", "pitch_rows")],
+)
+def test_a_misspelled_option_of_the_views_is_an_error_of_the_whole_processor_too(make, panoramas, wrong, meant):
+    _, processor = make()
+    message = f"unknown option '{wrong}' of PanoramaProcessor, did you mean '{meant}'"
+    with pytest.raises(ValueError, match=message):
+        processor(images=panoramas[0], text="<image>?", **{wrong: 0.3})
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template(
+            chat("?", panorama=panoramas[0]), tokenize=True, return_dict=True, processor_kwargs={wrong: 0.3}
+        )
+    with pytest.raises((TypeError, ValueError), match=wrong):
+        processor(images=panoramas[0], text="<image>?", images_kwargs={wrong: 0.3})
+    processor(images=panoramas[0], text="<image>?", padding="longest", fov_deg=60.0, return_tensors="pt")
