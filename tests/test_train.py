@@ -69,7 +69,7 @@ def test_a_run_of_three_stages_leaves_folders_that_load_and_says_what_it_did(tra
         json.loads((output / "logs/vision/metrics.jsonl").read_text().splitlines()[0])
     )
     answers = [json.loads(text) for text in (output / "logs/finetune/samples.jsonl").read_text().splitlines()]
-    assert {"step", "image", "question", "answer", "reference"} == set(answers[0])
+    assert {"step", "image", "question", "answer", "reference", "trained"} == set(answers[0])
     assert [answer["step"] for answer in answers] == [3, 3, 6, 6]
     assert list(output.rglob("events.out.tfevents*"))
     again = load_config([str(output / "config.yaml")])
