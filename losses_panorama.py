@@ -64,7 +64,7 @@ def vicreg(
             less). It bounds the temporaries and does not change the result.
         eps: keeps the gradient of the square root finite, > 0.
         gather: batchwise only (pairwise statistics never leave their pair, so it changes nothing there): the
-            statistics are those of the tokens of all processes, which may hold different numbers of them.
+            statistics are those of the tokens of all processes, which may hold different numbers of them, or none.
             Every process must call it, with the same D. Without a process group it changes nothing.
 
     **Covariance.** The off-diagonal has two exact forms: from the D x D covariance itself, or, because
@@ -83,7 +83,7 @@ def vicreg(
         ValueError: shapes, dtypes, mode or numbers that are not as above, or fewer than two tokens in the
             statistics (L < 2; batchwise P * L < 2, over all processes with `gather`).
     """
-    check_matched(x, y)
+    check_matched(x, y, may_be_empty=gather and mode == "batchwise")
     if mode not in VICREG_MODES:
         raise ValueError(f"vicreg mode must be one of {', '.join(map(repr, VICREG_MODES))}, got {mode!r}")
     if pair_chunk < 1:
@@ -124,7 +124,7 @@ def _vicreg_batchwise(
     _check_token_count(total, "batchwise")
 
     x, y = x.reshape(1, pairs * length, dim), y.reshape(1, pairs * length, dim)
-    rows = min(pair_chunk * length, POOLED_ROWS)
+    rows = max(1, min(pair_chunk * length, POOLED_ROWS))
     parts = zip(x.split(rows, 1), y.split(rows, 1), strict=True)
     squared = torch.stack([F.mse_loss(a, b, reduction="sum") for a, b in parts]).sum(0, keepdim=True)  # [1]
     if gather:
@@ -336,9 +336,9 @@ def full_precision(features: Tensor) -> Tensor:
     return features if features.dtype == torch.float64 else features.float()
 
 
-def check_matched(x: Tensor, y: Tensor) -> None:
-    """Raises `ValueError` unless `x` and `y` are `[P, L, D]`, floating point and not empty."""
-    if x.ndim != 3 or x.shape != y.shape or math.prod(x.shape) == 0:
+def check_matched(x: Tensor, y: Tensor, may_be_empty: bool = False) -> None:
+    """Raises `ValueError` unless `x` and `y` are `[P, L, D]`, floating point and not empty (where that is asked)."""
+    if x.ndim != 3 or x.shape != y.shape or (math.prod(x.shape) == 0 and not may_be_empty):
         raise ValueError(
             "matched features must be two non-empty tensors of one shape [pairs, tokens, dimensions], "
             f"got {list(x.shape)} and {list(y.shape)}"

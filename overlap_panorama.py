@@ -8,6 +8,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -125,6 +126,10 @@ class OverlapLoss:
         if not torch.compiler.is_compiling():
             check_finite(features, "the features of stage 'vision'")
         matched = self.match(features, view_mask=view_mask)
+        if not matched and self.joins_processes:  # the other processes have something, and wait for this one
+            nothing = features.flatten(1, 2)[:1, :0]  # [1, 0, D]
+            terms = self._terms([(nothing, nothing)])
+            return self._weighted(terms), terms
         if not matched:
             raise ValueError(
                 self.config.overlap_problem
@@ -134,14 +139,23 @@ class OverlapLoss:
         if self.config.overlap_loss == "densecl":
             losses = [densecl(m.x, m.y, temperature=self.config.densecl_temperature) for m in matched]
             return torch.cat(losses).mean(), None
-        return self._vicreg(matched)
-
-    def _vicreg(self, matched: list[MatchedFeatures]) -> tuple[torch.Tensor, VICRegTerms]:
-        config = self.config
         pairs = [(m.x, m.y) for m in matched]
-        if config.vicreg_mode == "batchwise":
+        if self.config.vicreg_mode == "batchwise":
             x, y = (torch.cat([side.flatten(0, 1) for side in of_all])[None] for of_all in zip(*pairs, strict=True))
             pairs = [(x, y)]  # [1, all, D] each
+        terms = self._terms(pairs)
+        return self._weighted(terms), terms
+
+    @property
+    def joins_processes(self) -> bool:
+        """Whether statistics are those of all processes, each of which then has to take part."""
+        asked = self.config.vicreg_use_ddp_gather and self.config.vicreg_mode == "batchwise"
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return asked and several and self.config.overlap_loss == "vicreg"
+
+    def _terms(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> VICRegTerms:
+        """VICReg's terms, scalars, of matched features [P, L, D]."""
+        config = self.config
         terms_of_each = [
             vicreg(
                 x,
@@ -156,13 +170,16 @@ class OverlapLoss:
         # In float32 the mean of hundreds of pairs is rounded by more than what two and one process differ in.
         dtype = terms_of_each[0].invariance.dtype
         wide = dtype if terms_of_each[0].invariance.device.type == "mps" else torch.float64  # MPS has no float64
-        terms = VICRegTerms(*(torch.cat(term).mean(dtype=wide) for term in zip(*terms_of_each, strict=True)))
-        loss = (
-            config.vicreg_similarity_weight * terms.invariance
-            + config.vicreg_variance_weight * terms.variance
-            + config.vicreg_covariance_weight * terms.covariance
+        means = (torch.cat(term).mean(dtype=wide) for term in zip(*terms_of_each, strict=True))
+        return VICRegTerms(*(mean.to(dtype) for mean in means))
+
+    def _weighted(self, terms: VICRegTerms) -> torch.Tensor:
+        """The loss, a scalar."""
+        return (
+            self.config.vicreg_similarity_weight * terms.invariance
+            + self.config.vicreg_variance_weight * terms.variance
+            + self.config.vicreg_covariance_weight * terms.covariance
         )
-        return loss.to(dtype), VICRegTerms(*(term.to(dtype) for term in terms))
 
     def metrics(self, features: torch.Tensor, view_mask: torch.Tensor | None = None) -> dict[str, float]:
         """Is stage `vision` learning or collapsing? See :func:`overlap_metrics`.

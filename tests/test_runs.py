@@ -202,6 +202,33 @@ def test_two_processes_train_a_tower_of_which_a_part_has_no_gradient(tmp_path, t
     assert run.returncode == 0, run.stderr[-3000:]
 
 
+# 13: joint statistics
+
+
+@pytest.mark.parametrize(("stage", "batch"), [("vision", 5), ("resampler", 5)])
+def test_joint_statistics_are_those_of_one_process_though_the_last_step_leaves_one_with_nothing(tmp_path, stage, batch):
+    """Eleven panoramas in steps of ten: of the second step one process has a panorama and the other none."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [json.loads(line) for line in (SAMPLES / "metadata.jsonl").read_text().splitlines()]
+    rows = list({row["file_name"]: row for row in rows}.values())[:11]
+    for row in rows:
+        shutil.copy(SAMPLES / row["file_name"], folder)
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = "{latent_dimension: 32, lora_dropout: 0.0, overlap_loss_weight_finetune: 0.1, vicreg_mode: batchwise, "
+    options += "vicreg_use_ddp_gather: true}"
+    common = ["tiny.yaml", "--stage", stage, "--options", options, "--data", folder, f"--{stage}.max_steps", 6]
+    common += ["--save_every", 1000, "--eval_samples", 0]
+    losses = []
+    for processes, size in ((1, 2 * batch), (2, batch)):
+        output = tmp_path / str(processes)
+        run = launch(*common, "--output", output, f"--{stage}.batch_size", size, processes=processes)
+        assert run.returncode == 0, run.stderr[-3000:]
+        losses.append(torch.tensor(metrics(output, stage), dtype=torch.float64))
+    assert losses[0].std() > 1e-3
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=2e-5)
+
+
 # 14: activations of frozen parts
 
 

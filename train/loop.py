@@ -235,6 +235,9 @@ class _StageRun:
             {"path": source.path, "samples": None if train.streaming else len(train), "weight": source.weight}
             for source in sources
         ]
+        self.joins = model.overlap.joins_processes and (
+            stage == "vision" or model.config.overlap_loss_weight_finetune > 0
+        )
         self.compares = model.config.overlap_loss_weight_finetune > 0
         self.stream = self._batches(train)
         optimizer = torch.optim.AdamW(self._parameter_groups(model), lr=self.options.learning_rate)
@@ -404,6 +407,7 @@ class _StageRun:
         world = self.accelerator.num_processes
         unit = tokens if self.stage != "vision" else panoramas
 
+        joint = self._joint_shares([count[1] for count in counts], passes) if self.joins else None
         totals: dict[str, torch.Tensor] = {}
         output = None
         for number in range(passes):
@@ -411,6 +415,7 @@ class _StageRun:
             batch = self._stand_in() if is_filler else batches[number]
             batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
             share = 0.0 if is_filler else counts[number][1] * world / max(panoramas, 1)
+            share = share if joint is None else joint[number]
             self.accelerator.sync_gradients = number == passes - 1  # DeepSpeed makes its step in the last backward
             with nullcontext() if number == passes - 1 else self.accelerator.no_sync(self.model):
                 if self.stage == "vision":
@@ -449,20 +454,36 @@ class _StageRun:
         figures |= {"grad_norm": 0.0 if norm is None else float(norm), "stop": float(everyone[:, 5].max())}
         return {**figures, "supervised": unit, "panoramas": panoramas, "tokens": all_tokens}
 
+    def _joint_shares(self, panoramas: list[int], passes: int) -> list[float]:
+        """Of each pass, the share of the step's panoramas, on all processes: where statistics are joint, every process
+        has to weight the loss alike."""
+        own = torch.zeros(passes, device=self.accelerator.device)
+        own[: len(panoramas)] = torch.tensor(panoramas, dtype=own.dtype)
+        everyone = self.accelerator.reduce(own, "sum")
+        return (everyone / everyone.sum().clamp(min=1)).tolist()
+
     def _stand_in(self) -> Batch:
         """A black panorama, for a process that has fewer micro-batches than the others: all must run forward and
-        backward equally often. It counts for nothing."""
+        backward equally often. It counts for nothing: where statistics are joint, none of its views shows anything."""
         if self._filler is None:
             images: Any = torch.zeros(64, 128, 3, dtype=torch.uint8)
             if self.stage == "vision":
                 inputs = self.processor.image_processor(images, return_tensors="pt")
             else:
                 parts = [{"type": "image", "image": images}, {"type": "text", "text": "What is this?"}]
+                parts = parts[1:] if self.joins else parts
                 turns: list[dict[str, Any]] = [
                     {"role": "user", "content": parts},
                     {"role": "assistant", "content": "Nothing."},
                 ]
                 inputs = self.processor.apply_chat_template(turns, return_labels=True)
+            if self.joins:
+                pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+                inputs = {
+                    **inputs,
+                    "pixel_values": pixels,
+                    "view_mask": torch.zeros(pixels.shape[:2], dtype=torch.bool),
+                }
             self._filler = dict(inputs)
         return self._filler
 
