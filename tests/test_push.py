@@ -553,5 +553,7 @@ def test_a_run_ends_whole_whatever_the_hub_does(server, tmp_path, fault):
         (command,) = re.findall(r"^hf upload .*$", run.stderr, re.MULTILINE)
         server.heal()
         subprocess.run(["bash", "-c", command], check=True, capture_output=True, env=environment)
-    assert pushed(server) == content(output / "resampler")
+    there = content(output / "resampler")
+    del there["training.json"]  # what decided the stage names paths of this machine
+    assert pushed(server) == there
     assert "loss_curve.png" in pushed(server)

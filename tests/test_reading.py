@@ -359,9 +359,9 @@ def test_a_file_is_closed_when_it_is_read(panoramas, tmp_path, kind):
 def test_a_file_that_cannot_be_read_is_closed_too(panoramas, tmp_path, kind):
     data = encoded(panoramas[0], kind)
     (tmp_path / f"broken.{kind.lower()}").write_bytes(data[: len(data) // 2])
-    (tmp_path / "wrongly_named.bmp").write_bytes(data)
+    (tmp_path / "no_image.png").write_bytes(b"no image at all")
     with no_file_left_open():
-        for name in (f"broken.{kind.lower()}", "wrongly_named.bmp"):
+        for name in (f"broken.{kind.lower()}", "no_image.png"):
             with pytest.raises(ValueError, match=f"cannot read .*{name}"):
                 read_panorama(tmp_path / name)
 
@@ -392,8 +392,8 @@ def test_a_file_object_stays_open(panoramas):
     file = io.BytesIO(encoded(panoramas[0], "PNG"))
     read_panorama(file)
     assert not file.closed
-    file.name = "wrongly_named.jpg"
-    with pytest.raises(ValueError, match="it is named as JPEG, but holds PNG"):
+    file = io.BytesIO(encoded(panoramas[0], "PNG")[:2000])
+    with pytest.raises(ValueError, match="cannot read"):
         read_panorama(file)
     assert not file.closed
 

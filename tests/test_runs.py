@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from panorama_vlm.data.collators import ConversationCollator
+from panorama_vlm.data.samples import open_data
+from panorama_vlm.data.sources import DataSource
+from panorama_vlm.data.stream import BatchStream, Step
 from panorama_vlm.tests.launching import ENVIRONMENT, SAMPLES, launch, metrics, run_here
 from panorama_vlm.train.config import load_config
-from panorama_vlm.train.data import BatchStream, ConversationCollator, DataSource, Step, open_data
 from panorama_vlm.train.loop import train
 
 pytestmark = pytest.mark.slow

@@ -13,11 +13,11 @@ import pytest
 import torch
 from panorama_vlm import PanoramaProcessor, PanoramaVLM
 from panorama_vlm.checkpoint_panorama import read_state
+from panorama_vlm.data.skipped import TooManyBadSamples
 from panorama_vlm.stages_panorama import part_of
 from panorama_vlm.tests.launching import ENVIRONMENT, SAMPLES, launch, metrics, run_here
 from panorama_vlm.train.checkpoint import newest_checkpoint, whole_folder
 from panorama_vlm.train.config import CONFIGS, describe, load_config, save_config
-from panorama_vlm.train.data import TooManyBadSamples
 from panorama_vlm.train.loop import PREEMPTED, train
 from safetensors.torch import load_file
 
@@ -175,8 +175,10 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_batch(tmp_path, sta
 @pytest.mark.slow
 def test_accumulated_losses_are_normalised_by_all_supervised_tokens(tmp_path):
     """Against the loss of the whole batch in one piece, written plainly."""
+    from panorama_vlm.data.collators import ConversationCollator
+    from panorama_vlm.data.samples import open_data
+    from panorama_vlm.data.stream import BatchStream
     from panorama_vlm.train.build import load_start
-    from panorama_vlm.train.data import BatchStream, ConversationCollator, open_data
 
     options = ["--stage", "resampler", "--resampler.batch_size", 1, "--resampler.accumulation", 7]
     options += ["--resampler.max_steps", 1, "--options", NO_DROPOUT]

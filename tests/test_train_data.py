@@ -10,17 +10,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from panorama_vlm.train.data import (
-    BadSample,
-    BatchStream,
-    ConversationCollator,
-    DataSource,
-    SkippedSamples,
-    TooManyBadSamples,
-    VisionCollator,
-    conversation,
-    open_data,
-)
+from panorama_vlm.data.collators import ConversationCollator, VisionCollator
+from panorama_vlm.data.samples import open_data
+from panorama_vlm.data.skipped import SkippedSamples, TooManyBadSamples
+from panorama_vlm.data.sources import BadSample, DataSource, conversation
+from panorama_vlm.data.stream import BatchStream
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.image_processing_utils import BatchFeature
@@ -325,7 +319,7 @@ def test_of_all_protocols_only_files_of_the_hub_dataset_itself_are_fetched(make,
         opened.append(url)
         return (SAMPLES / "dawn.jpg").open(mode)
 
-    monkeypatch.setattr("panorama_vlm.train.data.fsspec.open", open_remote)
+    monkeypatch.setattr("panorama_vlm.data.collators.fsspec.open", open_remote)
     collate = VisionCollator(processor, 0)
     own = {"image": "hf://datasets/org/set@1a2b/p.jpg", "source": "org/set"}
     assert torch.equal(collate([own])["pixel_values"], collate([{"image": SAMPLES / "dawn.jpg"}])["pixel_values"])

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 from transformers.utils import logging as transformers_logging
 
+from ..data.skipped import TooManyBadSamples
 from .config import describe, load_config
-from .data import TooManyBadSamples
 from .loop import PREEMPTED, Preempted, train
 
 

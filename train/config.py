@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..configuration_panorama import PanoramaConfig
+from ..data.sources import DataSource
 from ..geometry_panorama import ViewOptions
-from ..stages_panorama import PARTS
-from .data import STAGES, DataSource
+from ..stages_panorama import PARTS, STAGES
 
 CONFIGS = Path(__file__).with_name("configs")
 

@@ -32,9 +32,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..ask import answer
 from ..checkpoint_panorama import choose_attention, read_state
+from ..data.collators import ConversationCollator, VisionCollator
+from ..data.samples import Samples, open_data
+from ..data.skipped import SkippedSamples
+from ..data.stream import BatchStream, Step
 from ..modeling_panorama import PanoramaVLM
 from ..processing_panorama import IGNORE_INDEX
-from ..stages_panorama import PARTS, part_of
+from ..stages_panorama import PARTS, STAGES, part_of
 from .build import check_parts, load_start
 from .card import read_history, write_model_card
 from .checkpoint import (
@@ -47,7 +51,6 @@ from .checkpoint import (
     write_whole,
 )
 from .config import TrainConfig, save_config
-from .data import STAGES, BatchStream, ConversationCollator, Samples, SkippedSamples, Step, VisionCollator, open_data
 from .fingerprint import FILE, check_finished, differences, fingerprint
 from .hub import HubPusher
 
