@@ -37,6 +37,7 @@ STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.ind
 # What only a repo of source code holds, such as this project's own, which is a model repo too: a push would put the
 # card over its README.md, and the code that travels with a model over its code.
 SOURCE = ("setup.cfg", "train/")
+LOCAL = "training.json"  # of a stage's folder: names paths of this machine
 # Stands in the command for a push that the repo must not get.
 ANOTHER = "OWNER/ANOTHER-NAME"
 # Runs this file without its folder on sys.path, where `data.py` or `config.py` could hide other modules.
@@ -196,7 +197,7 @@ class HubPusher:
             settings.append(f"HF_ENDPOINT={shlex.quote(self.endpoint)}")
         repo_id = ANOTHER if self._refused else self.repo_id
         command = ["hf", "upload", repo_id, str(push.folder), ".", "--repo-type", "model"]
-        command += ["--commit-message", push.message]
+        command += ["--commit-message", push.message, "--exclude", LOCAL]
         for pattern in STALE:
             command += ["--delete", pattern]
         return " ".join([*settings, shlex.join(command + ["--private"] * self.private)])
@@ -393,7 +394,7 @@ def _run_job(job: dict[str, Any]) -> str:
 
 def _is_pushed(path: str) -> bool:
     """As `hf upload`: everything but git's and the cache's own folders, and what names paths of this machine."""
-    return path != "training.json" and not {".git", ".cache"} & set(path.split("/")[:-1])
+    return path != LOCAL and not {".git", ".cache"} & set(path.split("/")[:-1])
 
 
 def _seconds_to_wait(headers: Any) -> float:
