@@ -6,13 +6,12 @@ RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 # A core for each of a few processes: threads that wait for each other on the same cores cost far more than they bring.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-fast test-tools soak lint types bench clean
+.PHONY: help demo test test-fast test-tools lint types bench clean
 
 help:
 	@echo "make demo       train the three stages on real panoramas, save, load elsewhere, ask (minutes)"
 	@echo "make test       the tests;  make test-fast  without those that take more than ten seconds"
 	@echo "make test-tools the tests with other tools (TRL), which it installs"
-	@echo "make soak       the tests that take long, one after the other"
 	@echo "make lint       ruff;  make types  mypy"
 	@echo "make bench      every benchmark, each beside its peer"
 	@echo "make clean      remove .venv and build"
@@ -47,16 +46,11 @@ test: $(VENV)/.ready
 
 test-fast: $(VENV)/.ready
 	@echo "== Running all but the slow tests"
-	@$(PYTEST) -m "not slow and not tools and not soak"
+	@$(PYTEST) -m "not slow and not tools"
 
 test-tools: $(VENV)/.tools
 	@echo "== Running the tests with further tools"
 	@$(PYTEST) -m tools
-
-# One after the other and without a time limit: these measure how long things take and what they leave behind.
-soak: $(VENV)/.ready
-	@echo "== Running the tests that take long"
-	@$(RUN) -m pytest tests -m soak --timeout 0
 
 lint: $(VENV)/.ready
 	@echo "== ruff"
