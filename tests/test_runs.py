@@ -159,6 +159,24 @@ def test_what_was_skipped_is_said_and_a_small_set_is_judged_too(tmp_path, caplog
     assert f"{len(lines)} of 9 samples could not be used: missing image ({len(lines)})" in said
 
 
+# 6: the card
+
+
+def test_the_card_shows_empty_answers_and_says_which_questions_were_trained(tmp_path):
+    from panorama_vlm import PanoramaConfig
+    from panorama_vlm.train.card import write_model_card
+
+    sample = {"step": 3, "image": "park.jpg", "question": "sky", "answer": "", "reference": "Blue.", "trained": True}
+    card = write_model_card(tmp_path, config=PanoramaConfig(), run={"samples": [sample]}).read_text()
+    assert "| image | question | answer | reference |" in card
+    assert "| park.jpg | sky |  | Blue. |" in card
+    assert "Given by this model to questions that it was trained on. What is empty is what it gave." in card
+    card = write_model_card(
+        tmp_path, config=PanoramaConfig(), run={"samples": [{**sample, "trained": False}]}
+    ).read_text()
+    assert "Given by this model. What is empty" in card
+
+
 # 9: streams
 
 
