@@ -25,6 +25,13 @@ def test_fewer_tiles_own_the_expensive_borders(overlap, tiles, columns):
     assert cost(ViewOptions("e2p", 90.0, overlap), GRID).tokens == 16 * columns * tiles
 
 
+@pytest.mark.parametrize(("side", "columns"), [(16, 6), (24, 10)])
+def test_what_no_token_shows_lies_between_the_last_column_of_a_tile_and_the_first_of_the_next(side, columns):
+    """Of eight tiles the owned columns end at the tangent columns/side; half of the way to the next centre is 22.5°."""
+    between = max(0.0, 1 - math.degrees(math.atan(columns / side)) / 22.5)
+    assert cost(ViewOptions("e2p", 90.0, 0.5), (side, side)).unshown == pytest.approx(between, abs=5e-3)
+
+
 def test_tiles_that_touch_show_what_they_see_once_and_throw_nothing_away():
     found = cost(ViewOptions("anyres_tiles", 90.0), GRID)
     assert (found.views, found.tokens, found.discarded) == (5, 1280, 0)
