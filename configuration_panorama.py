@@ -299,12 +299,18 @@ class PanoramaConfig(PretrainedConfig):
         return self.use_anyres_e2p_vicreg and self.view_plan.has_rays
 
     @property
+    def uses_overlap_ratio(self) -> bool:
+        """Whether `overlap_ratio` has a meaning for these views: not for those that touch, and not for a single one."""
+        other = 0.9 if self.overlap_ratio < 0.8 else 0.1
+        return replace(self.view_options, overlap_ratio=other).plan != self.view_plan
+
+    @property
     def overlap_problem(self) -> str | None:
         """Why no two of the plan's views have a token to compare; `None` where they have, or where it is not the plan
         that decides (strips, which pair whatever views are given)."""
         if not self.pairs_by_rays or ray_correspondences(self.view_plan, self.token_grid, tuple(self.overlap_pairs)):
             return None
-        if replace(self.view_options, overlap_ratio=0.9).plan == self.view_plan:
+        if not self.uses_overlap_ratio:
             return f"the views of view_strategy={self.view_strategy!r} meet at their edges and do not overlap"
         return (
             f"no token looks the same way in two views: fov_deg={self.fov_deg} with "

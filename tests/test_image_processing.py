@@ -72,7 +72,7 @@ def test_a_large_panorama_is_reduced_before_it_is_sampled_so_that_it_does_not_al
     assert views[1:].std() < 0.15  # bilinear sampling alone would leave about 0.2
 
 
-@pytest.mark.parametrize("strategy", ["anyres_e2p", "cubemap", "sliding_window", "resize"])
+@pytest.mark.parametrize("strategy", ["anyres_e2p", "anyres_tiles", "cubemap", "sliding_window", "resize"])
 @pytest.mark.parametrize("width", [4096, 2048, 1502, 512])
 def test_opencv_and_torch_give_the_same_views_to_half_a_grey_level(mosaic, strategy, width):
     pytest.importorskip("cv2")
@@ -85,7 +85,7 @@ def test_opencv_and_torch_give_the_same_views_to_half_a_grey_level(mosaic, strat
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-@pytest.mark.parametrize("strategy", ["anyres_e2p", "cubemap", "sliding_window", "resize"])
+@pytest.mark.parametrize("strategy", ["anyres_e2p", "anyres_tiles", "cubemap", "sliding_window", "resize"])
 def test_a_gpu_gives_the_same_views_to_half_a_grey_level(mosaic, strategy):
     erp = torch.from_numpy(np.array(mosaic)).permute(2, 0, 1)
     plan = ViewOptions(strategy, 90.0, 0.5).plan

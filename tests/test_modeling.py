@@ -301,13 +301,16 @@ def test_every_overlap_loss_trains_the_resampler(make, panoramas, options):
     assert (output.covariance is None) == (options.get("overlap_loss") == "densecl")
 
 
-@pytest.mark.parametrize("strategy", ["anyres_e2p", "e2p", "cubemap", "sliding_window", "resize"])
+STRATEGIES = ["anyres_e2p", "e2p", "anyres_tiles", "tiles", "cubemap", "sliding_window", "resize"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_view_strategy_answers_and_trains_where_its_views_overlap(make, ask, panoramas, strategy):
     model, processor = make(view_strategy=strategy, pole_caps=True)
     inputs = ask(processor, panoramas[0])
     assert inputs["pixel_values"].shape[1] == model.config.num_views
     assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
-    if strategy in ("cubemap", "resize"):
+    if strategy in ("anyres_tiles", "tiles", "cubemap", "resize"):
         with pytest.raises(ValueError, match="do not overlap|at least 2 views"):
             model(inputs["pixel_values"], stage="vision")
     else:

@@ -205,8 +205,10 @@ def _usage(config: PanoramaConfig, run: dict[str, Any]) -> str:
 def _views(config: PanoramaConfig) -> str:
     plan = config.view_plan
     rows = [("strategy", f"`{config.view_strategy}`")]
-    if len(plan.tiles) > 1 and config.view_strategy != "cubemap":
-        rows += [("field of view", f"{config.fov_deg:g}°"), ("overlap of neighbours", f"{config.overlap_ratio:.0%}")]
+    if len(plan.tiles) > 1:
+        rows.append(("field of view", f"{plan.views[plan.tiles[0]].fov:g}°"))
+    if config.uses_overlap_ratio:
+        rows.append(("overlap of neighbours", f"{config.overlap_ratio:.0%}"))
     rows += [
         ("views a panorama", f"{plan.num_views} of {config.image_size} x {config.image_size} pixels"),
         ("tokens a view", str(config.tokens_per_view)),
