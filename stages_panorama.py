@@ -11,7 +11,6 @@ from .towers_panorama import tower_of
 
 Stage = Literal["vision", "resampler", "finetune"]
 
-STAGES = ("vision", "resampler", "finetune")  # in order
 PARTS = ("vision_tower", "resampler", "vicreg_projector", "projection", "language_model")
 # What trains in which stage; everything else is frozen. Of the vision tower, `blocks` are the last
 # `vision_trainable_blocks`, and `tower` is all of it where `finetune_vision_tower` is set; of a language model with
@@ -21,6 +20,7 @@ TRAINED_PARTS: dict[str, tuple[str, ...]] = {
     "resampler": ("resampler", "projection"),
     "finetune": ("tower", "resampler", "projection", "language_model"),
 }
+STAGES = tuple(TRAINED_PARTS)  # in order
 
 
 def part_of(name: str) -> str:

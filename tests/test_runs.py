@@ -47,7 +47,9 @@ def stopped_at(output, step, monkeypatch, *options):
         (("--resampler.learning_rate", "1e-5"), "resampler.learning_rate was 0.001 and is 1e-05"),
         (("--resampler.weight_decay", "0.5"), "resampler.weight_decay was 0.01 and is 0.5"),
         (("--compose.language.hidden_size", "96"), "compose.language.hidden_size was 48 and is 96"),
-        (("--options.fov_deg", "80"), "fov_deg"),
+        (("--options.lora_rank", "8"), "options.lora_rank was 4 and is 8"),
+        (("--options.fov_deg", "80"), "options.fov_deg was not given and is 80"),
+        (("--resampler.learning_rates.projection", "1e-5"), "resampler.learning_rates.projection was not given and is"),
         (("--seed", "3"), "seed was 0 and is 3"),
     ],
 )
@@ -55,10 +57,29 @@ def test_a_run_that_goes_on_with_other_options_is_refused_and_the_difference_nam
     tmp_path, monkeypatch, changed, named
 ):
     stopped_at(tmp_path, 3, monkeypatch)
-    if named == "fov_deg":
-        named, changed = "options.lora_rank was 4 and is 8", ("--options.lora_rank", "8")
     with pytest.raises(ValueError, match=named):
         run_here(tmp_path, "--stage", "resampler", *changed)
+
+
+def test_an_option_that_is_no_longer_given_is_a_change_too(tmp_path, monkeypatch):
+    stopped_at(tmp_path, 3, monkeypatch, "--options.fov_deg", "80")
+    with pytest.raises(ValueError, match="options.fov_deg was 80 and is not given"):
+        run_here(tmp_path, "--stage", "resampler")
+
+
+def test_another_precision_is_a_change(tmp_path, monkeypatch):
+    stopped_at(tmp_path, 3, monkeypatch)
+    state = next((tmp_path / "checkpoints").iterdir()) / "trainer_state.json"
+    state.write_text(state.read_text().replace('"mixed precision": "no"', '"mixed precision": "bf16"'))
+    with pytest.raises(ValueError, match="mixed precision was bf16 and is no"):
+        run_here(tmp_path, "--stage", "resampler")
+
+
+def test_a_checkpoint_of_a_stage_that_is_not_trained_is_refused(tmp_path, monkeypatch):
+    stopped_at(tmp_path / "a", 3, monkeypatch)
+    checkpoint = next((tmp_path / "a/checkpoints").iterdir())
+    with pytest.raises(ValueError, match="is a checkpoint of 'resampler', and this run trains finetune"):
+        run_here(tmp_path / "b", "--stage", "finetune", "--resume", checkpoint)
 
 
 def test_options_that_the_weights_do_not_depend_on_may_change(tmp_path, monkeypatch):
@@ -95,6 +116,13 @@ def test_stages_that_are_trained_one_at_a_time_chain(tmp_path):
         run_here(parts, "--stage", stage)
         assert metrics(parts, stage) == metrics(whole, stage)
         assert (parts / stage / "model.safetensors").read_bytes() == (whole / stage / "model.safetensors").read_bytes()
+
+
+def test_a_stage_that_starts_from_one_composed_otherwise_is_refused(tmp_path):
+    run_here(tmp_path, "--stage", "vision")
+    with pytest.raises(ValueError, match="compose.language.hidden_size was 48 and is 96"):
+        run_here(tmp_path, "--stage", "resampler", "--compose.language.hidden_size", 96)
+    run_here(tmp_path, "--stage", "resampler", "--vision.learning_rate", 0.5)  # of a stage that is not this run's
 
 
 # 3: Ctrl-C

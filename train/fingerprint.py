@@ -11,6 +11,7 @@ from typing import Any
 from .config import TrainConfig
 
 FILE = "training.json"  # in the folder of a finished stage; not pushed, because it names local paths
+OPTIONAL = ("options.", "compose.")
 # The weights do not depend on these: they may change whenever a run goes on.
 FREE = (
     *("output", "stage", "resume", "save_every", "keep_checkpoints", "log_every", "eval_every", "eval_samples"),
@@ -39,12 +40,26 @@ def fingerprint(config: TrainConfig, stage: str, world: int) -> dict[str, Any]:
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """In words, what is not the same; an option that one of the two does not know is left out."""
-    return [f"{name} was {then[name]} and is {now[name]}" for name in now if name in then and then[name] != now[name]]
+    """In words, what is not the same.
+
+    An option that may be left out (of the model, of parts of it) counts as changed where only one of the two has it. Of
+    the trainer's own, each of which always has a value, one that only one knows comes from another version.
+    """
+    found = []
+    for name in sorted({*then, *now}):
+        optional = name.startswith(OPTIONAL) or ".learning_rates." in name
+        if then.get(name) != now.get(name) and (optional or (name in then and name in now)):
+            found.append(f"{name} was {then.get(name, 'not given')} and is {now.get(name, 'not given')}")
+    return found
 
 
-def check_finished(folder: Path, now: dict[str, Any]) -> None:
+def check_finished(folder: Path, now: dict[str, Any], only: tuple[str, ...] = ("",)) -> None:
     """See that the folder of a stage holds what this run would train.
+
+    Args:
+        folder: of the stage.
+        now: the fingerprint of this run.
+        only: how the names of what is compared begin.
 
     Raises:
         ValueError: for a folder of something else, and for a stage that was trained with other options, each named.
@@ -57,7 +72,8 @@ def check_finished(folder: Path, now: dict[str, Any]) -> None:
             f"{str(folder)!r} is there and is no stage that this trainer has finished ({FILE}: {error}); choose "
             "another --output, or move the folder away"
         ) from error
-    if changed := differences(then, now):
+    parts = ({name: value for name, value in each.items() if name.startswith(only)} for each in (then, now))
+    if changed := differences(*parts):
         raise ValueError(
             f"stage {stage!r} in {str(folder)!r} was trained otherwise: {'; '.join(changed)}. Set it back to go on "
             f"from there, choose another --output, or move the folder away to train the stage again"
@@ -76,7 +92,7 @@ def _absolute(path: str | None) -> str | None:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value

@@ -102,7 +102,13 @@ def train(config: TrainConfig) -> dict[str, list[float]]:
     done, to_train = _check_output(config, output, accelerator)
     checkpoint = _find_checkpoint(config, output)
     resumed_stage = None if checkpoint is None else read_state(checkpoint)["stage"]
-    check_parts(config, start=done[-1] if done else _start_before(config, output))
+    if config.resume not in ("auto", "never") and resumed_stage not in config.stages:
+        stages = ", ".join(config.stages)
+        raise ValueError(
+            f"--resume {config.resume!r} is a checkpoint of {resumed_stage!r}, and this run trains {stages}"
+        )
+    start = _start_before(config, output, accelerator)
+    check_parts(config, start=done[-1] if done else start)
     data = {
         stage: open_data(
             config.stage_config(stage).data or config.data,
@@ -120,7 +126,6 @@ def train(config: TrainConfig) -> dict[str, list[float]]:
     if config.trackers:
         accelerator.init_trackers(config.project, config=_flat(dataclasses.asdict(config)))
     losses: dict[str, list[float]] = {}
-    start = _start_before(config, output)
     with _asked_to_stop() as asked_to_stop:
         for stage in config.stages:
             if stage in to_train:
@@ -168,8 +173,12 @@ def _check_output(config: TrainConfig, output: Path, accelerator: Accelerator) -
     return done, to_train
 
 
-def _start_before(config: TrainConfig, output: Path) -> str | None:
-    """Where the first stage of a run starts, if stages are trained one at a time: the one before, in `output`."""
+def _start_before(config: TrainConfig, output: Path, accelerator: Accelerator) -> str | None:
+    """Where the first stage of a run starts, if stages are trained one at a time: the one before, in `output`.
+
+    Raises:
+        ValueError: where that was composed otherwise than this run says.
+    """
     before = [output / stage for stage in STAGES[: STAGES.index(config.stages[0])]]
     found = [str(folder) for folder in before if (folder / FILE).is_file()]
     if found and config.model is not None:
@@ -177,7 +186,12 @@ def _start_before(config: TrainConfig, output: Path) -> str | None:
             f"--model {config.model!r} and the trained stage {found[-1]!r} both say what to start from: leave out "
             "--model, or choose another --output"
         )
-    return found[-1] if found else None
+    if not found:
+        return None
+    before_it = Path(found[-1])
+    now = fingerprint(config, before_it.name, accelerator.num_processes)
+    check_finished(before_it, now, only=("compose.", "model", "options."))
+    return found[-1]
 
 
 def _find_checkpoint(config: TrainConfig, output: Path) -> Path | None:
@@ -631,6 +645,7 @@ class _StageRun:
         kind = self.accelerator.distributed_type
         return {
             **fingerprint(self.config, self.stage, self.accelerator.num_processes),
+            "mixed precision": self.accelerator.mixed_precision,
             "steps": self.stream.steps,
             "samples": None if self.samples.streaming else len(self.samples),
             "shards": kind.value if kind in SHARDED else None,
