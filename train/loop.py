@@ -104,7 +104,8 @@ def train(config: TrainConfig) -> dict[str, list[float]]:
     resumed_stage = None if checkpoint is None else read_state(checkpoint)["stage"]
     if config.resume not in ("auto", "never") and resumed_stage not in config.stages:
         stages = ", ".join(config.stages)
-        raise ValueError(
+        where = f"a checkpoint of {resumed_stage!r}, and this run trains {stages}"
+        raise ValueError(f"--resume {config.resume!r} is {where}")
             f"--resume {config.resume!r} is a checkpoint of {resumed_stage!r}, and this run trains {stages}"
         )
     start = _start_before(config, output, accelerator)
