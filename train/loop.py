@@ -106,8 +106,6 @@ def train(config: TrainConfig) -> dict[str, list[float]]:
         stages = ", ".join(config.stages)
         where = f"a checkpoint of {resumed_stage!r}, and this run trains {stages}"
         raise ValueError(f"--resume {config.resume!r} is {where}")
-            f"--resume {config.resume!r} is a checkpoint of {resumed_stage!r}, and this run trains {stages}"
-        )
     start = _start_before(config, output, accelerator)
     check_parts(config, start=done[-1] if done else start)
     data = {
