@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.image_processing_utils import BatchFeature
 
 from ..processing_panorama import IGNORE_INDEX, PanoramaProcessor
-from .sources import BadSample, RawSample, conversation
+from .rows import BadSample, RawSample, conversation
 
 _BAD_INPUT = (
     *(ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError),

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import pickle
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import numpy as np
-from datasets import (
-    IterableDataset,
-    interleave_datasets,
-)
+from datasets import IterableDataset
 
 from ..stages_panorama import STAGES
-from .sources import DataSource, OpenedSource, RawSample, identity, open_source, try_panoramas
-
-_STREAM_BUFFER = 200  # rows of a stream, with their undecoded images, among which the next one is drawn
+from .reader import SharedSource, StreamReader
+from .rows import ERROR, RawSample
+from .sources import DataSource, OpenedSource, digest, identity, open_source, try_panoramas
 
 
 def open_data(
@@ -48,42 +41,64 @@ def open_data(
         train = Samples(opened, stage, held_out=(seed, limit, False))
         return train, Samples(opened, stage, held_out=(seed, limit, True)) if limit else None
 
-    # The rows of each panorama. Without a split or duplicates to find, images are not read.
-    rows: list[list[list[str]]] = [[[] for _ in range(len(each.data))] for each in opened]
     if stage == "vision" or validation_share:
-        images = [each.data.select_columns([each.columns["image"]]) for each in opened]
-        rows = [
-            [[identity(image) for image in try_panoramas(each, row)] for row in of_source]
-            for each, of_source in zip(opened, images, strict=True)
+        places = np.concatenate([_places(each, source) for source, each in enumerate(opened)])
+    else:  # without a split or duplicates to find, images are not read
+        places = np.concatenate([_numbered(len(each.data), source) for source, each in enumerate(opened)])
+    held = _held_out(places["panorama"], seed, validation_share) if validation_share else np.zeros(0, np.uint64)
+    in_held = np.isin(places["panorama"], held)
+    if stage == "vision":  # each panorama where it is first named, and rows without one, to be reported
+        _, first = np.unique(places["panorama"], return_index=True)
+        own = places["panorama"] == _NONE
+        own[first] = True
+        kept = {"train": own & ~in_held, "validation": own & in_held}
+    else:  # a row with panoramas of both sides is in neither
+        starts = np.flatnonzero(places["image"] == 0)
+        kept = {"train": np.zeros(len(places), bool), "validation": np.zeros(len(places), bool)}
+        kept["train"][starts] = ~np.logical_or.reduceat(in_held, starts)
+        kept["validation"][starts] = np.logical_and.reduceat(in_held, starts)
+    entries = {name: places[mask][["source", "row", "image"]] for name, mask in kept.items()}
+    train = Samples(opened, stage, entries["train"])
+    return train, Samples(opened, stage, entries["validation"], weighted=False) if validation_share else None
+
+
+_PLACE = np.dtype([("source", "<u2"), ("image", "<u2"), ("row", "<u4"), ("panorama", "<u8")])  # 16 bytes a sample
+_NONE = 0  # the panorama of a row that has none
+
+
+def _numbered(rows: int, source: int) -> np.ndarray:
+    places = np.zeros(rows, _PLACE)
+    places["source"], places["row"] = source, np.arange(rows)
+    return places
+
+
+def _places(opened: OpenedSource, source: int) -> np.ndarray:
+    """Each image of each row of a source, with a number that tells its panorama from others; a row without an image
+    once, with `_NONE`."""
+    found, start = [_numbered(0, source)], 0
+    needed = [name for name in (opened.columns["image"], ERROR) if name in opened.data.column_names]
+    for batch in opened.data.select_columns(needed).iter(batch_size=1000):
+        rows = [dict(zip(needed, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        triples = [
+            (source, which, start + place, _NONE if image is None else int(digest(identity(image)), 16))
+            for place, row in enumerate(rows)
+            for which, image in enumerate(try_panoramas(opened, row) or [None])
         ]
-    panoramas = sorted({name for of_source in rows for names in of_source for name in names})
-    held: set[str] = set()
-    if validation_share:
-        count = max(1, round(validation_share * len(panoramas)))
-        if count >= len(panoramas):
-            raise ValueError(
-                f"validation_share={validation_share} of {len(panoramas)} panoramas leaves none to train on; "
-                "give more panoramas or a smaller share"
-            )
-        held = {panoramas[place] for place in np.random.default_rng(seed).permutation(len(panoramas))[:count]}
-    train_entries: list[tuple[int, int, int]] = []
-    validation_entries: list[tuple[int, int, int]] = []
-    seen: set[str] = set()
-    for source, of_source in enumerate(rows):
-        for row, names in enumerate(of_source):
-            if stage == "vision":
-                for which, name in enumerate(names):
-                    if name not in seen:
-                        (validation_entries if name in held else train_entries).append((source, row, which))
-                        seen.add(name)
-                if not names:  # to be reported
-                    train_entries.append((source, row, 0))
-            elif not held.intersection(names):
-                train_entries.append((source, row, 0))
-            elif held.issuperset(names):
-                validation_entries.append((source, row, 0))  # a row with panoramas of both sides is in neither
-    train = Samples(opened, stage, train_entries)
-    return train, Samples(opened, stage, validation_entries, weighted=False) if held else None
+        found.append(np.array(triples, _PLACE))
+        start += len(rows)
+    return np.concatenate(found)
+
+
+def _held_out(panoramas: np.ndarray, seed: int, share: float) -> np.ndarray:
+    """The panoramas that are kept for validation."""
+    distinct = np.unique(panoramas[panoramas != _NONE])
+    count = max(1, round(share * len(distinct)))
+    if count >= len(distinct):
+        raise ValueError(
+            f"validation_share={share} of {len(distinct)} panoramas leaves none to train on; "
+            "give more panoramas or a smaller share"
+        )
+    return distinct[np.random.default_rng(seed).permutation(len(distinct))[:count]]
 
 
 class Samples:
@@ -98,14 +113,14 @@ class Samples:
         self,
         opened: list[OpenedSource],
         stage: str,
-        entries: list[tuple[int, int, int]] | None = None,
+        entries: np.ndarray | None = None,
         held_out: tuple[int, int, bool] = (0, 0, False),
         weighted: bool = True,
     ):
         self.opened = opened
         self.stage = stage
         self.streaming = entries is None
-        self.entries = np.array(entries or [], dtype=np.int64).reshape(-1, 3)  # [N, (source, row, image of the row)]
+        self.entries = np.zeros(0, _PLACE) if entries is None else entries  # [N] of source, row and image of the row
         self.held_out = held_out  # for streams: seed, limit of the hash, on which side of it
         self.weighted = weighted
 
@@ -116,22 +131,20 @@ class Samples:
 
     def __getitem__(self, index: int) -> RawSample:
         """Sample `index % len(self)`; higher indices are its repetitions in an epoch."""
-        source, row, which = (int(number) for number in self.entries[index % len(self)])
-        opened = self.opened[source]
-        return {**opened.sample(opened.data[row], self.stage, f"row {row}", which), "index": index}
+        entry = self.entries[index % len(self)]
+        opened, row = self.opened[entry["source"]], int(entry["row"])
+        return {**opened.sample(opened.data[row], self.stage, f"row {row}", int(entry["image"])), "index": index}
 
     def __iter__(self) -> Iterator[RawSample]:
         """All samples once; of a stream, without end."""
-        if self.streaming:
-            return (pickle.loads(row["sample"]) for row in self.stream(0, shuffle=False))
-        return (self[index] for index in range(len(self)))
+        return iter(self.reader()) if self.streaming else (self[index] for index in range(len(self)))
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
         """The indices of an epoch, in order: each sample as often as its source's weight says."""
         generator = np.random.default_rng((seed, epoch, 0))
         indices = []
         for source, opened in enumerate(self.opened):
-            own = np.flatnonzero(self.entries[:, 0] == source)
+            own = np.flatnonzero(self.entries["source"] == source)
             times, share = divmod(opened.source.weight if self.weighted else 1.0, 1)
             indices += [own + len(self) * time for time in range(int(times))]
             drawn = generator.choice(own, round(share * len(own)), replace=False)
@@ -144,47 +157,14 @@ class Samples:
         for source, opened in enumerate(self.opened):
             text = [column for what, column in opened.columns.items() if what != "image"]
             if text:
-                sizes = np.array([sum(len(str(v)) for v in row.values()) for row in opened.data.select_columns(text)])
-                own = self.entries[:, 0] == source
-                lengths[own] = sizes[self.entries[own, 1]]
+                batches = opened.data.select_columns(text).iter(batch_size=1000)
+                rows = (values for batch in batches for values in zip(*batch.values(), strict=True))
+                sizes = np.fromiter((sum(len(str(value)) for value in values) for values in rows), np.int64)
+                own = self.entries["source"] == source
+                lengths[own] = sizes[self.entries["row"][own]]
         return lengths
 
-    def stream(self, seed: int, shuffle: bool = True) -> IterableDataset:
-        """The samples without end, each pickled under the key `sample` (so that `datasets` does not force them into one
-        schema): pass after pass, shuffled anew in each, drawn from the sources by their weights. A sample carries its
-        pass as `epoch`."""
-        streams = [
-            IterableDataset.from_generator(partial(_passes, opened, self.stage, self.held_out, seed, shuffle))
-            for opened in self.opened
-        ]
-        weights = np.array([opened.source.weight for opened in self.opened])
-        return interleave_datasets(streams, probabilities=list(weights / weights.sum()), seed=seed)
-
-
-def _passes(
-    opened: OpenedSource, stage: str, held_out: tuple[int, int, bool], seed: int, shuffle: bool
-) -> Iterator[dict[str, bytes]]:
-    """A source as an endless stream. Each worker reads all of it (`iter` does not share it out among workers), so that
-    the order does not depend on their number."""
-    split_seed, limit, held = held_out
-    rows = opened.data if isinstance(opened.data, IterableDataset) else opened.data.to_iterable_dataset()
-    for number in itertools.count():
-        shuffled = rows.shuffle(seed=seed + number, buffer_size=_STREAM_BUFFER) if shuffle else rows
-        seen: set[str] = set()
-        given = False
-        for place, columns in enumerate(shuffled.iter(batch_size=1)):
-            row = {column: values[0] for column, values in columns.items()}
-            names = [identity(image) for image in try_panoramas(opened, row)]
-            hashes = [hashlib.blake2b(f"{split_seed} {name}".encode(), digest_size=8).digest() for name in names]
-            sides = [int.from_bytes(each, "big") < limit for each in hashes] or [False]
-            if stage == "vision":
-                new = [i for i, side in enumerate(sides) if side == held and not (names and names[i] in seen)]
-                seen.update(names)
-            else:
-                new = [0] if set(sides) == {held} else []  # a row with panoramas of both sides is in neither
-            for which in new:
-                given = True
-                raw = opened.sample(row, stage, f"row {place} of pass {number}", which)
-                yield {"sample": pickle.dumps({**raw, "epoch": number})}
-        if not given:
-            raise ValueError(f"{opened.source.path!r} has no samples for {'validation' if held else 'training'}")
+    def reader(self, seed: int = 0, shuffle: bool = False, part: tuple[int, int] = (0, 1)) -> StreamReader:
+        """The samples without end, or the part (number, of how many) of them that one reader has."""
+        sources = [SharedSource(each, self.stage, self.held_out, seed, shuffle, part) for each in self.opened]
+        return StreamReader(sources, seed, part[0])

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,18 +17,17 @@ import datasets
 from datasets import (
     Dataset,
     DatasetDict,
-    Features,
     Image,
     IterableDataset,
     List,
-    Value,
     load_dataset,
     load_from_disk,
 )
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
-from ..processing_panorama import IMAGE_TOKEN
+from .rows import ERROR, BadSample, RawSample, messages_of, text_rows, text_table
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +40,7 @@ _KNOWN = {  # the columns that are found without being named, the first one ther
 }
 
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-
-_ERROR = "__error__"  # a column with what is wrong with a row of a text file
-
-
-_BROKEN_ROW = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)  # what odd rows raise
-
-
-RawSample = dict[str, Any]
+BROKEN_ROW = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)  # what odd rows raise
 
 
 @dataclass
@@ -86,10 +75,6 @@ class DataSource:
     allow_outside: bool = False
 
 
-class BadSample(ValueError):
-    """Why one sample cannot be used, as `kind: details`."""
-
-
 @dataclass
 class OpenedSource:
     """A source with its columns found; images are not decoded."""
@@ -101,7 +86,7 @@ class OpenedSource:
 
     def panoramas(self, row: dict[str, Any]) -> list[str | bytes]:
         """The images of a row: paths, or the bytes of files."""
-        if row.get(_ERROR):
+        if row.get(ERROR):
             return []
         value = row.get(self.columns["image"])
         if isinstance(value, str) and value.startswith("["):
@@ -135,15 +120,15 @@ class OpenedSource:
         """What a collator needs of a row: `image` in stage `vision` (the one numbered `which`), else `messages`."""
         raw: RawSample = {"name": name, "source": self.source.path}
         try:
-            if row.get(_ERROR):
-                raise BadSample(f"broken row: {row[_ERROR]}")
+            if row.get(ERROR):
+                raise BadSample(f"broken row: {row[ERROR]}")
             images = self.panoramas(row)
             if not images:
                 raise BadSample(f"missing image: none in the column {self.columns['image']!r}")
             if stage == "vision":
                 return {**raw, "image": images[which]}
-            return {**raw, "messages": _messages(self._turns(row), images)}
-        except _BROKEN_ROW as error:
+            return {**raw, "messages": messages_of(self._turns(row), images)}
+        except BROKEN_ROW as error:
             words = f"broken row: {type(error).__name__}: {error}"
             return {**raw, "error": str(error) if isinstance(error, BadSample) else words[:300]}
 
@@ -156,81 +141,6 @@ class OpenedSource:
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise BadSample(f"broken row: {self.columns['conversation']!r} must be a list of turns")
         return turns
-
-
-def _messages(turns: list[dict[str, Any]], images: list[Any]) -> list[dict[str, Any]]:
-    """Turns `{"from", "value"}` or `{"role", "content"}` as messages that hold the images where `<image>` stands, or
-    at the start of the first question where it stands nowhere."""
-    texts: list[tuple[str, str]] = []
-    for turn in turns:
-        role = turn.get("from") or turn.get("role")
-        if role not in _ROLES:
-            raise BadSample(f"broken row: a turn is from {role!r}, it must be from one of {sorted(_ROLES)}")
-        texts.append((_ROLES[role], _text_of(turn.get("value") or turn.get("content") or "")))
-    if next((role for role, _ in texts if role != "system"), "user") != "user":
-        raise BadSample("broken row: the conversation starts with the assistant; it must start with a question")
-    if not any(IMAGE_TOKEN in text for _, text in texts):
-        first = next((place for place, (role, _) in enumerate(texts) if role == "user"), None)
-        if first is not None:
-            texts[first] = ("user", IMAGE_TOKEN * len(images) + texts[first][1])
-    if (found := sum(text.count(IMAGE_TOKEN) for _, text in texts)) != len(images):
-        raise BadSample(f"number of {IMAGE_TOKEN}: the texts have {found}, the sample has {len(images)} images")
-    remaining = iter(images)
-    messages = []
-    for role, text in texts:
-        parts: list[dict[str, Any]] = []
-        for piece in re.split(f"({re.escape(IMAGE_TOKEN)})", text):
-            if piece == IMAGE_TOKEN:
-                parts.append({"type": "image", "image": next(remaining)})
-            elif piece.strip():
-                parts.append({"type": "text", "text": piece.strip("\n")})
-        messages.append({"role": role, "content": parts})
-    return messages
-
-
-def _text_of(content: Any) -> str:
-    """The text of a turn, `<image>` for each image in it."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise BadSample(f"broken row: a turn must hold a string or a list of parts, got {str(content)[:80]!r}")
-    texts = []
-    for part in content:
-        if part.get("type") not in ("image", "text"):
-            raise BadSample(f"broken row: a part of a turn must be of type image or text, got {str(part)[:80]!r}")
-        text = IMAGE_TOKEN if part["type"] == "image" else part.get("text") or ""
-        if not isinstance(text, str):
-            raise BadSample(f"broken row: a text must be a string, got {str(text)[:80]!r}")
-        texts.append(text)
-    return "".join(texts)
-
-
-def conversation(image: Any, query: str, annotation: str | None = None, **_: Any) -> list[dict[str, Any]]:
-    """The messages of one sample; without an annotation, only the question."""
-    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": query}]}]
-    if annotation is not None:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": annotation}]})
-    return messages
-
-
-def _text_rows(path: str) -> Iterator[dict[str, str | None]]:
-    """Rows of a .csv, .json (a list) or .jsonl file. Values are strings, lists and objects as JSON; a row that cannot
-    be read has its reason in the column `_ERROR`."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        if path.endswith(".csv"):
-            for row in csv.DictReader(file):
-                yield {_ERROR: f"it has more fields than the header: {row[None]}"} if None in row else row
-            return
-        is_list = path.endswith(".json") and file.read(1000).lstrip().startswith("[")
-        file.seek(0)
-        for item in json.load(file) if is_list else filter(str.strip, file):
-            try:
-                fields = item if is_list else json.loads(item)
-                if not isinstance(fields, dict):
-                    raise ValueError(f"it must be a JSON object, got {str(item)[:80]!r}")
-                yield {k: v if v is None or isinstance(v, str) else json.dumps(v) for k, v in fields.items()}
-            except (ValueError, RecursionError) as error:
-                yield {_ERROR: str(error)}
 
 
 def _read(source: DataSource) -> tuple[Dataset | IterableDataset, str | None]:
@@ -248,7 +158,11 @@ def _read(source: DataSource) -> tuple[Dataset | IterableDataset, str | None]:
         metadata = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
         if not metadata:
             if any(path.rglob("*.parquet")):
-                return load_dataset(str(path), split=source.split, streaming=source.streaming), str(folder)
+                patterns = get_data_patterns(str(path))  # splits by the names of files and folders, as on the Hub
+                files = DataFilesDict.from_patterns(patterns, base_path=str(path), allowed_extensions=[".parquet"])
+                by_split = {split: list(names) for split, names in files.items() if names}
+                data = load_dataset("parquet", data_files=by_split, split=source.split, streaming=source.streaming)
+                return data, str(folder)
             endings = PILImage.registered_extensions()
             files = sorted(str(file) for file in folder.rglob("*") if file.suffix.lower() in endings)
             if not files:
@@ -263,12 +177,8 @@ def _read(source: DataSource) -> tuple[Dataset | IterableDataset, str | None]:
         if path.suffix not in (".csv", ".json", ".jsonl"):
             raise ValueError("a file must end in .csv, .json, .jsonl or .parquet")
         if source.streaming:
-            return IterableDataset.from_generator(_text_rows, gen_kwargs={"path": str(path)}), str(path.parent)
-        text = list(_text_rows(str(path)))
-        columns = list(dict.fromkeys(key for row in text for key in row))
-        features = Features({column: Value("string") for column in columns})
-        values = {column: [row.get(column) for row in text] for column in columns}
-        return Dataset.from_dict(values, features=features), str(path.parent)
+            return IterableDataset.from_generator(text_rows, gen_kwargs={"path": str(path)}), str(path.parent)
+        return text_table(path), str(path.parent)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source.path):
         raise ValueError("there is no such file or folder, and it is no name of a Hub dataset (org/name)")
     try:
@@ -305,13 +215,13 @@ def open_source(source: DataSource, stage: str) -> OpenedSource:
     if missing := [what for what in ("image", *text) if what not in columns]:
         names = "; ".join(f"{what} ({' or '.join(known)})" for what, known in _KNOWN.items())
         raise ValueError(
-            f"{source.path!r} has the columns {[name for name in there if name != _ERROR]} and lacks {missing}. "
+            f"{source.path!r} has the columns {[name for name in there if name != ERROR]} and lacks {missing}. "
             f"Known names: {names}. A conversation stands for question and answer; "
             "image_column, question_column, answer_column and conversation_column name others"
         )
     used = {what: columns[what] for what in ("image", *text)}
     if data.column_names is not None:
-        data = data.select_columns([name for name in (*used.values(), _ERROR) if name in there])
+        data = data.select_columns([name for name in (*used.values(), ERROR) if name in there])
     kind = (data.features or {}).get(used["image"])
     if isinstance(kind, Image):
         data = data.cast_column(used["image"], Image(decode=False))
@@ -333,7 +243,7 @@ def try_panoramas(opened: OpenedSource, row: dict[str, Any]) -> list[str | bytes
     """The images of a row; none where it is broken, which its collator reports."""
     try:
         return opened.panoramas(row)
-    except _BROKEN_ROW:
+    except BROKEN_ROW:
         return []
 
 
@@ -342,4 +252,12 @@ _real_path = lru_cache(maxsize=100_000)(os.path.realpath)
 
 def identity(image: str | bytes) -> str:
     """What tells panoramas apart: the file, or its content where the dataset holds it."""
-    return _real_path(image) if isinstance(image, str) else hashlib.blake2b(image, digest_size=16).hexdigest()
+    if isinstance(image, bytes):
+        return digest(image)
+    return image if "://" in image else _real_path(image)
+
+
+def digest(value: str | bytes) -> str:
+    """Sixteen hexadecimal digits that differ where values do."""
+    data = value if isinstance(value, bytes) else value.encode(errors="surrogatepass")
+    return hashlib.blake2b(data, digest_size=8).hexdigest()

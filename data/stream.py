@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,10 +13,11 @@ import torch
 from torch.utils.data import get_worker_info
 from transformers.image_processing_utils import BatchFeature
 
+from .rows import RawSample
 from .samples import Samples
-from .sources import RawSample
 
 Collate = Callable[[list[RawSample], list[dict[str, Any]]], "BatchFeature | None"]
+_Share = tuple[int, float, int, list[RawSample], dict[str, Any] | None]
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Step:
         skipped: the bad samples: `{"sample", "source", "reason", "step"}`.
         samples: good ones in `micro_batches`.
         seen: good and bad ones in the step, on all processes.
+        state: of a stream, where its reader goes on after this step.
     """
 
     index: int
@@ -38,6 +40,7 @@ class Step:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     samples: int = 0
     seen: int = 0
+    state: dict[str, Any] | None = None
 
     def pin_memory(self) -> Step:
         """The same, in memory from which a GPU copies while it computes; `DataLoader` calls it."""
@@ -52,6 +55,9 @@ class BatchStream(torch.utils.data.IterableDataset):
     which order follows from the seed and the step alone: sample j goes to process j % world, so neither processes,
     workers, accumulation nor a restart change what is learned from. Each step is made by one worker.
 
+    Of a stream each worker of each process reads its own share, so what a step holds follows from their numbers, too. A
+    run that goes on needs as many of both, and `states`: what `Step.state` was of the last step of each worker.
+
     Args:
         samples: of `open_data`.
         collate: a `VisionCollator` or `ConversationCollator`.
@@ -61,7 +67,7 @@ class BatchStream(torch.utils.data.IterableDataset):
         seed: of order and augmentation.
         epochs: passes over the samples, where `max_steps` does not say how many steps there are.
         max_steps: optimizer steps; a stream needs it.
-        start_step: steps before it are not made. Samples of a stream are read again up to there, but not prepared.
+        start_step: steps before it are not made.
         shuffle: a new order in each epoch.
         group_by_length: let the samples of a step be of similar length.
     """
@@ -98,6 +104,7 @@ class BatchStream(torch.utils.data.IterableDataset):
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
         self.seed, self.start_step, self.shuffle = seed, start_step, shuffle
         self.global_batch = batch_size * world * accumulation
+        self.states: dict[int, dict[str, Any]] = {}  # of a stream: step % workers -> state
         self.lengths = samples.lengths() if group_by_length else None
         self.epoch_samples = 0 if samples.streaming else len(samples.epoch(seed, 0))  # 0: not known
         if not samples.streaming and self.epoch_samples == 0:
@@ -121,8 +128,9 @@ class BatchStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[Step]:
         info = get_worker_info()
         first, stride = (0, 1) if info is None else (info.id, info.num_workers)
-        for step, epoch, seen, raw in self._shares(self.start_step + first, stride):
-            made = Step(step, epoch, seen=seen)
+        shares = self._streamed if self.samples.streaming else self._shares
+        for step, epoch, seen, raw, state in shares(self.start_step + first, stride):
+            made = Step(step, epoch, seen=seen, state=state)
             for start in range(0, len(raw), self.batch_size):
                 part = raw[start : start + self.batch_size]
                 bad: list[dict[str, Any]] = []
@@ -133,18 +141,25 @@ class BatchStream(torch.utils.data.IterableDataset):
                     made.micro_batches.append(batch)
             yield made
 
-    def _shares(self, first: int, stride: int) -> Iterator[tuple[int, float, int, list[RawSample]]]:
-        """Every `stride`-th step: its number, epoch, samples on all processes, and the raw ones of this process."""
+    def _streamed(self, first: int, stride: int) -> Iterator[_Share]:
+        """Every `stride`-th step of a stream."""
+        lane = first % stride
+        reader = self.samples.reader(self.seed, self.shuffle, (self.rank * stride + lane, self.world * stride))
+        if first >= stride:
+            if lane not in self.states:
+                raise ValueError(f"a stream goes on at step {first} only from the state of reader {lane} of {stride}")
+            reader.go_on(self.states[lane])
+        samples = iter(reader)
+        for step in range(first, self.steps, stride):
+            raw = list(itertools.islice(samples, self.batch_size * self.accumulation))
+            for place, sample in enumerate(raw):
+                sample["index"] = step * self.global_batch + place * self.world + self.rank
+            yield step, float(raw[0]["epoch"]), self.global_batch, raw, reader.state()
+
+    def _shares(self, first: int, stride: int) -> Iterator[_Share]:
+        """Every `stride`-th step: its number, epoch, samples on all processes, the raw ones of this process, and of a
+        stream where its reader goes on."""
         mine = slice(self.rank, None, self.world)
-        if self.samples.streaming:
-            ahead = self.samples.stream(self.seed, self.shuffle).skip(self.start_step * self.global_batch)
-            batches = ahead.iter(batch_size=self.global_batch)
-            for step, rows in zip(range(self.start_step, self.steps), batches, strict=False):
-                if (step - first) % stride == 0:
-                    raw = [pickle.loads(row) for row in rows["sample"]]
-                    raw = [{**sample, "index": step * self.global_batch + j} for j, sample in enumerate(raw)]
-                    yield step, float(raw[0]["epoch"]), len(raw), raw[mine]
-            return
         order, current = np.empty(0, dtype=np.int64), -1
         for step in range(first, self.steps, stride):
             epoch, within = divmod(step, self.epoch_steps)
@@ -152,7 +167,7 @@ class BatchStream(torch.utils.data.IterableDataset):
                 order, current = self._order(epoch), epoch
             batch = order[within * self.global_batch : (within + 1) * self.global_batch]
             raw = [{**self.samples[int(index)], "epoch": epoch} for index in batch[mine]]
-            yield step, step / self.epoch_steps, len(batch), raw
+            yield step, step / self.epoch_steps, len(batch), raw, None
 
     def _order(self, epoch: int) -> np.ndarray:
         """The indices of an epoch in the order they are seen."""

@@ -446,6 +446,8 @@ for supervised in ((3, 9), (11, 0)):  # other numbers of chunks; none at all
         if parameter.requires_grad:
             gradient = parameter.grad if sys.argv[1] == "ddp" else parameter.grad.full_tensor()
             torch.testing.assert_close(gradient, other.grad, rtol=1e-4, atol=1e-6, msg=lambda text: name + text)
+del trained, output  # its reducer must not outlive the group: gloo's threads would end the process with SIGABRT
+dist.barrier()
 dist.destroy_process_group()
 """
 

@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import datasets
 import psutil
 from transformers.utils import logging as transformers_logging
 
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.execv(sys.executable, [sys.executable, *command, "-m", "panorama_vlm.train", *arguments])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     transformers_logging.disable_progress_bar()  # one bar a stage is enough
+    datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")  # peft asks for it
     for noisy in ("httpx", "datasets", "PIL", "accelerate", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
