@@ -94,7 +94,7 @@ class OverlapLoss:
             One entry for each number L of matched tokens that occurs; none where nothing matches.
         """
         by_rays = self.config.use_anyres_e2p_vicreg if by_rays is None else by_rays
-        if by_rays and not (self.plan.has_rays and features.shape[1] == self.plan.num_views):
+        if by_rays and not self._has_rays(features.shape[1]):
             reason = (
                 f"pixel_values has {features.shape[1]} views and the plan {self.plan.num_views}"
                 if self.plan.has_rays
@@ -104,6 +104,25 @@ class OverlapLoss:
             by_rays = False
         pairs = tuple(self.config.overlap_pairs) if by_rays else None
         return match_features(features, self.plan, self.grid, pairs, self.config.overlap_ratio, view_mask)
+
+    def count_pairs(self, panoramas: int, views: int, view_mask: torch.Tensor | None = None) -> int:
+        """Pairs of views that are compared: the loss is a mean over them, so batches add up by their numbers of pairs.
+
+        Args:
+            panoramas, views: B and V of the batch.
+            view_mask: [B, V], false for views that show nothing.
+        """
+        by_rays = self.config.use_anyres_e2p_vicreg and self._has_rays(views)
+        pairs = tuple(self.config.overlap_pairs) if by_rays else None
+        groups = token_pairs(self.plan, self.grid, pairs, self.config.overlap_ratio, views, torch.device("cpu"))
+        first, second = (torch.cat([group[side][:, 0] for group in groups]) for side in (0, 1))
+        if view_mask is None:
+            return panoramas * len(first)
+        shown = view_mask.cpu().bool()
+        return int((shown[:, first] & shown[:, second]).sum())
+
+    def _has_rays(self, views: int) -> bool:
+        return self.plan.has_rays and views == self.plan.num_views
 
     def __call__(
         self, features: torch.Tensor, view_mask: torch.Tensor | None = None

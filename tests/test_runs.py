@@ -23,18 +23,17 @@ pytestmark = pytest.mark.slow
 
 def stopped_at(output, step, monkeypatch, *options):
     """A run of stage `resampler` that was asked to stop at a step."""
-    from panorama_vlm.train import loop
+    from panorama_vlm.train import steps
+    from panorama_vlm.train.signals import Preempted
 
-    real = loop._StageRun._optimizer_step
+    real = steps.OptimizerStep.__call__
 
-    def step_and_ask(self, made, trained):
-        if made.index + 1 == step:
-            self.asked_to_stop[0] = True
-        return real(self, made, trained)
+    def step_and_ask(self, made, log, stop):
+        return real(self, made, log, made.index + 1 == step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._StageRun, "_optimizer_step", step_and_ask)
-        with pytest.raises(loop.Preempted):
+        patch.setattr(steps.OptimizerStep, "__call__", step_and_ask)
+        with pytest.raises(Preempted):
             run_here(output, "--stage", "resampler", *options)
 
 
@@ -282,7 +281,7 @@ def test_joint_statistics_are_those_of_one_process_though_the_last_step_leaves_o
 
 
 def test_gradient_checkpointing_reaches_the_frozen_language_model(make, ask, panoramas):
-    from panorama_vlm.train.loop import _checkpoint_activations
+    from panorama_vlm.train.build import checkpoint_activations
 
     model, processor = make()
     model.set_stage("resampler")
@@ -300,7 +299,7 @@ def test_gradient_checkpointing_reaches_the_frozen_language_model(make, ask, pan
         return len(calls), model.model.projection.ray.weight.grad.clone()
 
     before = step()
-    _checkpoint_activations(model)
+    checkpoint_activations(model)
     after = step()
     assert (before[0], after[0]) == (1, 2)  # once more in backward
     torch.testing.assert_close(after[1], before[1])

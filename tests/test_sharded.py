@@ -25,8 +25,8 @@ from accelerate.state import PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from panorama_vlm.train.__main__ import main
+from panorama_vlm.train.build import set_up_sharding
 from panorama_vlm.train.config import CONFIGS
-from panorama_vlm.train.loop import _set_up_sharding
 from safetensors.torch import load_file
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "multi_node.md"
@@ -201,7 +201,7 @@ def plugin(**options):
 def test_the_blocks_of_tower_and_language_model_are_sharded_apart(make):
     model, _ = make()
     made = plugin()
-    _set_up_sharding(made, model)
+    set_up_sharding(made, model)
     assert {"SiglipEncoderLayer", "Qwen3DecoderLayer"} <= set(made.transformer_cls_names_to_wrap)
     assert set(made.transformer_cls_names_to_wrap) <= {type(module).__name__ for module in model.modules()}
 
@@ -209,14 +209,14 @@ def test_the_blocks_of_tower_and_language_model_are_sharded_apart(make):
 def test_losses_and_sums_of_gradients_are_not_rounded_to_bf16(make):
     made = FullyShardedDataParallelPlugin(fsdp_version=2)
     made.set_mixed_precision("bf16")
-    _set_up_sharding(made, make()[0])
+    set_up_sharding(made, make()[0])
     policy = made.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
 
 
 def test_fsdp_1_is_refused(make):
     with pytest.raises(ValueError, match="set fsdp_version to 2"):
-        _set_up_sharding(plugin(fsdp_version=1), make()[0])
+        set_up_sharding(plugin(fsdp_version=1), make()[0])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from panorama_vlm.stages_panorama import part_of
 from panorama_vlm.tests.launching import ENVIRONMENT, SAMPLES, launch, metrics, run_here
 from panorama_vlm.train.checkpoint import newest_checkpoint, whole_folder
 from panorama_vlm.train.config import CONFIGS, describe, load_config, save_config
-from panorama_vlm.train.loop import PREEMPTED, train
+from panorama_vlm.train.loop import train
+from panorama_vlm.train.signals import PREEMPTED
 from safetensors.torch import load_file
 
 NO_DROPOUT = "{latent_dimension: 32, lora_dropout: 0.0, overlap_loss_weight_finetune: 0.1}"

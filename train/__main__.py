@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from ..data.skipped import TooManyBadSamples
 from .config import describe, load_config
-from .loop import PREEMPTED, Preempted, train
+from .loop import train
+from .signals import PREEMPTED, Preempted
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,18 +1,24 @@
-"""What a run starts from: a saved model, or a new one composed of two others."""
+"""What a run starts from, a saved model or a new one composed of two others, and how it is spread for training."""
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from typing import Any
 
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..composing_panorama import public_name
 from ..configuration_panorama import PanoramaConfig
 from ..modeling_panorama import PanoramaVLM
 from ..processing_panorama import IMAGE_TOKEN, PanoramaProcessor
-from .config import ComposeConfig, TrainConfig
+from ..stages_panorama import PARTS, part_of
+from .config import ComposeConfig, StageConfig, TrainConfig
+from .stage import Stage
 
 
 def check_parts(config: TrainConfig, start: str | None = None) -> None:
@@ -122,3 +128,60 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+
+
+def prepare(stage: Stage, model: PanoramaVLM) -> tuple[Any, Any]:
+    """A model whose stage is set and its optimizer, spread over the processes."""
+    accelerator, options = stage.accelerator, stage.options
+    optimizer = torch.optim.AdamW(parameter_groups(model, options), lr=options.learning_rate)
+    deepspeed = accelerator.state.deepspeed_plugin
+    if deepspeed is not None:
+        batch = {"train_micro_batch_size_per_gpu": options.batch_size}
+        batch["train_batch_size"] = options.batch_size * accelerator.num_processes
+        deepspeed.deepspeed_config.update(batch, gradient_clipping=options.max_grad_norm)
+    sharding = getattr(accelerator.state, "fsdp_plugin", None)
+    if sharding is not None:
+        set_up_sharding(sharding, model)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    if sharding is not None:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        register_fsdp_forward_method(prepared, "generate")  # gathers weights as forward does
+    return prepared, optimizer
+
+
+def parameter_groups(model: PanoramaVLM, options: StageConfig) -> list[dict[str, Any]]:
+    """Parameters by part of the model, matrices apart from vectors, which do not decay."""
+    groups = []
+    for part in PARTS:
+        rate = options.learning_rates.get(part, options.learning_rate)
+        trained = [p for n, p in model.named_parameters() if part_of(n) == part and p.requires_grad]
+        for decays in (True, False):
+            chosen = [parameter for parameter in trained if (parameter.ndim > 1) == decays]
+            decay = options.weight_decay if decays else 0.0
+            if chosen:
+                groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "name": part})
+    return groups
+
+
+def set_up_sharding(plugin: FullyShardedDataParallelPlugin, model: PanoramaVLM) -> None:
+    """What the trainer needs of FSDP beside what the configuration says."""
+    if plugin.fsdp_version != 2:
+        raise ValueError("FSDP 1 would clip the gradients of each shard by its own norm: set fsdp_version to 2")
+    if plugin.transformer_cls_names_to_wrap is None:
+        there = {type(module).__name__ for module in model.modules()}  # SigLIP names a head it may not have
+        plugin.transformer_cls_names_to_wrap = [name for name in model._no_split_modules or [] if name in there]
+    if plugin.mixed_precision_policy is not None:  # Accelerate would round losses and sums of gradients to bf16
+        policy = plugin.mixed_precision_policy
+        plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+    # Nothing here works in place on what the model returns.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def checkpoint_activations(model: PanoramaVLM) -> None:
+    """Recompute activations in backward, in frozen parts too: transformers does so in training mode only, which here is
+    set for the layers themselves and not for what is in them, so that nothing is dropped out."""
+    model.gradient_checkpointing_enable()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True

@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 
 from ..checkpoint_panorama import OTHER_PARTS, STATE, checksum, read_state
 from ..modeling_panorama import PanoramaVLM
+from ..stages_panorama import STAGES
+from .fingerprint import differences
+from .stage import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,85 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     checksums = {name: checksum(path) for name, path in paths.items()}
     text = json.dumps({**state, "files": files, "checksums": checksums}, indent=1)
     (folder / STATE).write_text(text, encoding="utf-8")
+
+
+class Checkpoints:
+    """Everything a later run needs to go on, to the bit; a folder appears when it is whole.
+
+    Args:
+        stage: that is trained.
+        fingerprint: what has to be the same for the stage to go on.
+    """
+
+    def __init__(self, stage: Stage, fingerprint: dict[str, Any]):
+        self.stage, self.fingerprint = stage, fingerprint
+        self.folder = stage.output / "checkpoints"
+        self.best: tuple[float, int] | None = None  # evaluation loss, step
+
+    def save(self, step: int, progress: dict[str, Any], reader: dict[int, Any], describe: Any) -> Path:
+        """Write a checkpoint; on all processes.
+
+        Args:
+            step: that is done.
+            progress: what `load` gives back, as JSON holds it.
+            reader: of a stream, where each worker of this process goes on.
+            describe: writes the model's configuration and processor into a folder.
+        """
+        accelerator = self.stage.accelerator
+        folder = self.folder / f"{self.stage.name}-{step:07d}"
+        unfinished = unfinished_folder(folder)
+        if self.stage.is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(unfinished))
+        if reader:
+            (unfinished / self._reader_file).write_text(json.dumps(reader), encoding="utf-8")
+        loss = progress["results"].get("eval_loss")
+        if loss is not None and (self.best is None or loss < self.best[0]):
+            self.best = (loss, step)
+        accelerator.wait_for_everyone()
+        if self.stage.is_main:
+            describe(unfinished)
+            state = {"stage": self.stage.name, "step": step, "run": self.fingerprint, "best": self.best, **progress}
+            write_state(unfinished, {"total_steps": STAGES.index(self.stage.name) * 10**9 + step, **state})
+            commit_folder(unfinished, folder)
+            self._rotate()
+        accelerator.wait_for_everyone()
+        return folder
+
+    def load(self, folder: Path) -> tuple[int, dict[str, Any], dict[int, Any]]:
+        """Go on from a checkpoint: its step, progress, and where the workers of this process were.
+
+        Raises:
+            ValueError: where what decides the stage has changed; each difference is named.
+        """
+        state = read_state(folder)
+        if changed := differences(state["run"], self.fingerprint):
+            raise ValueError(
+                f"{str(folder)!r} cannot be resumed with these options: {'; '.join(changed)}. Set them back (of "
+                "batch_size, accumulation and processes the product is what counts), or choose another --output"
+            )
+        self.stage.accelerator.load_state(str(folder))
+        self.best = None if state["best"] is None else tuple(state["best"])
+        path = folder / self._reader_file
+        reader = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        logger.info("Going on from step %d of stage %s, in %s.", state["step"], self.stage.name, folder)
+        return state["step"], state, {int(worker): own for worker, own in reader.items()}
+
+    @property
+    def _reader_file(self) -> str:
+        return f"reader-{self.stage.accelerator.process_index}.json"
+
+    def _rotate(self) -> None:
+        """Keep the newest checkpoints, and the best one of this stage."""
+        folders = sorted(self.folder.glob(f"{self.stage.name}-*"))
+        keep = {folder.name for folder in folders[-self.stage.config.keep_checkpoints :]}
+        if self.best is not None:
+            keep.add(f"{self.stage.name}-{self.best[1]:07d}")
+        for folder in folders:
+            if folder.name not in keep:
+                shutil.rmtree(folder)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

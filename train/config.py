@@ -87,6 +87,7 @@ class TrainConfig:
     log_every: int = _option(10, "steps between two lines of metrics.jsonl and of the trackers")
     eval_every: int = _option(500, "steps between two evaluations on the validation share, and sample answers")
     eval_samples: int = _option(4, "sample answers an evaluation")
+    eval_batches: int = _option(16, "micro-batches a process and evaluation, where validation data is a stream")
     trackers: list[str] = _option(["tensorboard"], "of Accelerate: tensorboard, trackio, wandb, ...")
     project: str = _option("panorama-vlm", "name of the project in the trackers")
     push_to_hub: str | None = _option(None, "repo to push to, as org/name")
@@ -121,7 +122,7 @@ class TrainConfig:
                 _require(rate >= 0, f"{stage}.learning_rates.{group}", rate, "at least 0")
             if not (options.data or self.data):
                 raise ValueError(f"stage {stage!r} has no data: name some with --data PATH or in the YAML file")
-        for name in ("save_every", "log_every", "eval_every", "keep_checkpoints"):
+        for name in ("save_every", "log_every", "eval_every", "eval_batches", "keep_checkpoints"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
         for name in ("num_workers", "eval_samples", "hub_every"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")

@@ -14,7 +14,17 @@ FILE = "training.json"  # in the folder of a finished stage; not pushed, because
 OPTIONAL = ("options.", "compose.")
 # The weights do not depend on these: they may change whenever a run goes on.
 FREE = (
-    *("output", "stage", "resume", "save_every", "keep_checkpoints", "log_every", "eval_every", "eval_samples"),
+    *(
+        "output",
+        "stage",
+        "resume",
+        "save_every",
+        "keep_checkpoints",
+        "log_every",
+        "eval_every",
+        "eval_samples",
+        "eval_batches",
+    ),
     *("trackers", "project", "push_to_hub", "hub_private", "hub_every", "num_workers", "max_bad_share"),
     *("gradient_checkpointing", "vision", "resampler", "finetune", "data", "cache_dir"),
 )

@@ -1,0 +1,186 @@
+"""One optimizer step on all processes: the loss is the mean over its samples, however they are spread."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from ..data.skipped import SkippedSamples
+from ..data.stream import Step
+from ..modeling_panorama import PanoramaVLM
+from ..processing_panorama import IGNORE_INDEX, PanoramaProcessor
+from .stage import Stage
+
+Batch = dict[str, torch.Tensor]
+
+
+class OptimizerStep:
+    """Forward, backward and update.
+
+    Args:
+        stage: that is trained.
+        model, optimizer, schedule: prepared by Accelerate.
+        processor: of the model.
+        skipped: takes in the bad samples.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        model: Any,
+        optimizer: Any,
+        schedule: Any,
+        processor: PanoramaProcessor,
+        skipped: SkippedSamples,
+    ):
+        self.stage, self.accelerator = stage, stage.accelerator
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.processor, self.skipped = processor, skipped
+        self.plain: PanoramaVLM = self.accelerator.unwrap_model(model)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        compares = stage.name == "vision" or self.plain.config.overlap_loss_weight_finetune > 0
+        self.joins = self.plain.overlap.joins_processes and compares
+        self.wide = torch.float32 if self.accelerator.device.type == "mps" else torch.float64  # MPS has no float64
+        self._filler: Batch | None = None
+
+    def __call__(self, made: Step, log: bool, stop: bool) -> dict[str, float]:
+        """One step.
+
+        Args:
+            made: what this process has of it.
+            log: whether this one is looked at closely.
+            stop: whether this process was asked to stop.
+
+        Returns:
+            The loss and its parts, means over all processes; `grad_norm`, `panoramas`, `tokens`; and `stop`, whether
+            any process was asked to.
+        """
+        batches: list[Batch] = [dict(batch) for batch in made.micro_batches]
+        pairs = [self.pairs(batch) for batch in batches]
+        everyone = self._gather(batches, pairs, made, stop)
+        supervised, all_pairs, panoramas, _, bad, tokens, stops = everyone.sum(0).tolist()
+        passes = max(1, int(everyone[:, 3].max()))
+        self.skipped.add(gather_object(made.skipped) if bad else [], made.seen)
+        shares = self._shares(pairs, passes, all_pairs)
+        totals: dict[str, torch.Tensor] = {}
+        output, batch = None, None
+        for number in range(passes):
+            is_filler = number >= len(batches)
+            batch = self.on_device(None if is_filler else batches[number])
+            self.accelerator.sync_gradients = number == passes - 1  # DeepSpeed makes its step in the last backward
+            with nullcontext() if number == passes - 1 else self.accelerator.no_sync(self.model):
+                output, loss, parts = self._forward(batch, shares[number], supervised, is_filler)
+                self.accelerator.backward(loss)
+            for name, value in {"loss": loss, **parts}.items():
+                value = value.detach().to(self.wide) / self.accelerator.num_processes
+                totals[name] = totals[name] + value if name in totals else value
+        figures = self._update(made, totals)
+        if self.stage.name == "vision" and log and batches and passes == len(batches):
+            assert output is not None and batch is not None
+            figures |= self.plain.overlap.metrics(output.hidden_states.detach(), batch.get("view_mask"))
+        return {**figures, "panoramas": panoramas, "tokens": tokens, "stop": float(stops)}
+
+    def pairs(self, batch: Batch) -> int:
+        """Pairs of views that the overlap loss compares, over which it is a mean."""
+        if self.stage.name != "vision" and not self.plain.config.overlap_loss_weight_finetune:
+            return 0
+        if "pixel_values" not in batch:
+            return 0
+        panoramas, views = batch["pixel_values"].shape[:2]
+        return self.plain.overlap.count_pairs(panoramas, views, batch.get("view_mask"))
+
+    def on_device(self, batch: Batch | None) -> Batch:
+        """A batch where the model is; a stand-in where there is none."""
+        batch = self._stand_in() if batch is None else batch
+        return {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
+
+    def _gather(self, batches: list[Batch], pairs: list[int], made: Step, stop: bool) -> torch.Tensor:
+        """What each process has: supervised tokens, pairs, panoramas, micro-batches, bad samples, all tokens, whether
+        it is to stop; [processes, 7]."""
+        own = [
+            sum(supervised_tokens(batch) for batch in batches),
+            sum(pairs),
+            sum(len(batch["pixel_values"]) for batch in batches if "pixel_values" in batch),
+            len(batches),
+            len(made.skipped),
+            sum(int(batch["attention_mask"].sum()) for batch in batches if "attention_mask" in batch),
+            stop,
+        ]
+        return self.accelerator.gather(torch.tensor(own, dtype=self.wide, device=self.accelerator.device)[None])
+
+    def _shares(self, pairs: list[int], passes: int, all_pairs: float) -> list[float]:
+        """What the overlap loss of each pass counts for. Where statistics are joint, every process has to weight the
+        loss alike: by the share of all processes' pairs that are in the pass."""
+        own = torch.zeros(passes, device=self.accelerator.device)
+        own[: len(pairs)] = torch.tensor(pairs, dtype=own.dtype)
+        if self.joins:
+            everyone = self.accelerator.reduce(own, "sum")
+            return (everyone / everyone.sum().clamp(min=1)).tolist()
+        return (own * self.accelerator.num_processes / max(all_pairs, 1)).tolist()
+
+    def _forward(
+        self, batch: Batch, share: float, supervised: float, is_filler: bool
+    ) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
+        """The output, the loss and its parts, which add up over passes and processes to those of the step."""
+        if self.stage.name == "vision":
+            output = self.model(**batch, stage=self.stage.name)
+            names = [name for name in ("invariance", "variance", "covariance") if name in output]
+            return output, output.loss * share, {name: output[name] * share for name in names}
+        items = max(supervised, 1) / self.accelerator.num_processes
+        output = self.model(**batch, stage=self.stage.name, num_items_in_batch=items)
+        loss = output.ar_loss * (0.0 if is_filler else 1.0)
+        parts = {"ar_loss": loss}
+        if output.overlap_loss is not None:
+            parts["overlap_loss"] = output.overlap_loss * share
+            loss = loss + self.plain.config.overlap_loss_weight_finetune * parts["overlap_loss"]
+        return output, loss, parts
+
+    def _update(self, made: Step, totals: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Change the weights; the sums over all processes, and the norm of the gradient.
+
+        Raises:
+            FloatingPointError: when the loss is not finite.
+        """
+        names = sorted(totals)
+        reduced = self.accelerator.reduce(torch.stack([totals[name] for name in names]), "sum")
+        figures = dict(zip(names, reduced.tolist(), strict=True))
+        if not math.isfinite(figures["loss"]):
+            raise FloatingPointError(
+                f"the loss of step {made.index + 1} of stage {self.stage.name!r} is {figures['loss']}: lower the "
+                "learning rate, or use bf16 instead of fp16; the last checkpoint is whole"
+            )
+        norm = self.accelerator.clip_grad_norm_(self.trained, self.stage.options.max_grad_norm)
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+        self.optimizer.zero_grad()
+        return {**figures, "grad_norm": 0.0 if norm is None else float(norm)}
+
+    def _stand_in(self) -> Batch:
+        """A black panorama, for a process that has fewer micro-batches than the others: all must run forward and
+        backward equally often. It counts for nothing: where statistics are joint, none of its views shows anything."""
+        if self._filler is None:
+            black: Any = torch.zeros(64, 128, 3, dtype=torch.uint8)
+            images = self.processor.image_processor(black, return_tensors="pt")
+            inputs: Any = images
+            if self.stage.name != "vision":
+                parts = [{"type": "image", "image": black}, {"type": "text", "text": "What is this?"}]
+                turns: list[dict[str, Any]] = [
+                    {"role": "user", "content": parts[1:] if self.joins else parts},
+                    {"role": "assistant", "content": "Nothing."},
+                ]
+                inputs = self.processor.apply_chat_template(turns, return_labels=True)
+            if self.joins:
+                shown = torch.zeros(images["pixel_values"].shape[:2], dtype=torch.bool)
+                inputs = {**inputs, "pixel_values": images["pixel_values"], "view_mask": shown}
+            self._filler = dict(inputs)
+        return self._filler
+
+
+def supervised_tokens(batch: Batch) -> int:
+    """Tokens that are learned; the first of a row has nothing to be told from."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) if "labels" in batch else 0
