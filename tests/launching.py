@@ -13,11 +13,15 @@ SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
+def command(processes, *arguments):
+    """The trainer on some processes."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return [*launcher, "-m", "panorama_vlm.train", *map(str, arguments)]
+
+
 def launch(*arguments, processes=1):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["-m", "panorama_vlm.train", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    return subprocess.run(command(processes, *arguments), capture_output=True, text=True, env=ENVIRONMENT)
 
 
 def run_here(output, *arguments):

@@ -41,6 +41,10 @@ def test_pairs_of_seen_views_are_counted_one_by_one(make):
     kept = sum(len(m.x) for m in model.overlap.match(features, view_mask=MASK))
     assert whole == 2 * 8  # a ring of eight tiles has eight neighbours
     assert kept == 8 + 3  # of the tiles at 0, 45, 270 and 315 degrees: 0-45, 270-315, 315-0
+    assert model.overlap.count_pairs(2, 9) == whole and model.overlap.count_pairs(2, 9, MASK) == kept
+    strips, _ = make(use_anyres_e2p_vicreg=False)
+    kept = sum(len(m.x) for m in strips.overlap.match(features, view_mask=MASK))
+    assert strips.overlap.count_pairs(2, 9, MASK) == kept
 
 
 def test_nothing_to_compare_is_an_error_that_says_so(make):

@@ -8,15 +8,19 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from panorama_vlm.data.collators import ConversationCollator
 from panorama_vlm.data.samples import open_data
 from panorama_vlm.data.sources import DataSource
 from panorama_vlm.data.stream import BatchStream, Step
-from panorama_vlm.tests.launching import ENVIRONMENT, SAMPLES, launch, metrics, run_here
+from panorama_vlm.tests.launching import ENVIRONMENT, SAMPLES, command, launch, metrics, run_here
+from panorama_vlm.tests.test_reading import crop_values, photo_sphere
+from panorama_vlm.train.checkpoint import newest_checkpoint
 from panorama_vlm.train.config import load_config
 from panorama_vlm.train.loop import train
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 
@@ -128,10 +132,10 @@ def test_a_stage_that_starts_from_one_composed_otherwise_is_refused(tmp_path):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    command = [sys.executable, "-m", "panorama_vlm.train", "tiny.yaml", "--stage", "resampler", "--num_workers", "1"]
-    command += ["--resampler.max_steps", "5000", "--output", str(tmp_path)]
+    asked = [sys.executable, "-m", "panorama_vlm.train", "tiny.yaml", "--stage", "resampler", "--num_workers", "1"]
+    asked += ["--resampler.max_steps", "5000", "--output", str(tmp_path)]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT)
+        process = subprocess.Popen(asked, stdout=log, stderr=log, env=ENVIRONMENT)
     lines = tmp_path / "logs/resampler/metrics.jsonl"
     begun = time.monotonic()
     while not (lines.is_file() and len(lines.read_text().splitlines()) > 2) and time.monotonic() - begun < 120:
@@ -142,6 +146,24 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert status == 75, words[-2000:]
     assert "Traceback" not in words and "start the same command again to go on" in words
     assert len(list((tmp_path / "checkpoints").iterdir())) >= 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_to_the_launcher_alone_saves(tmp_path, processes):
+    options = ["tiny.yaml", "--stage", "resampler", "--resampler.max_steps", "5000", "--output", str(tmp_path)]
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(command(processes, *options), stdout=log, stderr=log, env=ENVIRONMENT)
+    lines = tmp_path / "logs/resampler/metrics.jsonl"
+    begun = time.monotonic()
+    while not (lines.is_file() and len(lines.read_text().splitlines()) > 2) and time.monotonic() - begun < 120:
+        time.sleep(0.1)
+    started = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.send_signal(signal.SIGTERM)
+    launcher.wait(60)
+    _, left = psutil.wait_procs(started, timeout=60)
+    words = (tmp_path / "log").read_text()
+    assert not left and "Asked to stop: saved step" in words, words[-2000:]
+    assert newest_checkpoint(tmp_path / "checkpoints") is not None
 
 
 # 4 and 7: found before the first step, in a sentence
@@ -216,6 +238,26 @@ def test_a_stream_trains_and_is_validated(tmp_path):
     assert metrics(tmp_path, "resampler", "epoch")
 
 
+@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 1)])
+def test_a_stream_goes_on_to_the_bit_with_as_many_processes_and_workers(tmp_path, processes, workers):
+    source = f"[{{path: '{SAMPLES}', streaming: true}}]"
+    options = ["tiny.yaml", "--stage", "resampler", "--data", source, "--resampler.max_steps", 7, "--save_every", 2]
+    options += ["--keep_checkpoints", 10, "--eval_samples", 0, "--num_workers", workers, "--resampler.batch_size", 2]
+    whole = launch(*options, "--output", tmp_path / "whole", processes=processes)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/resampler")
+    for step in (6, 7):
+        shutil.rmtree(tmp_path / f"again/checkpoints/resampler-{step:07d}")
+    other = launch(*options, "--output", tmp_path / "again", "--num_workers", workers + 1, processes=processes)
+    assert other.returncode != 0 and f"num_workers (of a stream) was {workers} and is {workers + 1}" in other.stderr
+    again = launch(*options, "--output", tmp_path / "again", processes=processes)
+    assert again.returncode == 0 and "Going on from step 4" in again.stderr, again.stderr[-3000:]
+    weights = [(tmp_path / each / "resampler/model.safetensors").read_bytes() for each in ("whole", "again")]
+    assert weights[0] == weights[1]
+    assert metrics(tmp_path / "whole", "resampler") == metrics(tmp_path / "again", "resampler")
+
+
 # 10: one configuration
 
 
@@ -277,6 +319,39 @@ def test_joint_statistics_are_those_of_one_process_though_the_last_step_leaves_o
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=2e-5)
 
 
+# 16: masks of views
+
+
+@pytest.mark.parametrize("stage", ["vision", "resampler"])
+def test_partial_panoramas_have_the_losses_of_one_process_however_they_are_spread(tmp_path, stage):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = []
+    for number, path in enumerate(sorted(SAMPLES.glob("*.jpg"))[:8]):
+        panorama = Image.open(path).convert("RGB").resize((256, 128))
+        if number % 2:  # a third of the circle, as a phone takes it
+            panorama = panorama.crop((96, 32, 96 + 16 * (4 + number), 128))
+            values = crop_values((256, 128), panorama.size, top=32, left=96)
+            panorama.save(folder / f"{number}.jpg", xmp=photo_sphere(**values))
+        else:
+            panorama.save(folder / f"{number}.jpg")
+        rows.append({"file_name": f"{number}.jpg", "query": "What is this?", "annotation": f"Number {number}."})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = "{latent_dimension: 32, lora_dropout: 0.0, overlap_loss_weight_finetune: 0.1}"
+    common = ["tiny.yaml", "--stage", stage, "--options", options, "--data", folder, f"--{stage}.max_steps", 6]
+    common += ["--save_every", 1000, "--eval_samples", 0]
+    losses = []
+    for processes, size, accumulation in ((1, 4, 1), (2, 1, 2), (1, 1, 4)):
+        output = tmp_path / f"{processes}-{size}"
+        spread = [f"--{stage}.batch_size", size, f"--{stage}.accumulation", accumulation, "--output", output]
+        run = launch(*common, *spread, processes=processes)
+        assert run.returncode == 0, run.stderr[-3000:]
+        losses.append(torch.tensor(metrics(output, stage), dtype=torch.float64))
+    assert losses[0].std() > 1e-3
+    for spread in losses[1:]:
+        torch.testing.assert_close(spread, losses[0], rtol=0, atol=2e-5)
+
+
 # 14: activations of frozen parts
 
 
@@ -321,8 +396,6 @@ def test_what_is_pushed_says_nothing_about_the_disk(tmp_path):
 
 
 def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_used(tmp_path, monkeypatch, caplog):
-    from panorama_vlm.train.checkpoint import newest_checkpoint
-
     stopped_at(tmp_path, 5, monkeypatch)
     folders = sorted((tmp_path / "checkpoints").iterdir())
     assert [folder.name[-1] for folder in folders] == ["4", "5"]
