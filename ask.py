@@ -38,7 +38,7 @@ def answer(
     ).to(model.device)
     options = {"do_sample": False, "return_dict_in_generate": True, "tokenizer": processor.tokenizer, **options}
     output: Any = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
-    return output.text[0].strip()
+    return output.text[0]
 
 
 def question(panorama: Any, words: str) -> list[dict[str, Any]]:

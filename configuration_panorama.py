@@ -82,7 +82,7 @@ class PanoramaConfig(PretrainedConfig):
         densecl_temperature: temperature of the contrastive loss.
         overlap_loss_weight_finetune: weight of the overlap loss in the later stages; 0.1 is usual where it is used.
         vision_stage_expected_views: views a panorama that stage `vision` expects; the plan's where it is not given.
-        max_text_length: most text tokens (image tokens not counted) of one training sample.
+        max_text_length: most text tokens (image tokens not counted) of one training sample; longer ones are refused.
         system_prompt: the system message where a conversation has none; the chat template's own where it is not given.
         default_generation_prompt: the question where none is asked.
         vision_token_fallback_position: `"start"` or `"end"`, where `<image>` goes in a text that lacks it.

@@ -93,7 +93,8 @@ class PanoramaGenerationMixin(GenerationMixin):
         known["sequences"] = sequences
         known["generated_ids"] = sequences[:, start:]
         if tokenizer is not None:
-            known["text"] = tokenizer.batch_decode(known["generated_ids"], skip_special_tokens=True)
+            words = tokenizer.batch_decode(known["generated_ids"], skip_special_tokens=True)
+            known["text"] = [answer.strip() for answer in words]
         return GenerationOutput(**known)
 
     def _default_prompt(

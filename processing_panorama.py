@@ -324,8 +324,8 @@ class PanoramaProcessor(ProcessorMixin):
                 parts: `{"type": "text", "text": ...}`, `{"type": "image", "image": panorama}` (or `url`, `path`).
             chat_template: instead of the processor's own.
             return_labels: make training inputs: padding on the right, and `labels` [B, T] which repeat `input_ids`
-                where the assistant speaks (its end-of-turn token included) and are -100 elsewhere. Texts longer
-                than `max_text_length` are cut, with a warning.
+                where the assistant speaks (its end-of-turn token included) and are -100 elsewhere. A text longer
+                than `max_text_length` is an error: cut off, it would teach answers without their ends.
             kwargs: as in `ProcessorMixin.apply_chat_template`.
         """
         batched = bool(conversation) and isinstance(conversation[0], list | tuple)
@@ -380,9 +380,13 @@ class PanoramaProcessor(ProcessorMixin):
             ids = torch.tensor(ids)
             supervised = [any(a <= start < end <= b for a, b in spoken) for start, end in offsets]
             label = torch.where(torch.tensor(supervised), ids, IGNORE_INDEX)
-            kept = self._length_kept(ids)
-            rows.append(ids[:kept])
-            labels.append(label[:kept])
+            if (length := int((ids != self.image_token_id).sum())) > self.max_text_length:
+                raise ValueError(
+                    f"too long: {length} text tokens, at most max_text_length={self.max_text_length} are used; "
+                    "raise it, or shorten the conversation"
+                )
+            rows.append(ids)
+            labels.append(label)
         data = {
             "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True),
@@ -419,23 +423,6 @@ class PanoramaProcessor(ProcessorMixin):
             closing = next((t for t in self.tokenizer.all_special_tokens if rest.lstrip().startswith(t)), "")
             spans.append((len(prompt), end + (rest.index(closing) + len(closing) if closing else 0)))
         return spans
-
-    def _length_kept(self, ids: torch.Tensor) -> int:
-        """How many tokens stay when the text of one sample is cut to `max_text_length`."""
-        is_text = ids != self.image_token_id
-        if int(is_text.sum()) <= self.max_text_length:
-            return len(ids)
-        kept = int((is_text.cumsum(0) <= self.max_text_length).sum())
-        if not is_text[kept:].all():
-            raise ValueError(
-                f"a sample has {int(is_text.sum())} text tokens, more than max_text_length={self.max_text_length}, and "
-                "cutting it would cut a panorama; raise max_text_length or shorten the text"
-            )
-        warnings.warn(
-            f"a sample of {int(is_text.sum())} text tokens is cut to max_text_length={self.max_text_length}",
-            stacklevel=4,
-        )
-        return kept
 
 
 def _images_of(messages: list[dict[str, Any]]) -> list[Any]:

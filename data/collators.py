@@ -6,7 +6,6 @@ import copy
 import os
 import re
 import struct
-import sys
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.image_processing_utils import BatchFeature
 
 from ..processing_panorama import IGNORE_INDEX, PanoramaProcessor
+from .fetching import fetch
 from .rows import BadSample, RawSample, conversation
 
 _BAD_INPUT = (
@@ -66,7 +66,7 @@ class _Collator:
                     good.append(self.prepare(sample))
             except _BAD_INPUT as error:
                 reason = str(error)
-                if not isinstance(error, BadSample):
+                if not isinstance(error, BadSample) and not reason.startswith("too long: "):
                     of_image = not isinstance(error, ValueError | TypeError | TemplateError) or "cannot read" in reason
                     files = ", ".join(image if isinstance(image, str) else "in bytes" for image in _images(sample))
                     reason = f"{'unreadable image' if of_image else 'unusable sample'}: {files}: {reason}"
@@ -128,7 +128,7 @@ class VisionCollator(_Collator):
         if self.random_heading:
             generator = np.random.default_rng((self.seed, sample.get("epoch", 0), sample.get("index", 0)))
             options["yaw_offsets"] = [float(self.step_deg * generator.integers(360 // self.step_deg))]
-        image = _present(sample["image"], sample.get("source"))
+        image = _present(sample["image"], sample)
         inputs = self.processor.image_processor(images=[image], return_tensors="pt", **options)
         self.check_comparable(inputs)
         return inputs
@@ -139,7 +139,7 @@ class ConversationCollator(_Collator):
     conversations about panoramas.
 
     Args:
-        processor: of the model. Samples of more than its `max_text_length` text tokens are skipped, not cut.
+        processor: of the model. Samples of more than its `max_text_length` text tokens are skipped.
         cache_dir: folder for prepared views.
         compares: whether the overlap loss is part of the stage: samples without anything to compare are skipped.
     """
@@ -152,14 +152,12 @@ class ConversationCollator(_Collator):
     ):
         super().__init__(processor, cache_dir)
         self.compares = compares
-        self.max_text_length = processor.max_text_length
-        self.processor.max_text_length = sys.maxsize
 
     def prepare(self, sample: RawSample) -> dict[str, torch.Tensor]:
         messages: list[dict[str, Any]] = []
         for message in sample["messages"] if "messages" in sample else conversation(**sample):
             parts = [
-                {**part, "image": _present(part["image"], sample.get("source"))} if part["type"] == "image" else part
+                {**part, "image": _present(part["image"], sample)} if part["type"] == "image" else part
                 for part in message["content"]
             ]
             if message["role"] != "system" and not any((part.get("text") or "").strip() for part in parts):
@@ -169,9 +167,6 @@ class ConversationCollator(_Collator):
         if not any(message["role"] == "assistant" for message in messages):
             raise BadSample("no answer: there is no turn of the assistant to learn from")
         inputs = self.processor.apply_chat_template([messages], return_labels=True)
-        length = int((inputs["input_ids"] != self.processor.image_token_id).sum())
-        if length > self.max_text_length:
-            raise BadSample(f"too long: {length} text tokens, at most max_text_length={self.max_text_length} are used")
         if self.compares:
             self.check_comparable(inputs)
         return inputs
@@ -182,19 +177,24 @@ def _images(sample: RawSample) -> list[Any]:
     return [sample["image"]] if "image" in sample else [part["image"] for part in parts if part["type"] == "image"]
 
 
-def _present(image: Any, source: str | None) -> Any:
-    """The image, if it is there; a file of the Hub dataset that is streamed is fetched, and nothing else that has a
-    protocol: rows come from outside."""
-    if isinstance(image, str):
-        if image.startswith(("http://", "https://")):
-            raise BadSample(f"missing image: {image} is a URL; download it and name its folder with `images`")
-        if "://" in image and not (
-            re.match(rf"hf://datasets/{re.escape(source or '')}[@/]", image) and "::" not in image
-        ):
+def _present(image: Any, sample: RawSample) -> Any:
+    """The image, if it is there. Rows come from outside: of what has a protocol, a file of the Hub dataset that is
+    streamed is fetched, and what http and https name only where the source says so."""
+    if not isinstance(image, str):
+        return image
+    if image.startswith(("http://", "https://")):
+        if "fetch" not in sample:
+            raise BadSample(
+                f"missing image: {image} is a URL; download it and name its folder with `images`, or give the source "
+                "`fetch: true`"
+            )
+        return fetch(image, sample["fetch"])
+    if "://" in image:
+        own = re.match(rf"hf://datasets/{re.escape(sample.get('source') or '')}[@/]", image)
+        if own is None or "::" in image:
             raise BadSample(f"missing image: {image} has a protocol that is not read; download it")
-        if "://" in image:
-            with fsspec.open(image, "rb") as file:
-                return file.read()
-        if not os.path.isfile(image):
-            raise BadSample(f"missing image: {image} does not exist")
+        with fsspec.open(image, "rb") as file:
+            return file.read()
+    if not os.path.isfile(image):
+        raise BadSample(f"missing image: {image} does not exist")
     return image

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,9 @@ class DataSource:
         image_column, question_column, answer_column, conversation_column: found by their usual names without this.
         weight: how often each sample is seen in an epoch (0.5: a random half of them, a new one in each epoch). With
             a stream among the sources, its share of the samples, relative to the other weights.
+        fetch: whether images that rows name by http or https are fetched (once, then they lie in the cache of
+            `datasets`): at most 256 MiB each, within a minute, from public addresses alone.
+        private_hosts: names of hosts that may have other addresses.
         allow_outside: whether rows may name images outside the source's own folder (or `images`), by `../`, absolute
             paths or links.
         streaming: read while training instead of before; the number of samples is unknown then.
@@ -73,6 +76,8 @@ class DataSource:
     weight: float = 1.0
     streaming: bool = False
     allow_outside: bool = False
+    fetch: bool = False
+    private_hosts: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -83,6 +88,7 @@ class OpenedSource:
     data: Dataset | IterableDataset
     columns: dict[str, str]  # what -> column
     root: str | None
+    folders: tuple[str, ...] = ()  # where rows may name files
 
     def panoramas(self, row: dict[str, Any]) -> list[str | bytes]:
         """The images of a row: paths, or the bytes of files."""
@@ -110,7 +116,7 @@ class OpenedSource:
         if self.source.allow_outside:
             return path
         cache = (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME)  # where Hub datasets lie
-        folders = [_real_path(str(folder)) for folder in ([self.root] if self.root else cache)]
+        folders = [_real_path(str(folder)) for folder in self.folders or cache]
         real = _real_path(path)
         if not any(os.path.commonpath([real, folder]) == folder for folder in folders):
             raise BadSample(f"path outside: {path} does not lie in the folder of the source (see allow_outside)")
@@ -119,6 +125,8 @@ class OpenedSource:
     def sample(self, row: dict[str, Any], stage: str, name: str, which: int = 0) -> RawSample:
         """What a collator needs of a row: `image` in stage `vision` (the one numbered `which`), else `messages`."""
         raw: RawSample = {"name": name, "source": self.source.path}
+        if self.source.fetch:
+            raw["fetch"] = self.source.private_hosts
         try:
             if row.get(ERROR):
                 raise BadSample(f"broken row: {row[ERROR]}")
@@ -227,7 +235,8 @@ def open_source(source: DataSource, stage: str) -> OpenedSource:
         data = data.cast_column(used["image"], Image(decode=False))
     elif isinstance(getattr(kind, "feature", None), Image):
         data = data.cast_column(used["image"], List(Image(decode=False)))
-    opened = OpenedSource(source, data, used, source.images or root)
+    folders = tuple(folder for folder in (source.images, root) if folder)
+    opened = OpenedSource(source, data, used, source.images or root, folders)
     if isinstance(data, Dataset):
         files = [image for row in data.take(100) for image in try_panoramas(opened, row)]
         paths = [file for file in files if isinstance(file, str) and "://" not in file]

@@ -147,16 +147,12 @@ def test_counts_are_checked_text_by_text_where_they_are_known(make, panoramas):
         )
 
 
-def test_a_long_text_is_cut_with_a_warning_and_a_panorama_never(make, panoramas):
+def test_a_text_that_is_too_long_is_refused_and_never_cut(make, panoramas):
     _, processor = make(max_text_length=40)
-    with pytest.warns(UserWarning, match="cut to max_text_length=40"):
-        batch = processor.apply_chat_template([chat("a", "word " * 100, panoramas[0])], return_labels=True)
-    assert batch["input_ids"].shape[1] == 80 + 40
-    late = [
-        {"role": "user", "content": [{"type": "text", "text": "word " * 100}, {"type": "image", "image": panoramas[0]}]}
-    ]
-    with pytest.raises(ValueError, match="cutting it would cut a panorama"):
-        processor.apply_chat_template([late + [{"role": "assistant", "content": "a"}]], return_labels=True)
+    with pytest.raises(ValueError, match="too long: .* text tokens, at most max_text_length=40"):
+        processor.apply_chat_template([chat("a", "word " * 100, panoramas[0])], return_labels=True)
+    batch = processor.apply_chat_template([chat("a", "b", panoramas[0])], return_labels=True)
+    assert 80 < batch["input_ids"].shape[1] <= 80 + 40
 
 
 def test_text_alone_and_images_alone(make, panoramas):
