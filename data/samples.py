@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from datasets import IterableDataset
+from numpy.lib.recfunctions import repack_fields
 
 from ..stages_panorama import STAGES
 from .reader import SharedSource, StreamReader
@@ -57,12 +58,13 @@ def open_data(
         kept = {"train": np.zeros(len(places), bool), "validation": np.zeros(len(places), bool)}
         kept["train"][starts] = ~np.logical_or.reduceat(in_held, starts)
         kept["validation"][starts] = np.logical_and.reduceat(in_held, starts)
-    entries = {name: places[mask][["source", "row", "image"]] for name, mask in kept.items()}
+    entries = {name: repack_fields(places[mask][list(_ENTRY.names or ())]) for name, mask in kept.items()}
     train = Samples(opened, stage, entries["train"])
     return train, Samples(opened, stage, entries["validation"], weighted=False) if validation_share else None
 
 
-_PLACE = np.dtype([("source", "<u2"), ("image", "<u2"), ("row", "<u4"), ("panorama", "<u8")])  # 16 bytes a sample
+_ENTRY = np.dtype([("source", "<u2"), ("image", "<u2"), ("row", "<u4")])  # 8 bytes a sample
+_PLACE = np.dtype([*_ENTRY.descr, ("panorama", "<u8")])
 _NONE = 0  # the panorama of a row that has none
 
 
@@ -120,7 +122,7 @@ class Samples:
         self.opened = opened
         self.stage = stage
         self.streaming = entries is None
-        self.entries = np.zeros(0, _PLACE) if entries is None else entries  # [N] of source, row and image of the row
+        self.entries = np.zeros(0, _ENTRY) if entries is None else entries  # [N] of source, row and image of the row
         self.held_out = held_out  # for streams: seed, limit of the hash, on which side of it
         self.weighted = weighted
 

@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -73,21 +74,27 @@ class SkippedSamples:
             step: the first one that is made again.
             seen: samples before it (`BatchStream.seen_before`); with 0 the counting starts anew.
         """
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # cut off when the run was killed
-                continue
-            if record["step"] < step:
-                kept.append(record)
         self.bad = self.seen = 0
         self.kinds.clear()
-        self._count(kept if seen else [], seen)
-        if self.write and self.path.is_file():
-            unfinished = self.path.with_suffix(".tmp")
-            unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        unfinished = self.path.with_suffix(".tmp")
+        with ExitStack() as files:
+            written = files.enter_context(unfinished.open("w", encoding="utf-8")) if self._rewrites else None
+            for line in files.enter_context(self.path.open(encoding="utf-8")) if self.path.is_file() else ():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:  # cut off when the run was killed
+                    continue
+                if record["step"] < step:
+                    self._count([record] if seen else [], 0)
+                    if written is not None:
+                        written.write(json.dumps(record) + "\n")
+        self._count([], seen)
+        if self._rewrites:
             os.replace(unfinished, self.path)
+
+    @property
+    def _rewrites(self) -> bool:
+        return self.write and self.path.is_file()
 
     def _count(self, records: Sequence[dict[str, Any]], seen: int) -> None:
         self.bad += len(records)

@@ -357,14 +357,11 @@ def test_a_folder_that_is_gone_is_said_and_nothing_is_raised(server, pusher, tmp
 def test_what_is_under_way_when_the_interpreter_ends_is_said(ending, server, folder, tmp_path):
     server.fail("slow", times=float("inf"), match="/commit/", seconds=3.0)
     script = tmp_path / "run.py"
-    hub = Path(__file__).resolve().parent.parent / "train" / "hub.py"
     script.write_text(
-        "import importlib.util, logging, sys, time\n"
+        "import logging, time\n"
+        "from panorama_vlm.train.hub import HubPusher\n"
         "logging.basicConfig()\n"
-        f"spec = importlib.util.spec_from_file_location('hub', {str(hub)!r})\n"
-        "hub = sys.modules['hub'] = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(hub)\n"
-        f"hub.HubPusher({REPO!r}, endpoint={server.endpoint!r}).push({str(folder)!r}, 'a push', temporary=True)\n"
+        f"HubPusher({REPO!r}, endpoint={server.endpoint!r}).push({str(folder)!r}, 'a push', temporary=True)\n"
         "time.sleep(0.5)\n" + ending
     )
     start = time.monotonic()
@@ -463,6 +460,9 @@ def test_the_card_says_what_is_known_and_only_that(make, tmp_path):
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-text-to-text"
     assert card.data.base_model == ["google/siglip2"] and card.data.datasets == ["someone/quic-360"]
     assert card.data.license == "apache-2.0" and {"panorama", "custom_code"} <= set(card.data.tags)
+    last = [stage for stage in RUN["stages"] if stage.get("results")][-1]
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found == {name.removeprefix("eval_"): value for name, value in last["results"].items()} and found
     titles = re.findall("^## (.*)$", card.text, re.MULTILINE)
     everything = ["Use", "Views", "Training", "Data", "Loss", "Results", "Sample answers", "Limits", "Versions"]
     assert titles == everything

@@ -449,7 +449,7 @@ def test_a_file_that_is_torn_while_it_is_written_is_as_it_was(tmp_path, monkeypa
 
 
 def test_the_folder_of_a_stage_says_what_decided_it_and_the_hub_does_not(tmp_path):
-    from panorama_vlm.train.hub import _is_pushed
+    from panorama_vlm.train.push_process import _is_pushed
 
     train(load_config(["tiny.yaml", "--stage", "vision", "--output", str(tmp_path)]))
     decided = json.loads((Path(tmp_path) / "vision/training.json").read_text())

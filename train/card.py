@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_panorama import PanoramaConfig
 
 logger = logging.getLogger(__name__)
 
 LOSS_CURVE = "loss_curve.png"
+TEMPLATE = Path(__file__).with_name("model_card.md")
 TAGS = ["panorama", "360-degree", "equirectangular", "vision-language-model", "vicreg", "custom_code"]
 STAGE_AIMS = {
     "vision": "tokens of overlapping views that look the same way become alike",
@@ -30,39 +31,6 @@ STAGE_AIMS = {
 }
 # Categorical hues of a palette that colour-blind readers can tell apart, one a stage.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-
-USAGE = """```python
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{repo}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{repo}", trust_remote_code=True)
-
-messages = [
-    {{
-        "role": "user",
-        "content": [
-            {{"type": "image", "path": "panorama.jpg"}},
-            {{"type": "text", "text": {question}}},
-        ],
-    }}
-]
-inputs = processor.apply_chat_template(
-    messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
-)
-output = model.generate(**inputs, max_new_tokens=64, return_dict_in_generate=True, tokenizer=processor.tokenizer)
-print(output.text[0])
-```
-
-Or, with the same `messages`:
-
-```python
-from transformers import pipeline
-
-answer = pipeline("image-text-to-text", model="{repo}", trust_remote_code=True)
-print(answer(text=messages, max_new_tokens=64, return_full_text=False)[0]["generated_text"])
-```
-
-Panoramas are equirectangular images, twice as wide as high."""
 
 
 def write_model_card(folder: str | os.PathLike[str], *, config: PanoramaConfig, run: dict[str, Any]) -> Path:
@@ -83,7 +51,6 @@ def write_model_card(folder: str | os.PathLike[str], *, config: PanoramaConfig, 
     stages = list(run.get("stages") or [])
     has_curve = draw_loss_curve(folder / LOSS_CURVE, stages)
     sections = [
-        ("Use", _usage(config, run)),
         ("Views", _views(config)),
         ("Training", _training(stages)),
         ("Data", _data(stages)),
@@ -93,10 +60,17 @@ def write_model_card(folder: str | os.PathLike[str], *, config: PanoramaConfig, 
         ("Limits", _limits(config, stages)),
         ("Versions", _table(["package", "version"], sorted((run.get("versions") or {}).items()))),
     ]
-    text = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections if body)
     name = (run.get("repo_id") or "PanoramaVLM").split("/")[-1]
-    header = _metadata(config, run, stages).to_yaml()
-    ModelCard(f"---\n{header}\n---\n\n# {name}\n\n{_introduction(config)}\n\n{text}\n").save(folder / "README.md")
+    card = ModelCard.from_template(
+        _metadata(config, run, stages, name),
+        template_path=str(TEMPLATE),
+        name=name,
+        introduction=_introduction(config),
+        repo=run.get("repo_id") or "path/to/this/folder",
+        question=json.dumps(config.default_generation_prompt, ensure_ascii=False),
+        sections=sections,
+    )
+    card.save(folder / "README.md")
     return folder / "README.md"
 
 
@@ -174,7 +148,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
-def _metadata(config: PanoramaConfig, run: dict[str, Any], stages: list[dict[str, Any]]) -> ModelCardData:
+def _metadata(config: PanoramaConfig, run: dict[str, Any], stages: list[dict[str, Any]], name: str) -> ModelCardData:
     bases = [name for name in (config.vision_name, config.language_model_name) if name and _is_hub_id(name)]
     paths = [data["path"] for stage in stages for data in stage.get("data") or []]
     return ModelCardData(
@@ -184,7 +158,31 @@ def _metadata(config: PanoramaConfig, run: dict[str, Any], stages: list[dict[str
         base_model=bases or None,
         datasets=list(dict.fromkeys(path for path in paths if _is_hub_id(path))) or None,
         tags=TAGS,
+        model_name=name,
+        eval_results=_eval_results(stages) or None,
     )
+
+
+def _eval_results(stages: list[dict[str, Any]]) -> list[EvalResult]:
+    """The results of the last stage that was evaluated, as the Hub shows them."""
+    evaluated = [stage for stage in stages if stage.get("results")]
+    if not evaluated:
+        return []
+    stage = evaluated[-1]
+    paths = [data["path"] for data in stage.get("data") or []]
+    names = [str(_name(path)) for path in paths] or ["unknown"]
+    return [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=next((path for path in paths if _is_hub_id(path)), names[0]),
+            dataset_name=f"panoramas of {', '.join(names)} that were kept for validation",
+            metric_type=metric.removeprefix("eval_"),
+            metric_name=f"{metric} of stage {stage['name']}",
+            metric_value=value,
+        )
+        for metric, value in stage["results"].items()
+        if math.isfinite(value)
+    ]
 
 
 def _introduction(config: PanoramaConfig) -> str:
@@ -195,11 +193,6 @@ def _introduction(config: PanoramaConfig) -> str:
         f"({vision}) and a language model ({language}), joined so that every visual token knows which way it looks. "
         "The repo carries its own code, so it needs `trust_remote_code=True` where the package is not installed."
     )
-
-
-def _usage(config: PanoramaConfig, run: dict[str, Any]) -> str:
-    repo = run.get("repo_id") or "path/to/this/folder"
-    return USAGE.format(repo=repo, question=json.dumps(config.default_generation_prompt, ensure_ascii=False))
 
 
 def _views(config: PanoramaConfig) -> str:

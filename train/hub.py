@@ -1,19 +1,16 @@
 """Pushing checkpoints to the Hub in the background: a push never blocks, ends or corrupts a run.
 
-Each attempt is a process of its own that makes one atomic commit. A process can be stopped, which a thread that hangs
-on a connection cannot: it would come back later and put an old checkpoint over a new one. The process runs this very
-file, and imports nothing but `huggingface_hub`.
+Each attempt is a process of its own (`push_process.py`) that makes one atomic commit. A process can be stopped, which a
+thread that hangs on a connection cannot: it would come back later and put an old checkpoint over a new one.
 """
 
 from __future__ import annotations
 
 import atexit
-import fnmatch
 import json
 import logging
 import os
 import random
-import re
 import shlex
 import shutil
 import subprocess
@@ -22,26 +19,19 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+
+from . import push_process
+from .push_process import LOCAL, OFFLINE, STALE, Outcome
 
 logger = logging.getLogger(__name__)
 
-RETRIED = (408, 409, 412, 425, 429)  # and everything from 500
-OFFLINE = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids all requests"
 LONGEST_WAIT_S = 900.0
 SLOWEST_UPLOAD = 1e6  # bytes a second: what is slower is taken for a connection that hangs
-# Weights of an earlier push that the folder no longer has: left in the repo, transformers could load them instead.
-STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-# What only a repo of source code holds, such as this project's own, which is a model repo too: a push would put the
-# card over its README.md, and the code that travels with a model over its code.
-SOURCE = ("setup.cfg", "train/")
-LOCAL = "training.json"  # of a stage's folder: names paths of this machine
+# Runs a file without its folder on sys.path, where `data.py` or `config.py` could hide other modules.
+_CHILD = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
 # Stands in the command for a push that the repo must not get.
 ANOTHER = "OWNER/ANOTHER-NAME"
-# Runs this file without its folder on sys.path, where `data.py` or `config.py` could hide other modules.
-_CHILD = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
 
 
 @dataclass(frozen=True)
@@ -51,18 +41,6 @@ class Push:
     folder: Path
     message: str
     temporary: bool
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How an attempt ended: `error` is empty when it succeeded, `retry` says whether another one can help, and
-    `refused` that this repo must not get the folder."""
-
-    error: str = ""
-    retry: bool = False
-    refused: bool = False
-    wait_s: float = 0.0  # at least so long, says the server
-    url: str = ""
 
 
 class HubPusher:
@@ -273,7 +251,7 @@ class HubPusher:
             stdin.write(json.dumps(job).encode())
             stdin.seek(0)
             process = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, __file__],
+                [sys.executable, "-c", _CHILD, push_process.__file__],
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
@@ -309,151 +287,3 @@ class HubPusher:
             others = [other.folder for other in (self._running, self._waiting, self._failed) if other is not None]
         if push.temporary and push.folder not in others:
             shutil.rmtree(push.folder, ignore_errors=True)
-
-
-# The process of one attempt
-
-
-class _PassingError(Exception):
-    """A request failed in a way that may pass."""
-
-    def __init__(self, message: str, wait_s: float = 0.0):
-        super().__init__(message)
-        self.wait_s = wait_s
-
-
-class _RefusedError(ValueError):
-    """This repo must not get the folder."""
-
-
-def _run_job(job: dict[str, Any]) -> str:
-    """Create the repo and, where the job has a folder, commit it. Returns a URL."""
-    import huggingface_hub
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.utils._http import default_client_factory
-
-    def client() -> Any:
-        """huggingface_hub's client with a time limit, and without its own retries of passing errors: those, up to
-        23 s a request, would multiply with ours."""
-        made: Any = default_client_factory()
-        made.timeout = job["timeout_s"]
-        send = made.send
-
-        def send_once(request: Any, **options: Any) -> Any:
-            try:
-                response = send(request, **options)
-            except huggingface_hub.errors.OfflineModeIsEnabled:
-                raise
-            except Exception as error:
-                message = f"{request.method} {request.url}: {type(error).__name__} {error}"
-                raise _PassingError(message) from error
-            if response.status_code >= 500 or response.status_code in (408, 425, 429):
-                message = f"{request.method} {request.url}: status {response.status_code}"
-                raise _PassingError(message, _seconds_to_wait(response.headers))
-            return response
-
-        made.send = send_once
-        return made
-
-    huggingface_hub.set_client_factory(client)
-    api = HfApi(endpoint=job["endpoint"], token=job["token"])
-    repo_id = job["repo_id"]
-    if "folder" not in job:
-        role = api.whoami().get("auth", {}).get("accessToken", {}).get("role")
-        if role == "read":
-            raise ValueError("the token may only read. Make one that may write: https://huggingface.co/settings/tokens")
-    url = api.create_repo(repo_id, private=job["private"] or None, exist_ok=True)
-    info = api.model_info(repo_id)
-    if job["private"] and not info.private:
-        raise _RefusedError(
-            f"the repo exists and is public, but a private one was asked for: `hf repos settings {repo_id} --private` "
-            "makes it private, or leave out --hub-private"
-        )
-    there = [file.rfilename for file in info.siblings or []]
-    if source := next((path for path in there if path.startswith(SOURCE)), None):
-        raise _RefusedError(
-            f"the repo holds source code ({source}), and a push would overwrite its README.md and its code: name "
-            "another repo. One that is not there is created"
-        )
-    if "folder" not in job:
-        return str(url)
-
-    folder = Path(job["folder"])
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not there")
-    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    # Not `upload_folder`: with hf_xet it may split a folder into several commits, and a repo between them is broken.
-    operations: list[Any] = [CommitOperationAdd(path, file) for path, file in files.items() if _is_pushed(path)]
-    for path in there:
-        if path not in files and any(fnmatch.fnmatchcase(path, pattern) for pattern in STALE):
-            operations.append(CommitOperationDelete(path))
-    # The parent: a commit of an attempt that was given up, and that the Hub carries out late, is refused.
-    commit = api.create_commit(repo_id, operations, commit_message=job["message"], parent_commit=info.sha)
-    return commit.commit_url
-
-
-def _is_pushed(path: str) -> bool:
-    """As `hf upload`: everything but git's and the cache's own folders, and what names paths of this machine."""
-    return path != LOCAL and not {".git", ".cache"} & set(path.split("/")[:-1])
-
-
-def _seconds_to_wait(headers: Any) -> float:
-    """From Retry-After (seconds or a date), or the Hub's RateLimit header (`"api";r=0;t=55`)."""
-    value = headers.get("Retry-After", "")
-    if value.isdigit():
-        return float(value)
-    if value:
-        try:
-            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-        except ValueError:
-            return 0.0
-    limit = re.search(r"r=0\s*;\s*t=(\d+)", headers.get("RateLimit", ""))
-    return float(limit[1]) if limit else 0.0
-
-
-def _verdict(error: BaseException, endpoint: str) -> Outcome:
-    """Whether another attempt can help: not where the Hub, or the folder, gives a definite no."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
-    if isinstance(error, _RefusedError):
-        return Outcome(_one_line(error), refused=True)
-    cause: BaseException | None = error
-    while cause is not None:  # the client wraps what happened in an LFS upload
-        message = _one_line(error) if cause is error else f"{_one_line(error)} {_one_line(cause)}"
-        if isinstance(cause, _PassingError):
-            return Outcome(message, retry=True, wait_s=cause.wait_s)
-        if isinstance(cause, OfflineModeIsEnabled):
-            return Outcome(OFFLINE)
-        if isinstance(cause, LocalTokenNotFoundError):
-            return Outcome("no token: run `hf auth login`, or set HF_TOKEN to one that may write")
-        if isinstance(cause, HfHubHTTPError):
-            status = cause.response.status_code
-            if not str(cause.response.url).startswith(endpoint):  # the storage's, of a signed address: ask for another
-                return Outcome(message, retry=True)
-            advice = {
-                401: "The token is missing or not valid: `hf auth login`, or set HF_TOKEN. ",
-                403: "The token may not write there: make one that may at https://huggingface.co/settings/tokens. ",
-            }
-            return Outcome(advice.get(status, "") + message, retry=status in RETRIED or status >= 500)
-        cause = cause.__cause__
-    definite = isinstance(error, (ValueError, FileNotFoundError)) and not isinstance(error, json.JSONDecodeError)
-    return Outcome(f"{type(error).__name__}: {_one_line(error)}", retry=not definite)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]
-
-
-def _child() -> None:
-    job = json.load(sys.stdin)
-    from huggingface_hub import constants
-
-    try:
-        outcome = Outcome(url=_run_job(job))
-    except Exception as error:
-        outcome = _verdict(error, job["endpoint"] or constants.ENDPOINT)
-    sys.stdout.write("\n" + json.dumps(vars(outcome)) + "\n")
-
-
-if __name__ == "__main__":
-    _child()
