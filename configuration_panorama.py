@@ -14,7 +14,7 @@ from transformers.configuration_utils import PretrainedConfig
 
 from .geometry_panorama import ViewOptions, ViewPlan, owned_tokens, ray_correspondences
 from .language_loss_panorama import logit_transform
-from .options_panorama import check_option_names
+from .options_panorama import DEFAULT_PROMPT, MAX_TEXT_LENGTH, check_option_names
 from .resampler_panorama import RESAMPLERS
 from .towers_panorama import tower_of
 
@@ -136,9 +136,9 @@ class PanoramaConfig(PretrainedConfig):
         densecl_temperature: float = 0.2,
         overlap_loss_weight_finetune: float = 0.0,
         vision_stage_expected_views: int | None = None,
-        max_text_length: int = 1024,
+        max_text_length: int = MAX_TEXT_LENGTH,
         system_prompt: str | None = None,
-        default_generation_prompt: str = "Describe this panorama.",
+        default_generation_prompt: str = DEFAULT_PROMPT,
         vision_token_fallback_position: str = "start",
         use_lora: bool = True,
         lora_rank: int = 16,
@@ -198,7 +198,7 @@ class PanoramaConfig(PretrainedConfig):
         )
         self.vision_stage_expected_views = vision_stage_expected_views
 
-        self.max_text_length = _positive("max_text_length", max_text_length, 1024)
+        self.max_text_length = _positive("max_text_length", max_text_length, MAX_TEXT_LENGTH)
         self.system_prompt = system_prompt
         self.default_generation_prompt = default_generation_prompt
         self.vision_token_fallback_position = _one_of(

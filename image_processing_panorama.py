@@ -22,7 +22,7 @@ from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
 from .geometry_panorama import ViewOptions, ViewPlan
-from .options_panorama import check_option_names, check_resembling_names
+from .options_panorama import IMAGE_MEAN, IMAGE_STD, check_option_names, check_resembling_names
 from .reading_panorama import ImageSource, content_digest, load_file_bytes, read_panorama
 from .sampling_panorama import erp_to_views, needed_width, use_one_thread_in_a_worker, view_mask
 
@@ -79,8 +79,8 @@ class PanoramaImageProcessor(BaseImageProcessor):
     def __init__(
         self,
         *,
-        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
-        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        image_mean: Sequence[float] = IMAGE_MEAN,
+        image_std: Sequence[float] = IMAGE_STD,
         strict_aspect: bool = False,
         align_heading: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,

@@ -1,7 +1,12 @@
-"""Names of options: what is misspelled is an error, and not stored beside the option that was meant."""
+"""Options: defaults that several parts share, and names. What is misspelled is an error, and not stored beside what was
+meant."""
 
 import difflib
 from collections.abc import Iterable, Sequence
+
+IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)  # of SigLIP; also the grey of what no camera saw
+MAX_TEXT_LENGTH = 1024  # text tokens of a training sample
+DEFAULT_PROMPT = "Describe this panorama."
 
 
 def check_option_names(given: Iterable[str], known: Iterable[str], owner: str) -> None:

@@ -17,7 +17,7 @@ from transformers.processing_utils import AudioKwargs, ProcessingKwargs, Process
 
 from .configuration_panorama import IMAGE_TOKEN, PanoramaConfig
 from .image_processing_panorama import PanoramaImageProcessor, PanoramaImagesKwargs, flatten_images
-from .options_panorama import check_resembling_names
+from .options_panorama import DEFAULT_PROMPT, IMAGE_MEAN, IMAGE_STD, MAX_TEXT_LENGTH, check_resembling_names
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +101,8 @@ class PanoramaProcessor(ProcessorMixin):
         chat_template: str | None = None,
         num_image_tokens: int = 1024,
         image_tokens_per_view: Sequence[int] | None = None,
-        max_text_length: int = 1024,
-        default_generation_prompt: str = "Describe this panorama.",
+        max_text_length: int = MAX_TEXT_LENGTH,
+        default_generation_prompt: str = DEFAULT_PROMPT,
         vision_token_fallback_position: str = "start",
         image_token: str = IMAGE_TOKEN,
     ):
@@ -151,8 +151,8 @@ class PanoramaProcessor(ProcessorMixin):
         cls,
         config: PanoramaConfig,
         tokenizer: PreTrainedTokenizerBase,
-        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
-        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        image_mean: Sequence[float] = IMAGE_MEAN,
+        image_std: Sequence[float] = IMAGE_STD,
     ) -> "PanoramaProcessor":
         """The processor that fits a model's configuration."""
         image_processor = PanoramaImageProcessor(
@@ -208,7 +208,7 @@ class PanoramaProcessor(ProcessorMixin):
                 f"{vision!r} has no image processor to take image_mean and image_std from; SigLIP's 0.5 is used",
                 stacklevel=3,
             )
-            return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+            return IMAGE_MEAN, IMAGE_STD
         return tower.image_mean, tower.image_std
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:

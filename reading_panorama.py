@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 
+from .options_panorama import IMAGE_MEAN
+
 try:  # takes less time and memory for a JPEG; Pillow gives the same pixels
     import simplejpeg
 except ImportError:
@@ -96,7 +98,7 @@ def read_panorama(
     source: ImageSource,
     needed_width: float = math.inf,
     *,
-    fill: Sequence[float] = (0.5, 0.5, 0.5),
+    fill: Sequence[float] = IMAGE_MEAN,
     strict_aspect: bool = False,
     align_heading: bool = False,
     yaw_offset: float = 0.0,
