@@ -191,7 +191,7 @@ def save_adapters(model: PanoramaVLM, folder: Path, base: str | None, state_dict
         base = os.path.relpath(base, stage / folder.name)
     adapters.peft_config["default"].base_model_name_or_path = base
     own = {name.removeprefix(prefix): value for name, value in state_dict.items() if "lora_" in name}
-    adapters.save_pretrained(folder, state_dict=own)
+    adapters.save_pretrained(folder, state_dict=own, save_embedding_layers=False)
     trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name]
     save_file({name: state_dict[name].contiguous().cpu() for name in trains}, folder / OTHER_PARTS)
 
