@@ -1,0 +1,288 @@
+"""Places on the sphere: bounding fields of view (BFoV), how two are compared, how they are read and drawn.
+
+A BFoV is `[yaw, pitch, x_fov, y_fov]` in degrees, the convention of 360-Indoor (Chou et al., WACV 2020) and
+PanoSpace-Bench: the rectangle ``yaw - x_fov/2 .. yaw + x_fov/2`` by ``pitch - y_fov/2 .. pitch + y_fov/2`` of the sphere, cut
+off at the poles. Axes as in `geometry_panorama`: yaw in [-180, 180) and to the right, pitch in [-90, 90] and up. A point is
+the centre of one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .geometry_panorama import ray_angles
+
+
+class BFoV(NamedTuple):
+    """A place; degrees."""
+
+    yaw: float
+    pitch: float
+    x_fov: float
+    y_fov: float
+
+    def rounded(self) -> list[int]:
+        """In whole degrees, the extents at least 1, as answers hold it."""
+        yaw, pitch = (round(value) for value in self[:2])
+        return [wrap(yaw), pitch, *(max(1, round(value)) for value in self[2:])]
+
+    @property
+    def edges(self) -> tuple[float, float]:
+        """Lower and upper pitch, cut off at the poles."""
+        return max(-90.0, self.pitch - self.y_fov / 2), min(90.0, self.pitch + self.y_fov / 2)
+
+    @property
+    def area(self) -> float:
+        """Steradians."""
+        low, high = (math.sin(math.radians(edge)) for edge in self.edges)
+        return math.radians(min(self.x_fov, 360.0)) * (high - low)
+
+    def turned(self, heading: float) -> BFoV:
+        """Where it lies for an observer who has turned to the right by `heading` degrees."""
+        return self._replace(yaw=wrap(self.yaw - heading))
+
+    def mirrored(self) -> BFoV:
+        """Where it lies in the panorama whose left and right are exchanged."""
+        return self._replace(yaw=wrap(-self.yaw))
+
+
+class NamedPlace(NamedTuple):
+    """A place in an answer, and what it is called there (empty where it has no name)."""
+
+    label: str
+    place: BFoV
+
+
+def wrap(yaw: float) -> float:
+    """An angle in [-180, 180)."""
+    return (yaw + 180) % 360 - 180
+
+
+def check_bfov(values: Sequence[float]) -> BFoV:
+    """Four numbers as a place.
+
+    Raises:
+        ValueError: for other than four finite numbers, a pitch outside [-90, 90], or extents outside (0, 360] and
+            (0, 180].
+    """
+    if len(values) != 4 or not all(math.isfinite(value) for value in values):
+        raise ValueError(f"a place must be [yaw, pitch, x_fov, y_fov] in degrees, got {list(values)}")
+    yaw, pitch, x_fov, y_fov = (float(value) for value in values)
+    if not (-90 <= pitch <= 90 and 0 < x_fov <= 360 and 0 < y_fov <= 180):
+        raise ValueError(
+            f"pitch must be in [-90, 90], x_fov in (0, 360] and y_fov in (0, 180] degrees, got {list(values)}"
+        )
+    return BFoV(wrap(yaw), pitch, x_fov, y_fov)
+
+
+def bfov_of_rays(rays: np.ndarray, size: float = 0.0) -> BFoV | None:
+    """The smallest place that holds all rays.
+
+    The widest gap between their yaws is left out, so that what crosses the seam is no wider than it is. What holds a pole
+    goes all around.
+
+    Args:
+        rays: unit rays [N, 3].
+        size: degrees that a ray stands for, such as a pixel of a mask; the place is that much larger than their middles.
+
+    Returns:
+        `None` where there is no ray.
+    """
+    if len(rays) == 0:
+        return None
+    yaw, pitch = ray_angles(np.asarray(rays, dtype=np.float64))
+    return _smallest(yaw, pitch, np.full(len(yaw), size), size)
+
+
+def bfov_of_mask(mask: np.ndarray) -> BFoV | None:
+    """The smallest place that holds all pixels of an equirectangular mask [H, W]; `None` where it is empty."""
+    height, width = mask.shape
+    rows, columns = np.nonzero(mask)
+    if len(rows) == 0:
+        return None
+    yaw = ((columns + 0.5) / width - 0.5) * 360
+    pitch = (0.5 - (rows + 0.5) / height) * 180
+    return _smallest(yaw, pitch, np.full(len(yaw), 360 / width), 180 / height)
+
+
+def _smallest(yaw: np.ndarray, pitch: np.ndarray, width: np.ndarray, height: float) -> BFoV:
+    low, high = max(-90.0, pitch.min() - height / 2), min(90.0, pitch.max() + height / 2)
+    distinct, which = np.unique(yaw, return_index=True)
+    gaps = np.diff(distinct, append=distinct[0] + 360)  # from each to the next, around
+    widest = int(gaps.argmax())
+    extent = 360 - gaps[widest] + width[which].max()
+    start = distinct[(widest + 1) % len(distinct)] - width[which].max() / 2
+    extent = min(360.0, float(extent))
+    middle = 0.0 if extent >= 360 else wrap(float(start) + extent / 2)
+    return BFoV(middle, float(low + high) / 2, extent, float(high - low))
+
+
+def bfov_iou(first: BFoV, second: BFoV) -> float:
+    """Intersection over union of two places by their area on the sphere, in [0, 1]; seam and poles included.
+
+    Areas are those of spherical rectangles, ``width * (sin(high) - sin(low))``. Two wide ones may meet on both sides.
+    """
+    low, high = (pick(a, b) for pick, a, b in zip((max, min), first.edges, second.edges, strict=True))
+    if high <= low:
+        return 0.0
+    apart = abs(wrap(second.yaw - first.yaw))
+    widths = [min(place.x_fov, 360.0) for place in (first, second)]
+    shared = sum(
+        max(0.0, min(widths[0] / 2, centre + widths[1] / 2) - max(-widths[0] / 2, centre - widths[1] / 2))
+        for centre in (apart - 360, apart, apart + 360)
+    )
+    common = math.radians(shared) * (math.sin(math.radians(high)) - math.sin(math.radians(low)))
+    union = first.area + second.area - common
+    return common / union if union > 0 else 0.0
+
+
+def great_circle(first: Sequence[float], second: Sequence[float]) -> float:
+    """Degrees between two directions (yaw, pitch), in [0, 180], by the formula that is exact at both ends (Vincenty on a
+    sphere)."""
+    turn = math.radians(second[0] - first[0])
+    a, b = math.radians(first[1]), math.radians(second[1])
+    across = math.hypot(
+        math.cos(b) * math.sin(turn), math.cos(a) * math.sin(b) - math.sin(a) * math.cos(b) * math.cos(turn)
+    )
+    along = math.sin(a) * math.sin(b) + math.cos(a) * math.cos(b) * math.cos(turn)
+    return math.degrees(math.atan2(across, along))
+
+
+def in_bfov(place: BFoV, yaw: np.ndarray, pitch: np.ndarray) -> np.ndarray:
+    """Which directions lie in a place."""
+    low, high = place.edges
+    return (np.abs((yaw - place.yaw + 180) % 360 - 180) <= place.x_fov / 2) & (pitch >= low) & (pitch <= high)
+
+
+def draw_bfov(
+    panorama: Image.Image, place: BFoV, colour: str = "red", label: str = "", width: int | None = None
+) -> Image.Image:
+    """A copy of an equirectangular image with a place drawn in: its edges, across the seam where it crosses it.
+
+    Args:
+        panorama: as it is shown, all around.
+        place: to draw.
+        colour: of the line, as Pillow names it.
+        label: words beside it.
+        width: of the line in pixels; a three-hundredth of the image where it is not given.
+    """
+    drawn = panorama.convert("RGB")
+    pen = ImageDraw.Draw(drawn)
+    columns, rows = drawn.size
+    width = width or max(1, columns // 300)
+    low, high = place.edges
+    top, bottom = (0.5 - high / 180) * rows, (0.5 - low / 180) * rows
+    left = ((place.yaw - place.x_fov / 2) / 360 + 0.5) * columns
+    right = left + min(place.x_fov, 360.0) / 360 * columns
+    for shift in (-columns, 0, columns):  # the same place, seen around the circle
+        if right + shift >= 0 and left + shift <= columns:
+            edges = (left + shift, top, right + shift, bottom)
+            if place.x_fov >= 360:
+                pen.line([edges[:2], (edges[2], edges[1])], colour, width)
+                pen.line([(edges[0], edges[3]), edges[2:]], colour, width)
+            else:
+                pen.rectangle(edges, outline=colour, width=width)
+    if label:
+        pen.text((left % columns + width, min(top + width, rows - 12)), label, fill=colour)
+    return drawn
+
+
+_NUMBER = r"[-+−–]?\s*\d+(?:\.\d+)?"
+_NAMES = {
+    "yaw": 0,
+    "pitch": 1,
+    "x_fov": 2,
+    "y_fov": 3,
+    "xfov": 2,
+    "yfov": 3,
+    "h_fov": 2,
+    "v_fov": 3,
+    "hfov": 2,
+    "vfov": 3,
+}
+_LIST = re.compile(rf"[\[(]\s*({_NUMBER}(?:\s*°?\s*,\s*{_NUMBER}){{3}})\s*°?\s*,?\s*[\])]")
+_BARE = re.compile(rf"(?<![\d.\]])({_NUMBER}(?:\s*°?\s*,\s*{_NUMBER}){{3}})\s*°?(?![\d,])")
+_PAIR = re.compile(
+    rf"[\"']?\b(x_?fov|y_?fov|h_?fov|v_?fov|yaw|pitch)[\"']?\s*(?:=|:|is)?\s*({_NUMBER})\s*°?", re.IGNORECASE
+)
+_LABEL = re.compile(r"[\"']?(?:label|name|object)[\"']?\s*[:=]\s*[\"']([^\"']*)[\"']", re.IGNORECASE)
+
+
+def read_places(text: str) -> list[NamedPlace]:
+    """The places that an answer names, in its order, in the ways in which models write them: `[12, -5, 20, 10]`,
+    `(12, -5, 20, 10)`, bare numbers, JSON with `bfov` and `label`, `yaw=12 pitch=-5 x_fov=20 y_fov=10`.
+
+    What is no place on the sphere (a pitch beyond the poles, an extent of zero) is left out: nothing is invented, and an
+    answer without places gives none.
+    """
+    found: list[tuple[int, int, BFoV]] = []
+    for pattern in (_LIST, _BARE):
+        for match in pattern.finditer(text):
+            inside = any(start < match.end() and match.start() < end for start, end, _ in found)
+            if not inside and (place := _as_place(re.findall(_NUMBER, match[1]))) is not None:
+                found.append((match.start(), match.end(), place))
+        if found:
+            break
+    if not found:
+        found = _named_numbers(text)
+    found.sort(key=lambda each: each[:2])
+    before = 0
+    named = []
+    for start, end, place in found:
+        named.append(NamedPlace(_label(text, before, start, end), place))
+        before = end
+    return named
+
+
+def _as_place(numbers: Sequence[str]) -> BFoV | None:
+    values = [float(re.sub(r"\s", "", number).replace("−", "-").replace("–", "-")) for number in numbers]
+    try:
+        return check_bfov(values)
+    except ValueError:
+        return None
+
+
+def _named_numbers(text: str) -> list[tuple[int, int, BFoV]]:
+    """Places written as four named numbers, in any order."""
+    found = []
+    values: dict[int, str] = {}
+    start = 0
+    for match in _PAIR.finditer(text):
+        which = _NAMES[match[1].lower()]
+        if which in values:  # the next place begins
+            values = {}
+        start = match.start() if not values else start
+        values[which] = match[2]
+        if len(values) == 4:
+            place = _as_place([values[index] for index in range(4)])
+            if place is not None:
+                found.append((start, match.end(), place))
+            values = {}
+    return found
+
+
+def _label(text: str, before: int, start: int, end: int) -> str:
+    """What a place is called: a JSON label beside it, or the words before it."""
+    opened = text.rfind("{", before, start)
+    closed = text.find("}", end)
+    if opened >= 0 and closed >= 0 and (match := _LABEL.search(text, opened, closed)):
+        return match[1]
+    words = text[before:start].split("\n")[-1]
+    words = re.sub(r"[\"'{\[(]?\b(?:bfov|place|box|position)\b[\"']?\s*[:=]?\s*$", "", words, flags=re.IGNORECASE)
+    words = re.sub(r"\b(?:is|are|at|lies|stands)\s*:?\s*$", "", words.strip(" \t,;:[]{}()\"'-=."))
+    return words.strip(" \t,;:[]{}()\"'-=.")
+
+
+def write_places(places: Sequence[NamedPlace] | Sequence[BFoV]) -> str:
+    """Places as answers hold them: one as `[yaw, pitch, x_fov, y_fov]`, several as a JSON list, none as `[]`; whole
+    degrees."""
+    plain = [place.place if isinstance(place, NamedPlace) else place for place in places]
+    numbers = [place.rounded() for place in plain]
+    return json.dumps(numbers[0] if len(numbers) == 1 else numbers)
