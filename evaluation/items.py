@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-BFoV = tuple[float, float, float, float]  # yaw, pitch, x_fov, y_fov in degrees
+from ..places_panorama import BFoV
 
 
 @dataclass
