@@ -1,9 +1,9 @@
 """Places on the sphere: bounding fields of view (BFoV), how two are compared, how they are read and drawn.
 
 A BFoV is `[yaw, pitch, x_fov, y_fov]` in degrees, the convention of 360-Indoor (Chou et al., WACV 2020) and
-PanoSpace-Bench: the rectangle ``yaw - x_fov/2 .. yaw + x_fov/2`` by ``pitch - y_fov/2 .. pitch + y_fov/2`` of the sphere, cut
-off at the poles. Axes as in `geometry_panorama`: yaw in [-180, 180) and to the right, pitch in [-90, 90] and up. A point is
-the centre of one.
+PanoSpace-Bench: the rectangle ``yaw - x_fov/2 .. yaw + x_fov/2`` by ``pitch - y_fov/2 .. pitch + y_fov/2`` of the
+sphere, cut off at the poles. Axes as in `geometry_panorama`: yaw in [-180, 180) and to the right, pitch in [-90, 90]
+and up. A point is the centre of one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BFoV(NamedTuple):
     def rounded(self) -> list[int]:
         """In whole degrees, the extents at least 1, as answers hold it."""
         yaw, pitch = (round(value) for value in self[:2])
-        return [wrap(yaw), pitch, *(max(1, round(value)) for value in self[2:])]
+        return [int(wrap(yaw)), pitch, *(max(1, round(value)) for value in self[2:])]
 
     @property
     def edges(self) -> tuple[float, float]:
@@ -85,12 +85,12 @@ def check_bfov(values: Sequence[float]) -> BFoV:
 def bfov_of_rays(rays: np.ndarray, size: float = 0.0) -> BFoV | None:
     """The smallest place that holds all rays.
 
-    The widest gap between their yaws is left out, so that what crosses the seam is no wider than it is. What holds a pole
-    goes all around.
+    The widest gap between their yaws is left out, so that what crosses the seam is no wider than it is. What holds a
+    pole goes all around.
 
     Args:
         rays: unit rays [N, 3].
-        size: degrees that a ray stands for, such as a pixel of a mask; the place is that much larger than their middles.
+        size: degrees that a ray stands for, such as a pixel of a mask; the place is larger by that.
 
     Returns:
         `None` where there is no ray.
@@ -144,8 +144,8 @@ def bfov_iou(first: BFoV, second: BFoV) -> float:
 
 
 def great_circle(first: Sequence[float], second: Sequence[float]) -> float:
-    """Degrees between two directions (yaw, pitch), in [0, 180], by the formula that is exact at both ends (Vincenty on a
-    sphere)."""
+    """Degrees between two directions (yaw, pitch), in [0, 180], by the formula that is exact at both ends (Vincenty
+    on a sphere)."""
     turn = math.radians(second[0] - first[0])
     a, b = math.radians(first[1]), math.radians(second[1])
     across = math.hypot(
@@ -219,8 +219,8 @@ def read_places(text: str) -> list[NamedPlace]:
     """The places that an answer names, in its order, in the ways in which models write them: `[12, -5, 20, 10]`,
     `(12, -5, 20, 10)`, bare numbers, JSON with `bfov` and `label`, `yaw=12 pitch=-5 x_fov=20 y_fov=10`.
 
-    What is no place on the sphere (a pitch beyond the poles, an extent of zero) is left out: nothing is invented, and an
-    answer without places gives none.
+    What is no place on the sphere (a pitch beyond the poles, an extent of zero) is left out: nothing is invented, and
+    an answer without places gives none.
     """
     found: list[tuple[int, int, BFoV]] = []
     for pattern in (_LIST, _BARE):
