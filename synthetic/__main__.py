@@ -1,0 +1,58 @@
+"""Command line of the synthetic world: `python -m panorama_vlm.synthetic OUT --scenes N --seed S`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from .questions import KINDS
+from .write import World, write_scenes
+
+SAMPLES = Path(__file__).resolve().parent.parent / "samples"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write a folder of scenes; see the top of this file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m panorama_vlm.synthetic",
+        description="Rendered panoramas of which everything is known, with questions and exact answers.",
+    )
+    parser.add_argument("out", help="folder to write into; one that was not finished is gone on with")
+    parser.add_argument("--scenes", type=int, default=100, help="how many (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
+    parser.add_argument("--size", default="1024x512", help="of the panoramas in pixels (default: 1024x512)")
+    parser.add_argument("--questions", type=int, default=8, help="a scene, at most (default: 8)")
+    parser.add_argument("--kinds", nargs="+", default=[], metavar="KIND", help=f"of questions: {', '.join(KINDS)}")
+    parser.add_argument("--backgrounds", default=str(SAMPLES), help="folder of real panoramas (default: the samples)")
+    parser.add_argument("--no-backgrounds", action="store_true", help="drawn surroundings only")
+    parser.add_argument("--unknown", action="store_true", help="things that training never has")
+    parser.add_argument("--contact-sheet", action="store_true", help="also write contact_sheet.jpg")
+    parser.add_argument("--processes", type=int, help="that render (default: one a core)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        world = World(
+            seed=options.seed,
+            width=_width(options.size),
+            questions=options.questions,
+            kinds=tuple(options.kinds),
+            backgrounds=None if options.no_backgrounds else options.backgrounds,
+            unknown=options.unknown,
+        )
+        write_scenes(options.out, world, options.scenes, options.processes, options.contact_sheet)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _width(size: str) -> int:
+    width, _, height = size.partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) == 2 * int(height)):
+        raise ValueError(f"--size must be WIDTHxHEIGHT, twice as wide as high, such as 1024x512, got {size!r}")
+    return int(width)
+
+
+if __name__ == "__main__":
+    main()

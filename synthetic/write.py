@@ -1,0 +1,226 @@
+"""Scenes as a folder that the trainer and the evaluation read as it is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm.auto import tqdm
+
+from .cutouts import LICENCE, available
+from .questions import Question, ask
+from .render import look, render_erp
+from .scenes import Scene, make_scene, seed_of
+
+logger = logging.getLogger(__name__)
+
+METADATA, SCENES, SETTINGS = "metadata.jsonl", "scenes.jsonl", "synthetic.json"
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+_SHEET = 24  # scenes on a contact sheet
+
+
+@dataclass(frozen=True)
+class World:
+    """What decides scenes and questions, beside their number.
+
+    Args:
+        seed: another one gives other scenes throughout.
+        width: of the panoramas in pixels; they are half as high.
+        questions: a scene, at most.
+        kinds: of questions; all where none is named.
+        backgrounds: folder of real panoramas that every second scene has around it.
+        unknown: whether cut-outs are those that training never has.
+    """
+
+    seed: int = 0
+    width: int = 1024
+    questions: int = 8
+    kinds: tuple[str, ...] = ()
+    backgrounds: str | None = None
+    unknown: bool = False
+
+    def __post_init__(self) -> None:
+        if self.width < 64 or self.width % 2:
+            raise ValueError(f"width must be even and at least 64, got {self.width}. Typical value: 1024")
+        if self.questions < 1:
+            raise ValueError(f"questions must be at least 1, got {self.questions}. Typical value: 8")
+
+    @property
+    def panoramas(self) -> tuple[str, ...]:
+        """Files of the backgrounds."""
+        return _panoramas(self.backgrounds)
+
+    def scene(self, number: int) -> Scene:
+        """One scene, looked at."""
+        return look(make_scene(seed_of(self.seed, number), available(self.unknown), self.panoramas))
+
+    def picture(self, scene: Scene) -> Image.Image:
+        """The panorama of a scene."""
+        around = None
+        if scene.panorama is not None:
+            file = next(path for path in self.panoramas if Path(path).name == scene.panorama)
+            around = _pixels(file, self.width)
+        colour = render_erp(scene, (self.width // 2, self.width), around).colour
+        return Image.fromarray(colour.clamp(0, 1).mul(255).round().byte().numpy())
+
+    def ask(self, scene: Scene) -> list[Question]:
+        """Its questions."""
+        return ask(scene, self.questions, self.kinds)
+
+
+@lru_cache(maxsize=8)
+def _panoramas(folder: str | None) -> tuple[str, ...]:
+    if folder is None:
+        return ()
+    found = tuple(str(file) for file in sorted(Path(folder).iterdir()) if file.suffix.lower() in ENDINGS)
+    if not found:
+        raise ValueError(f"there is no panorama ({', '.join(ENDINGS)}) in {folder!r}")
+    return found
+
+
+@lru_cache(maxsize=32)
+def _pixels(file: str, width: int) -> torch.Tensor:
+    """A panorama in about the size that is rendered, [3, H, W] in [0, 1]."""
+    with Image.open(file) as image:
+        image.draft("RGB", (width, width // 2))
+        small = image.convert("RGB").resize((width, width // 2), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1).float() / 255
+
+
+def row_of(scene: Scene, questions: Sequence[Question], file_name: str) -> dict[str, Any]:
+    """A row of `metadata.jsonl`: a conversation, and of each question its kind, options, key, places and what turning
+    does to its answer."""
+    turns: list[dict[str, str]] = []
+    for place, question in enumerate(questions):
+        words = "\n".join([question.words, *(f"{'ABCDEFGH'[i]}. {text}" for i, text in enumerate(question.options))])
+        turns.append({"from": "human", "value": f"<image>\n{words}" if place == 0 else words})
+        turns.append({"from": "gpt", "value": question.answer})
+    return {
+        "file_name": file_name,
+        "conversations": turns,
+        "questions": [question.words for question in questions],
+        "kinds": [question.kind for question in questions],
+        "options": [[["ABCDEFGH"[i], text] for i, text in enumerate(q.options)] or None for q in questions],
+        "keys": [question.key for question in questions],
+        "places": [None if q.places is None else [place.rounded() for place in q.places] for q in questions],
+        "turns": [question.turns for question in questions],
+        "scene": scene.seed,
+    }
+
+
+def write_scenes(
+    out: str | os.PathLike[str], world: World, scenes: int, processes: int | None = None, contact_sheet: bool = False
+) -> Path:
+    """Write scenes 0 to `scenes` - 1 into a folder; what is there already is kept, and the rest made.
+
+    Args:
+        out: the folder: pictures, `metadata.jsonl`, `scenes.jsonl` (everything there is to know, for other questions),
+            `synthetic.json` (how it was made).
+        world: what decides them.
+        scenes: how many.
+        processes: that render; as many as cores where it is not given.
+        contact_sheet: whether `contact_sheet.jpg` shows the first ones with a question each.
+
+    Raises:
+        ValueError: for a folder of another world, or something else.
+    """
+    out = Path(out)
+    if scenes < 1:
+        raise ValueError(f"scenes must be at least 1, got {scenes}")
+    done = _begin(out, world)
+    if not available():
+        logger.warning("No font with pictures of things was found: there are solids only. See synthetic/cutouts.py.")
+    with (out / METADATA).open("a", encoding="utf-8") as rows, (out / SCENES).open("a", encoding="utf-8") as all_scenes:
+        progress = tqdm(_make(out, world, range(done, scenes), processes), total=scenes, initial=done, desc="scenes")
+        for row, scene in progress:
+            all_scenes.write(json.dumps(scene) + "\n")
+            all_scenes.flush()
+            rows.write(json.dumps(row) + "\n")
+            rows.flush()
+    if contact_sheet:
+        _write_sheet(out)
+    return out
+
+
+def _begin(out: Path, world: World) -> int:
+    """How many scenes are done; lines that were cut off are dropped."""
+    settings = {
+        **asdict(world),
+        "kinds": list(world.kinds),
+        "things": list(available(world.unknown)),
+        "licence": LICENCE,
+    }
+    if out.is_dir() and any(out.iterdir()) and not (out / SETTINGS).is_file():
+        raise ValueError(f"{str(out)!r} holds something else: choose a folder of its own")
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / SETTINGS).is_file():
+        then = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+        differ = [name for name, value in settings.items() if then.get(name) != value]
+        changed = [f"{name} was {then.get(name)} and is {settings[name]}" for name in differ]
+        if changed:
+            raise ValueError(f"{str(out)!r} holds another world: {'; '.join(changed)}. Choose another folder")
+    else:
+        (out / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    lines = {name: _whole_lines(out / name) for name in (METADATA, SCENES)}
+    done = min(map(len, lines.values()))
+    for name, whole in lines.items():
+        (out / name).write_text("".join(whole[:done]), encoding="utf-8")
+    return done
+
+
+def _whole_lines(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [line for line in lines if line.endswith("\n")]
+
+
+def _make(
+    out: Path, world: World, numbers: range, processes: int | None
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    processes = processes or os.cpu_count() or 1
+    if processes == 1:
+        yield from (_write_one(out, world, number) for number in numbers)
+        return
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for start in range(0, len(numbers), 256):  # bounded: a pool takes in all it is given
+            some = numbers[start : start + 256]
+            yield from pool.map(_write_one, [out] * len(some), [world] * len(some), some, chunksize=4)
+
+
+def _write_one(out: Path, world: World, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    scene = world.scene(number)
+    name = f"{number:06d}.jpg"
+    unfinished = out / f".{name}"
+    world.picture(scene).save(unfinished, "JPEG", quality=92, subsampling=0)
+    os.replace(unfinished, out / name)
+    return row_of(scene, world.ask(scene), name), {"file_name": name, **scene.to_dict()}
+
+
+def _write_sheet(out: Path) -> None:
+    """The first scenes, each with one of its questions."""
+    rows = [json.loads(line) for line in _whole_lines(out / METADATA)[:_SHEET]]
+    cell = (512, 256 + 30)
+    sheet = Image.new("RGB", (3 * cell[0], -(-len(rows) // 3) * cell[1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, row in enumerate(rows):
+        corner = (place % 3 * cell[0], place // 3 * cell[1])
+        with Image.open(out / row["file_name"]) as picture:
+            sheet.paste(picture.resize((512, 256)), corner)
+        turns = row["conversations"]
+        if turns:
+            which = 2 * (place % (len(turns) // 2))
+            words = turns[which]["value"].removeprefix("<image>\n").replace("\n", " ")
+            pen.text((corner[0] + 4, corner[1] + 258), f"{row['file_name']}: {words[:80]}", fill="black")
+            pen.text((corner[0] + 4, corner[1] + 271), turns[which + 1]["value"][:90], fill="darkgreen")
+    sheet.save(out / "contact_sheet.jpg", quality=90)
