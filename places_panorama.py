@@ -119,8 +119,8 @@ def _smallest(yaw: np.ndarray, pitch: np.ndarray, width: np.ndarray, height: flo
     widest = int(gaps.argmax())
     extent = 360 - gaps[widest] + width[which].max()
     start = distinct[(widest + 1) % len(distinct)] - width[which].max() / 2
-    extent = min(360.0, float(extent))
-    middle = 0.0 if extent >= 360 else wrap(float(start) + extent / 2)
+    extent = 360.0 if extent > 360 - 1e-6 else float(extent)
+    middle = 0.0 if extent == 360 else wrap(float(start) + extent / 2)
     return BFoV(middle, float(low + high) / 2, extent, float(high - low))
 
 
@@ -195,6 +195,7 @@ def draw_bfov(
 
 
 _NUMBER = r"[-+−–]?\s*\d+(?:\.\d+)?"
+_SPACED = r"[-+−–]?\s*\d(?: ?\d)*(?:\.\d+)?"  # inside brackets: digits may be tokens of their own
 _NAMES = {
     "yaw": 0,
     "pitch": 1,
@@ -207,11 +208,13 @@ _NAMES = {
     "hfov": 2,
     "vfov": 3,
 }
-_LIST = re.compile(rf"[\[(]\s*({_NUMBER}(?:\s*°?\s*,\s*{_NUMBER}){{3}})\s*°?\s*,?\s*[\])]")
+_LIST = re.compile(rf"[\[(]\s*({_SPACED}(?:\s*°?\s*,\s*{_SPACED}){{3}})\s*°?\s*,?\s*[\])]")
 _BARE = re.compile(rf"(?<![\d.\]])({_NUMBER}(?:\s*°?\s*,\s*{_NUMBER}){{3}})\s*°?(?![\d,])")
 _PAIR = re.compile(
     rf"[\"']?\b(x_?fov|y_?fov|h_?fov|v_?fov|yaw|pitch)[\"']?\s*(?:=|:|is)?\s*({_NUMBER})\s*°?", re.IGNORECASE
 )
+_GOES_ON = re.compile(rf"\s*°?\s*,\s*{_NUMBER}")  # a list of more than four numbers is no place
+_BEGAN = re.compile(r"\d\s*°?\s*,\s*$")
 _LABEL = re.compile(r"[\"']?(?:label|name|object)[\"']?\s*[:=]\s*[\"']([^\"']*)[\"']", re.IGNORECASE)
 
 
@@ -226,7 +229,12 @@ def read_places(text: str) -> list[NamedPlace]:
     for pattern in (_LIST, _BARE):
         for match in pattern.finditer(text):
             inside = any(start < match.end() and match.start() < end for start, end, _ in found)
-            if not inside and (place := _as_place(re.findall(_NUMBER, match[1]))) is not None:
+            longer = _GOES_ON.match(text, match.end()) or _BEGAN.search(
+                text[max(0, match.start() - 20) : match.start()]
+            )
+            if pattern is _BARE and longer:
+                continue
+            if not inside and (place := _as_place(match[1].split(","))) is not None:
                 found.append((match.start(), match.end(), place))
         if found:
             break
@@ -242,7 +250,7 @@ def read_places(text: str) -> list[NamedPlace]:
 
 
 def _as_place(numbers: Sequence[str]) -> BFoV | None:
-    values = [float(re.sub(r"\s", "", number).replace("−", "-").replace("–", "-")) for number in numbers]
+    values = [float(re.sub(r"[\s°]", "", number).replace("−", "-").replace("–", "-")) for number in numbers]
     try:
         return check_bfov(values)
     except ValueError:
@@ -276,7 +284,7 @@ def _label(text: str, before: int, start: int, end: int) -> str:
         return match[1]
     words = text[before:start].split("\n")[-1]
     words = re.sub(r"[\"'{\[(]?\b(?:bfov|place|box|position)\b[\"']?\s*[:=]?\s*$", "", words, flags=re.IGNORECASE)
-    words = re.sub(r"\b(?:is|are|at|lies|stands)\s*:?\s*$", "", words.strip(" \t,;:[]{}()\"'-=."))
+    words = re.sub(r"(?:\s*\b(?:is|are|at|lies|stands)\s*:?)+\s*$", "", words.strip(" \t,;:[]{}()\"'-=."))
     return words.strip(" \t,;:[]{}()\"'-=.")
 
 

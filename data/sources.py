@@ -27,6 +27,7 @@ from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
+from ..synthetic.write import SYNTHETIC, World, parse_world, row_of
 from .rows import ERROR, BadSample, RawSample, messages_of, text_rows, text_table
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ class DataSource:
     Args:
         path: a folder (with `metadata.jsonl` or `metadata.csv`, of images, of parquet, or a saved dataset), a `.csv`
             (as QuIC-360: `url, query, annotation`), `.json` or `.jsonl` (as LLaVA: `image, conversations`) or
-            `.parquet` file, or a dataset on the Hub.
+            `.parquet` file, or a dataset on the Hub; `synthetic://?scenes=N&seed=S` renders scenes while training, with
+            the options of `python -m panorama_vlm.synthetic` (`width`, `questions`, `kinds`, `backgrounds`).
         images: folder that relative image paths start from; the file's own without it. A URL in an image column names
             the file that ends it, in this folder.
         split, subset: of a saved or a Hub dataset; a folder's subfolder of the split's name wins over the folder.
@@ -201,6 +203,8 @@ def open_source(source: DataSource, stage: str) -> OpenedSource:
     """A source with its columns; what is wrong with it as a whole is a `ValueError` that names it."""
     if not source.weight > 0:
         raise ValueError(f"the weight of {source.path!r} must be positive, got {source.weight}. Typical value: 1.0")
+    if source.path.startswith(SYNTHETIC):
+        return SyntheticSource.open(source)
     try:
         data, root = _read(source)
         first = list(data.take(100)) if data.column_names is None else []
@@ -246,6 +250,40 @@ def open_source(source: DataSource, stage: str) -> OpenedSource:
                 "`images` must name the folder they lie in"
             )
     return opened
+
+
+class SyntheticSource(OpenedSource):
+    """Scenes that are rendered when they are asked for: row n is scene n of a :class:`World`."""
+
+    world: World
+
+    @classmethod
+    def open(cls, source: DataSource) -> SyntheticSource:
+        """The scenes that `synthetic://?scenes=N&seed=S&...` names.
+
+        Raises:
+            ValueError: for an option that there is not, or a value that it cannot have.
+        """
+        scenes, world = parse_world(source.path)
+        rows = Dataset.from_dict({"image": range(scenes)})
+        data = rows.to_iterable_dataset(num_shards=min(scenes, 64)) if source.streaming else rows
+        opened = cls(source, data, {"image": "image"}, None)
+        opened.world = world
+        return opened
+
+    def panoramas(self, row: dict[str, Any]) -> list[str | bytes]:
+        """The name of the scene: it is rendered only for a sample."""
+        return [f"{self.source.path}#{row['image']}"]
+
+    def sample(self, row: dict[str, Any], stage: str, name: str, which: int = 0) -> RawSample:
+        """The scene with a conversation about it."""
+        raw: RawSample = {"name": f"scene {row['image']}", "source": self.source.path}
+        scene = self.world.scene(row["image"])
+        picture = self.world.picture(scene)
+        if stage == "vision":
+            return {**raw, "image": picture}
+        turns = row_of(scene, self.world.ask(scene), "")["conversations"]
+        return {**raw, "messages": messages_of(turns, [picture])}
 
 
 def try_panoramas(opened: OpenedSource, row: dict[str, Any]) -> list[str | bytes]:

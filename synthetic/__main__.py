@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from pathlib import Path
 
 from .questions import KINDS
-from .write import World, write_scenes
-
-SAMPLES = Path(__file__).resolve().parent.parent / "samples"
+from .write import SAMPLES, World, write_scenes
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -126,8 +126,7 @@ def descriptions(thing: Thing) -> list[str]:
     """The words that fit a thing, the fewest first."""
     if thing.colour is None:
         return [thing.name]
-    one = [thing.name, f"{thing.colour} {thing.name}", f"{thing.size} {thing.name}"]
-    return [*one, f"{thing.size} {thing.colour} {thing.name}"]
+    return [f"{thing.colour} {thing.name}", f"{thing.size} {thing.colour} {thing.name}"]
 
 
 def sector(yaw: float, margin: float = 0.0) -> str | None:
@@ -185,6 +184,8 @@ def _existence(seen: Seen) -> Question | None:
     level = int(seen.random.integers(3))
     pool = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES] if level < 2 else [*available()]
     yes = seen.random.random() < 0.5
+    if level == 2 and seen.scene.panorama is not None:  # a real place may have a car or a chair of its own
+        return None
     present = [words for words in pool if seen.fitting(words)]
     clear = [words for words in present if any(words in descriptions(thing) for thing in seen.clear)]
     absent = [words for words in pool if words not in present]
@@ -277,7 +278,7 @@ def _what_is_in(seen: Seen) -> Question | None:
         middle = 45.0 * SECTORS.index(wanted)
         inside = [t for t in seen.there if t.place and abs(wrap(t.yaw - middle)) < 22.5 + MARGIN + t.place.x_fov / 2]
         if len(inside) == 1 and inside[0] in seen.clear and sector(inside[0].yaw, MARGIN) == wanted:
-            form = seen.pick(("What is {}?", "What do you see {}?", "What stands or hangs {}?"))
+            form = seen.pick(("What was put {}?", "Which thing was put {}?", "Which of the things is {}?"))
             place = {"front": "in front", "back": "behind you"}.get(wanted, f"at the {wanted}")
             return Question("what_is_in_direction", form.format(place), _full(inside[0]), turns="no")
     return None
@@ -478,7 +479,9 @@ def _caption(seen: Seen) -> Question | None:
         return None
     things.sort(key=lambda thing: (thing.yaw + 22.5) % 360)
     parts = [f"{sector(thing.yaw)}: {_full(thing)}" for thing in things]
-    form = seen.pick(("Describe what is around you, from the front to the right.", "Name all around you in order."))
+    form = seen.pick(
+        ("Describe what was put around you, from the front to the right.", "Name what was put around you.")
+    )
     return Question("caption_around", form, "; ".join(parts) + ".", turns="no")
 
 
@@ -495,7 +498,7 @@ def _caption_direction(seen: Seen) -> Question | None:
     if any(b[0] - a[0] < 3 for a, b in zip(inside, inside[1:], strict=False)):
         return None
     answer = ", ".join(_full(thing) for _, thing in inside) + "."
-    return Question("caption_direction", f"What is {name} of you, from left to right?", answer, turns="no")
+    return Question("caption_direction", f"What was put {name} of you, from left to right?", answer, turns="no")
 
 
 KINDS: dict[str, Callable[[Seen], Question | None]] = {

@@ -24,7 +24,7 @@ from .scenes import COLOURS, EYES, Scene, Thing
 Tensor = torch.Tensor
 NOTHING = -1  # id of what is no thing
 _FINE = 4  # rays a side of a pixel at an outline
-_AMBIENT = 0.45
+_AMBIENT = 0.72
 _LOOKED_AT: Grid = (256, 512)  # cells by which it is known what is seen of a thing
 
 
@@ -96,7 +96,7 @@ def _hit(thing: Thing, rays: Tensor, scene: Scene | None) -> tuple[Tensor, Tenso
     normal = normal @ turn
     light = _sun(scene, rays.device)
     base = torch.tensor(COLOURS[thing.colour], dtype=torch.float32, device=rays.device) / 255
-    lit = _AMBIENT + 0.12 * normal[:, 1] + 0.5 * (normal @ light).clamp(min=0)
+    lit = _AMBIENT + 0.08 * normal[:, 1] + 0.25 * (normal @ light).clamp(min=0)
     return distance, (base * lit[:, None]).clamp(0, 1)
 
 

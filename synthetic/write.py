@@ -8,25 +8,29 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
+from ..options_panorama import check_option_names
 from .cutouts import LICENCE, available
-from .questions import Question, ask
+from .questions import KINDS, Question, ask
 from .render import look, render_erp
 from .scenes import Scene, make_scene, seed_of
 
 logger = logging.getLogger(__name__)
 
 METADATA, SCENES, SETTINGS = "metadata.jsonl", "scenes.jsonl", "synthetic.json"
+SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+_ATTEMPTS = 100
 _SHEET = 24  # scenes on a contact sheet
 
 
@@ -55,6 +59,8 @@ class World:
             raise ValueError(f"width must be even and at least 64, got {self.width}. Typical value: 1024")
         if self.questions < 1:
             raise ValueError(f"questions must be at least 1, got {self.questions}. Typical value: 8")
+        check_option_names(self.kinds, KINDS, "the kinds of questions")
+        _panoramas(self.backgrounds)
 
     @property
     def panoramas(self) -> tuple[str, ...]:
@@ -62,8 +68,18 @@ class World:
         return _panoramas(self.backgrounds)
 
     def scene(self, number: int) -> Scene:
-        """One scene, looked at."""
-        return look(make_scene(seed_of(self.seed, number), available(self.unknown), self.panoramas))
+        """One scene, looked at; another one in its place where there is nothing to ask.
+
+        Raises:
+            ValueError: where there is nothing to ask in a hundred scenes.
+        """
+        for attempt in range(_ATTEMPTS):
+            scene = look(make_scene(seed_of(self.seed, number, attempt), available(self.unknown), self.panoramas))
+            if self.ask(scene):
+                return scene
+        raise ValueError(
+            f"there is nothing to ask of kind {', '.join(self.kinds)} in {_ATTEMPTS} scenes: name more kinds"
+        )
 
     def picture(self, scene: Scene) -> Image.Image:
         """The panorama of a scene."""
@@ -79,11 +95,41 @@ class World:
         return ask(scene, self.questions, self.kinds)
 
 
+SYNTHETIC = "synthetic://"
+
+
+def parse_world(url: str) -> tuple[int, World]:
+    """How many scenes of which world `synthetic://?scenes=N&seed=S&width=W&...` names; without `backgrounds` they are the
+    samples, with nothing after it there are none.
+
+    Raises:
+        ValueError: for an option that there is not, or a value that it cannot have.
+    """
+    given = dict(parse_qsl(url.removeprefix(SYNTHETIC).lstrip("?"), keep_blank_values=True, strict_parsing=True))
+    known = ("scenes", *(each.name for each in fields(World)))
+    check_option_names(given, known, f"a source {SYNTHETIC}?...")
+    try:
+        options: dict[str, Any] = {
+            name: int(given[name]) for name in ("scenes", "seed", "width", "questions") if name in given
+        }
+    except ValueError as error:
+        raise ValueError(f"in {url!r}: {error}") from error
+    scenes = options.pop("scenes", 0)
+    if scenes < 1:
+        raise ValueError(f"{url!r} must say how many scenes there are, such as {SYNTHETIC}?scenes=10000&seed=1")
+    if "unknown" in given:
+        options["unknown"] = given["unknown"] in ("true", "1")
+    if "kinds" in given:
+        options["kinds"] = tuple(given["kinds"].split(","))
+    return scenes, World(backgrounds=given.get("backgrounds", str(SAMPLES)) or None, **options)
+
+
 @lru_cache(maxsize=8)
 def _panoramas(folder: str | None) -> tuple[str, ...]:
     if folder is None:
         return ()
-    found = tuple(str(file) for file in sorted(Path(folder).iterdir()) if file.suffix.lower() in ENDINGS)
+    there = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
+    found = tuple(str(file) for file in there if file.suffix.lower() in ENDINGS)
     if not found:
         raise ValueError(f"there is no panorama ({', '.join(ENDINGS)}) in {folder!r}")
     return found
