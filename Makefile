@@ -6,7 +6,7 @@ RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 # A core for each of a few processes: threads that wait for each other on the same cores cost far more than they bring.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-fast test-tools lint types bench clean
+.PHONY: help demo test test-fast test-tools soak lint types bench clean
 
 help:
 	@echo "make demo       train the three stages on real panoramas, save, load elsewhere, ask (minutes)"
@@ -46,11 +46,15 @@ test: $(VENV)/.ready
 
 test-fast: $(VENV)/.ready
 	@echo "== Running all but the slow tests"
-	@$(PYTEST) -m "not slow and not tools"
+	@$(PYTEST) -m "not slow and not tools and not soak"
 
 test-tools: $(VENV)/.tools
 	@echo "== Running the tests with further tools"
 	@$(PYTEST) -m tools
+
+soak: $(VENV)/.ready
+	@echo "== Running the tests that take minutes"
+	@$(PYTEST) -m soak
 
 lint: $(VENV)/.ready
 	@echo "== ruff"
@@ -60,7 +64,7 @@ lint: $(VENV)/.ready
 types: $(VENV)/.ready
 	@echo "== mypy"
 	@rm -rf build/types && mkdir -p build/types/panorama_vlm
-	@for part in *.py data train demo benchmarks tests; do ln -s ../../../$$part build/types/panorama_vlm/; done
+	@for part in *.py data synthetic evaluation train demo benchmarks tests; do ln -s ../../../$$part build/types/panorama_vlm/; done
 	@cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p panorama_vlm
 
 bench: $(VENV)/.ready

@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 NOTHING = -1  # id of what is no thing
 _FINE = 4  # rays a side of a pixel at an outline
 _AMBIENT = 0.72
-_LOOKED_AT: Grid = (256, 512)  # cells by which it is known what is seen of a thing
+_LOOKED_AT: Grid = (512, 1024)  # cells by which it is known what is seen of a thing
 
 
 class Picture(NamedTuple):
@@ -58,20 +58,6 @@ def cast(scene: Scene, rays: Tensor, panorama: Tensor | None = None) -> Picture:
         near = near[closer]
         depth[near], ids[near], colour[near] = distance[closer], number, shade[closer]
     return Picture(colour, depth, ids)
-
-
-def _seen(scene: Scene, rays: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Which thing each ray sees [N], and the rays that would see each one if nothing hid it."""
-    depth = torch.full((len(rays),), torch.inf, device=rays.device)
-    ids = torch.full((len(rays),), NOTHING, dtype=torch.int16, device=rays.device)
-    whole = []
-    for number, thing in enumerate(scene.things):
-        near = _near(thing, rays)
-        distance = _hit(thing, rays[near], None)[0]
-        whole.append(near[torch.isfinite(distance)])
-        closer = distance < depth[near]
-        depth[near[closer]], ids[near[closer]] = distance[closer], number
-    return ids, whole
 
 
 def _near(thing: Thing, rays: Tensor) -> Tensor:
@@ -395,18 +381,51 @@ def _outlines(ids: Tensor, wraps: bool) -> Tensor:
 
 def look(scene: Scene) -> Scene:
     """The same scene, with what is seen of each thing: the share of its outline that nothing hides, and its place."""
-    view = View("erp")
-    rays = _rays(view, _LOOKED_AT, "cpu")
-    ids, outlines = _seen(scene, rays)
-    weights = torch.sqrt((1 - rays[:, 1] ** 2).clamp(min=0))  # cells are narrower towards the poles
-    exact = view.rays(_LOOKED_AT).reshape(-1, 3)
-    things = []
+    exact, rays, weights = _sphere(_LOOKED_AT)
+    depth = torch.full((len(rays),), torch.inf)
+    ids = torch.full((len(rays),), NOTHING, dtype=torch.int16)
+    outlines = []
     for number, thing in enumerate(scene.things):
-        seen, whole = ids == number, weights[outlines[number]].sum()
+        cells = _cells_around(thing, _LOOKED_AT)
+        distance = _hit(thing, rays[cells], None)[0]
+        hits = torch.isfinite(distance)
+        cells, distance = cells[hits], distance[hits]
+        outlines.append(cells)
+        closer = distance < depth[cells]
+        depth[cells[closer]], ids[cells[closer]] = distance[closer], number
+    things = []
+    for number, (thing, cells) in enumerate(zip(scene.things, outlines, strict=True)):
+        seen = cells[ids[cells] == number]
+        whole = weights[cells].sum()
         share = float(weights[seen].sum() / whole) if whole > 0 else 0.0
         place = bfov_of_rays(exact[seen.numpy()], size=360 / _LOOKED_AT[1])
         things.append(replace(thing, seen=min(1.0, share), place=_rounded(place)))
     return replace(scene, things=tuple(things))
+
+
+@lru_cache(maxsize=2)
+def _sphere(size: Grid) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Rays of an equirectangular image in both precisions, and what their cells are worth: they are narrower towards
+    the poles."""
+    exact = View("erp").rays(size).reshape(-1, 3)
+    rays = torch.from_numpy(exact.astype(np.float32))
+    return exact, rays, torch.sqrt((1 - rays[:, 1] ** 2).clamp(min=0))
+
+
+def _cells_around(thing: Thing, size: Grid) -> Tensor:
+    """The cells in which the sphere around a thing lies, as indices: those of a few rows and columns."""
+    rows, columns = size
+    reach = math.degrees(math.asin(min(1.0, thing.radius / thing.distance))) + 0.5
+    low, high = thing.pitch - reach, thing.pitch + reach
+    top = max(0, math.floor((0.5 - high / 180) * rows))
+    bottom = min(rows, math.ceil((0.5 - low / 180) * rows))
+    half = 180.0
+    if max(abs(low), abs(high)) < 90:
+        half = math.degrees(math.asin(min(1.0, math.sin(math.radians(reach)) / math.cos(math.radians(thing.pitch)))))
+    first = math.floor(((thing.yaw - half) / 360 + 0.5) * columns)
+    last = min(math.ceil(((thing.yaw + half) / 360 + 0.5) * columns), first + columns)
+    across = torch.arange(first, last) % columns
+    return (torch.arange(top, bottom)[:, None] * columns + across).reshape(-1)
 
 
 def _rounded(place: BFoV | None) -> BFoV | None:

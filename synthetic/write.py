@@ -99,8 +99,8 @@ SYNTHETIC = "synthetic://"
 
 
 def parse_world(url: str) -> tuple[int, World]:
-    """How many scenes of which world `synthetic://?scenes=N&seed=S&width=W&...` names; without `backgrounds` they are the
-    samples, with nothing after it there are none.
+    """How many scenes of which world `synthetic://?scenes=N&seed=S&width=W&...` names; without `backgrounds` they
+    are the samples, with nothing after it there are none.
 
     Raises:
         ValueError: for an option that there is not, or a value that it cannot have.
