@@ -370,9 +370,8 @@ PATTERNS = {
     "nearest_of_four": re.compile(r"(nearest|closest)"),
     "higher_or_lower": re.compile(r"Does the (.*) appear .* than the (.*)\?"),
     "relation_3d": re.compile(
-    "relation_3d": re.compile(
-        r"(?:is|Is|does) the (.*?) (?:is )?(further|above|lie).*?(?:than|below|ahead of) the (.*?)(?: or behind it)?, in met"
-    ),
+        r"(?:is|Is|does) the (.*?) (?:is )?(further|above|lie)"
+        r".*?(?:than|below|ahead of) the (.*?)(?: or behind it)?, in metres"
     ),
     "adjacent_across_seam": re.compile(r"next to the (.*) across"),
     "one_or_two_at_seam": re.compile(r"(one thing or two)"),
@@ -430,7 +429,7 @@ def questions_of(seeds):
 
 @pytest.mark.soak
 def test_a_reader_of_the_questions_alone_knows_no_more_than_chance(capsys):
-    """Naive Bayes on words and pairs of them, taught by half of at least 4,000 questions a kind, asked the other half."""
+    """Naive Bayes on words and pairs of them: half of the questions of a kind teach it, it is asked the others."""
     found, start = defaultdict(list), 0
     with ProcessPoolExecutor() as pool:
         while start < 120_000 and (not found or min(len(found[kind]) for kind in CLOSED) < 4000):
