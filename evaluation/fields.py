@@ -296,19 +296,21 @@ class Files:
     def _file(self, name: str) -> str:
         if "://" in name:
             raise Dropped(f"the image is an address, not a file: {shown(name)}")
-        inside = []
+        outside = False
         for folder in self.folders:
             path = os.path.normpath(os.path.join(folder, name))
             real = os.path.realpath(path)
             if any(_lies_in(real, each) for each in self.folders):
-                inside.append(real)
-            elif any(_lies_in(real, each) for each in self.behind) and _lies_in(path, folder):
-                inside.append(path)
-        if not inside:
+                found = real
+            elif _lies_in(path, folder) and any(_lies_in(real, each) for each in self.behind):
+                found = path
+            else:
+                outside = True
+                continue
+            if os.path.isfile(found):
+                return found
+        if outside:
             raise Dropped(f"the image lies outside the data's folder: {shown(name)}")
-        for path in inside:
-            if os.path.isfile(path):
-                return path
         raise Dropped(f"there is no image {shown(name)}")
 
     def find_or_decode(self, value: Any, index: str) -> str | bytes:

@@ -57,7 +57,8 @@ def read_items(
 
     Returns:
         The questions, and each row that is none: `row` (the line of a text file, the row of a table or the turn of a
-        conversation, from 1), `reason`, and `file` where there are several. The second question of an id is dropped as a duplicate.
+        conversation, from 1), `reason`, and `file` where there are several. The second question of an id is dropped
+        as a duplicate.
 
     Raises:
         ValueError: for what cannot be read as a whole, an unknown format, or fields that fit none.
@@ -226,7 +227,7 @@ def _table(path: Path) -> Iterator[Row]:
         reader = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=True)
         if not reader.fieldnames:
             return
-        number, line = 0, reader.line_num
+        number, line = 0, reader.reader.line_num
         while True:
             number += 1
             try:
@@ -234,14 +235,14 @@ def _table(path: Path) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Row(number, {}, f"lines {line + 1} to {reader.line_num}: {error}")
+                yield Row(number, {}, f"lines {line + 1} to {reader.reader.line_num}: {error}")
             else:
                 extra: Any = fields.pop(None, None)
                 if extra is None:
                     yield Row(number, fields)
                 else:
                     yield Row(number, {}, f"it has more fields than the header: {shown(extra)}")
-            line = reader.line_num
+            line = reader.reader.line_num
 
 
 # Folders of scenes

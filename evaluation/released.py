@@ -110,7 +110,7 @@ def _panospace(row: Row, files: Files) -> Found:
 
 def _osr(row: Row, files: Files) -> Found:
     answer = row.fields.get("answer")
-    if isinstance(answer, dict | list) and answer:  # a cognitive map
+    if isinstance(answer, dict) and answer:  # a cognitive map
         answer = json.dumps(answer, allow_nan=False)
     reference = needed({"answer": answer}, "answer")
     kind = label(row.fields, "skills_tested") or "answer"
