@@ -153,7 +153,7 @@ class OpenedSource:
         return turns
 
 
-def _read(source: DataSource) -> tuple[Dataset | IterableDataset, str | None]:
+def read_source(source: DataSource) -> tuple[Dataset | IterableDataset, str | None]:
     """The rows of a source, and the folder that its relative image paths start from."""
     path = Path(source.path).expanduser()
     if path.is_dir():
@@ -206,7 +206,7 @@ def open_source(source: DataSource, stage: str) -> OpenedSource:
     if source.path.startswith(SYNTHETIC):
         return SyntheticSource.open(source)
     try:
-        data, root = _read(source)
+        data, root = read_source(source)
         first = list(data.take(100)) if data.column_names is None else []
     except (ValueError, OSError, RecursionError, csv.Error, DatasetsError) as error:
         raise ValueError(f"cannot read {source.path!r}: {error}") from error
