@@ -38,10 +38,10 @@ class _Opened:
 
 
 def read_items(
-    path: str,
+    path: str | os.PathLike[str],
     *,
     split: str = "train",
-    images: str | None = None,
+    images: str | os.PathLike[str] | None = None,
     format: str | None = None,
     limit: int | None = None,
 ) -> ReadItems:
@@ -63,6 +63,7 @@ def read_items(
     Raises:
         ValueError: for what cannot be read as a whole, an unknown format, or fields that fit none.
     """
+    path, images = os.fspath(path), None if images is None else os.fspath(images)
     if format is not None and format not in FORMATS:
         raise ValueError(f"there is no format {format!r}, only {', '.join(FORMATS)}")
     if limit is not None and limit < 1:

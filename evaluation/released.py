@@ -358,10 +358,16 @@ def _questions(turns: list[dict[str, Any]], messages: list[dict[str, Any]]) -> l
     return asked
 
 
+_LISTS = (  # of a row, with an entry for each question -> what it says of one
+    *(("questions", "question"), ("kinds", "kind"), ("places", "places")),
+    *(("options", "options"), ("keys", "key"), ("turns", "turns")),
+)
+
+
 def _listed(fields: dict[str, Any], which: int, count: int) -> dict[str, Any]:
     """What a row's lists, with an entry for each question, say of one."""
     said = {}
-    for name, what in (("kinds", "kind"), ("places", "places"), ("options", "options"), ("keys", "key")):
+    for name, what in _LISTS:
         values = unpacked(fields.get(name))
         if values is None or values == "":
             continue
@@ -381,6 +387,8 @@ def _told(said: dict[str, Any]) -> dict[str, Any]:
         about["places"] = [place(said["place"])]
     elif said.get("places") not in (None, ""):
         about["places"] = places(said["places"])
+    if (turning := text(said, "turns")) is not None:
+        about["more"] = {"turns": turning}
     if key is not None and not among:
         raise Dropped(f"the key {shown(key)} has no options")
     right = key or answer

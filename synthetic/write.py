@@ -28,6 +28,7 @@ from .scenes import Scene, make_scene, seed_of
 logger = logging.getLogger(__name__)
 
 METADATA, SCENES, SETTINGS = "metadata.jsonl", "scenes.jsonl", "synthetic.json"
+LETTER = "Answer with the letter of the right option."
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 _ATTEMPTS = 100
@@ -149,9 +150,10 @@ def row_of(scene: Scene, questions: Sequence[Question], file_name: str) -> dict[
     does to its answer."""
     turns: list[dict[str, str]] = []
     for place, question in enumerate(questions):
-        words = "\n".join([question.words, *(f"{'ABCDEFGH'[i]}. {text}" for i, text in enumerate(question.options))])
+        options = [f"{'ABCDEFGH'[i]}. {text}" for i, text in enumerate(question.options)]
+        words = "\n".join([question.words, *options, *[LETTER] * bool(options)])
         turns.append({"from": "human", "value": f"<image>\n{words}" if place == 0 else words})
-        turns.append({"from": "gpt", "value": question.answer})
+        turns.append({"from": "gpt", "value": f"{question.key}. {question.answer}" if options else question.answer})
     return {
         "file_name": file_name,
         "conversations": turns,

@@ -561,3 +561,32 @@ def test_prompts():
     assert ask_text(asked) == "Which one?\nAnswer with [yaw, pitch, x_fov, y_fov] in whole degrees."
     for words in ("Give its BFoV.", "Answer as yaw, x_fov.", "How many degrees to the right?"):
         assert ask_text(Item("a", "b", words, [], places=[])) == words
+
+
+def test_a_folder_of_scenes_gives_a_question_for_each_of_its_questions(tmp_path):
+    from panorama_vlm.synthetic.write import World, write_scenes
+
+    write_scenes(tmp_path / "scenes", World(seed=2, width=128, questions=12), 6, processes=1)
+    rows = [json.loads(line) for line in (tmp_path / "scenes/metadata.jsonl").read_text().splitlines()]
+    found = read_items(tmp_path / "scenes")
+    assert not found.dropped and len(found.items) == sum(len(row["kinds"]) for row in rows)
+    asked = [
+        (words, kind, options, key, places, turns, row["file_name"])
+        for row in rows
+        for words, kind, options, key, places, turns in zip(
+            *(row[name] for name in ("questions", "kinds", "options", "keys", "places", "turns")), strict=True
+        )
+    ]
+    for item, (words, kind, options, key, places, turns, file) in zip(found.items, asked, strict=True):
+        assert (item.question, item.kind, item.key, item.more["turns"]) == (words, kind, key, turns)
+        assert [list(option) for option in item.options] == (options or [])
+        assert (None if item.places is None else [list(place) for place in item.places]) == places
+        assert item.panorama == file
+    choices = [item for item in found.items if item.options]
+    assert choices and all(
+        ask_text(item) in row["conversations"][2 * place]["value"].removeprefix("<image>\n")
+        for row in rows
+        for place, words in enumerate(row["questions"])
+        for item in choices
+        if item.question == words and item.panorama == row["file_name"]
+    )

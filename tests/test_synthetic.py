@@ -395,6 +395,8 @@ def test_an_oracle_that_reads_the_scenes_answers_everything_right():
             row["questions"], row["kinds"], row["options"], row["conversations"][1::2], strict=True
         ):
             given = oracle.answer(kind, words, options)
+            if options:
+                given = next(f"{key}. {text}" for key, text in options if text == given)
             right[kind] += given == answer["value"]
             if given != answer["value"]:
                 wrong.append((scene.seed, kind, words, answer["value"], given))
