@@ -18,6 +18,7 @@ from transformers.processing_utils import AudioKwargs, ProcessingKwargs, Process
 from .configuration_panorama import IMAGE_TOKEN, PanoramaConfig
 from .image_processing_panorama import PanoramaImageProcessor, PanoramaImagesKwargs, flatten_images
 from .options_panorama import DEFAULT_PROMPT, IMAGE_MEAN, IMAGE_STD, MAX_TEXT_LENGTH, check_resembling_names
+from .places_panorama import NamedPlace, read_places
 
 logger = logging.getLogger(__name__)
 
@@ -309,6 +310,23 @@ class PanoramaProcessor(ProcessorMixin):
             sum(count for count, shown in zip(self.image_tokens_per_view, views, strict=True) if shown)
             for views in image_inputs["view_mask"]
         ]
+
+    def post_process_grounding(self, answers: Any) -> list[list[NamedPlace]]:
+        """The places on the sphere that answers name, with what they are called there.
+
+        Args:
+            answers: texts, or ids of generated tokens [B, T] (one text or row of ids counts as a batch of one).
+
+        Returns:
+            For each answer its `(label, BFoV(yaw, pitch, x_fov, y_fov))` in degrees, in its order; none where it names
+            none. See :func:`places_panorama.read_places` for the ways of writing that are understood.
+        """
+        if isinstance(answers, str):
+            answers = [answers]
+        if not all(isinstance(answer, str) for answer in answers):
+            ids = torch.as_tensor(answers)
+            answers = self.batch_decode(ids[None] if ids.ndim == 1 else ids, skip_special_tokens=True)
+        return [read_places(answer) for answer in answers]
 
     def apply_chat_template(
         self,

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from panorama_vlm import PanoramaProcessor
+from panorama_vlm.places_panorama import BFoV, NamedPlace, read_places
 
 
 def chat(question, answer=None, panorama="no panorama"):
@@ -263,3 +264,16 @@ def test_a_misspelled_option_of_the_views_is_an_error_of_the_whole_processor_too
     with pytest.raises((TypeError, ValueError), match=wrong):
         processor(images=panoramas[0], text="<image>?", images_kwargs={wrong: 0.3})
     processor(images=panoramas[0], text="<image>?", padding="longest", fov_deg=60.0, return_tensors="pt")
+
+
+def test_places_are_taken_from_texts_and_from_ids(make):
+    _, processor = make()
+    answer = "dog: [12, -5, 20, 10]"
+    expected = [NamedPlace("dog", BFoV(12, -5, 20, 10))]
+    assert processor.post_process_grounding(answer) == [expected]
+    assert processor.post_process_grounding([answer, "none", answer]) == [expected, [], expected]
+    ids = processor.tokenizer(answer, return_tensors="pt")["input_ids"]
+    assert processor.post_process_grounding(ids) == processor.post_process_grounding(ids[0].tolist())
+    decoded = processor.batch_decode(ids, skip_special_tokens=True)[0]
+    assert processor.post_process_grounding(ids)[0] == read_places(decoded)
+    assert processor.post_process_grounding([]) == []
