@@ -1,4 +1,4 @@
-"""Intervals by the bootstrap over panoramas: questions of one panorama are not independent, so they are drawn together."""
+"""Intervals by the bootstrap over panoramas: questions of one are not independent, so they are drawn together."""
 
 from __future__ import annotations
 

@@ -56,8 +56,7 @@ def judge(item: Item, answer: str) -> dict[str, Any]:
     Returns:
         `id`, `kind`, `group`, `panorama` of the item; `read`, what the answer was understood as (empty where it was
         not); `right`, `None` for a caption, which no single answer is right for; `yaw`, where the question looks, where
-        that is known; of places also `iou`, `iou_50`, `centre_error`; of a target `centre_error`; `references` of
-        captions and of questions with several.
+        that is known; of places also `iou`, `iou_50`, `centre_error`; `references` of captions and of questions with several.
     """
     found: dict[str, Any] = {
         "id": item.id,
@@ -76,27 +75,19 @@ def judge(item: Item, answer: str) -> dict[str, Any]:
         return found | _judge_target(item, answer)
     if item.places is not None:
         predicted = places_of(answer)
-        nothing = not predicted and not _says_nothing(item, answer)
         scores = compare_places(item.places, predicted)
-        if nothing and not item.places:
-            scores |= {"right": False, "iou": 0.0, "iou_50": 0.0}
-        return found | {"read": "" if nothing else write_places(predicted), **scores}
+        if not answer.strip():  # silence does not say that nothing is there
+            return found | {"read": "", **scores, "right": False, "iou": 0.0, "iou_50": 0.0}
+        return found | {"read": write_places(predicted), **scores}
     right = None if item.kind == _CAPTION else says(answer, item.references)
     return found | {"read": normalise(answer), "right": right}
-
-
-def _says_nothing(item: Item, answer: str) -> bool:
-    """Whether an answer without places says that there are none: `[]`, "none", or a reference."""
-    return answer.strip().strip("`").strip() in ("[]", "[[]]", "{}") or says(
-        answer, ["none", "nothing", *item.references]
-    )
 
 
 def _judge_target(item: Item, answer: str) -> dict[str, Any]:
     yaws, pitches = item.more["target_yaw"], item.more["target_pitch"]
     direction = direction_of(answer)
     if direction is None:
-        return {"read": "", "right": False, "centre_error": None}
+        return {"read": "", "right": False}
     return {
         "read": f"yaw={direction[0]:g} pitch={direction[1]:g}",
         "right": in_target(direction, yaws, pitches),

@@ -186,8 +186,8 @@ def turn_report(
         variants: all that were asked.
 
     Returns:
-        `turn`: accuracy at each heading over the questions that were asked at all of them, the `spread` between the best
-        and the worst, `consistency` (the share of answers at other headings that turned as the panorama did), and
+        `turn`: accuracy at each heading over the questions that were asked at all of them, the `spread` between the
+        best and the worst, `consistency` (the share of answers at other headings that turned as the panorama did), and
         how many questions were `left_out`; `tilt`: accuracy by tilt, and as given.
     """
     turns = [variant for variant in variants if not (variant.pitch or variant.roll)]

@@ -1,0 +1,157 @@
+"""Asking a model: batches of questions in, greedy answers out; PanoramaVLM, or any other of transformers."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..ask import question
+from ..processing_panorama import PanoramaProcessor
+from ..reading_panorama import open_image, read_panorama
+from ..sampling_panorama import needed_width
+from .items import Item
+from .turning import Variant, tilted_pixels, turned_pixels
+
+logger = logging.getLogger(__name__)
+
+UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, EOFError, struct.error)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as it is asked.
+
+    Attributes:
+        item: with the answer that is right as the panorama is shown.
+        variant: how it is shown.
+    """
+
+    item: Item
+    variant: Variant = Variant()
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from the others."""
+        return self.item.id, self.variant.name
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer, or why there is none."""
+
+    answer: str = ""
+    error: str | None = None
+
+
+class Answerer:
+    """Asks a model.
+
+    Args:
+        model, processor: that belong together.
+        max_new_tokens: of an answer, at most.
+        blind: show a black panorama of the same size instead.
+    """
+
+    def __init__(self, model: Any, processor: Any, max_new_tokens: int, blind: bool = False):
+        self.model, self.processor, self.blind = model, processor, blind
+        self.max_new_tokens = max_new_tokens
+        self.is_ours = isinstance(processor, PanoramaProcessor)
+        if not self.is_ours:
+            processor.tokenizer.padding_side = "left"
+            if processor.tokenizer.pad_token is None:
+                processor.tokenizer.pad_token = processor.tokenizer.eos_token
+
+    def __call__(self, batch: Sequence[Asked]) -> list[Said]:
+        """The answers of a batch; a question whose panorama cannot be read has an error instead."""
+        said: list[Said | None] = [None] * len(batch)
+        try:
+            whole = list(range(len(batch)))
+            inputs = self._inputs(batch)
+        except UNREADABLE:
+            whole = []
+            for index, asked in enumerate(batch):
+                try:
+                    self._inputs([asked])
+                    whole.append(index)
+                except UNREADABLE as error:
+                    logger.debug("No answer to %s: %s", asked.item.id, error)
+                    said[index] = Said(error=_one_line(error))
+            inputs = self._inputs([batch[index] for index in whole]) if whole else None
+        for index, answer in zip(whole, self._answers(inputs) if whole else [], strict=True):
+            said[index] = Said(answer)
+        return [each or Said() for each in said]
+
+    def _inputs(self, batch: Sequence[Asked]) -> Any:
+        from .prompts import ask_text
+
+        conversations = [question(self._shown(asked), ask_text(asked.item)) for asked in batch]
+        own: dict[str, Any] = {"padding": True}
+        if self.is_ours and any(asked.variant.heading for asked in batch):
+            own["images_kwargs"] = {"yaw_offsets": [float(asked.variant.heading) for asked in batch]}
+        return self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            processor_kwargs=own,
+        )
+
+    @torch.no_grad()
+    def _answers(self, inputs: Any) -> list[str]:
+        inputs = inputs.to(self.model.device)
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        if self.is_ours:
+            tokenizer = self.processor.tokenizer
+            return list(
+                self.model.generate(**inputs, **options, return_dict_in_generate=True, tokenizer=tokenizer).text
+            )
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                inputs[name] = value.to(self.model.dtype)
+        inputs.pop("token_type_ids", None) if not _takes_token_types(self.model) else None
+        sequences = self.model.generate(**inputs, **options, pad_token_id=self.processor.tokenizer.pad_token_id)
+        new = sequences[:, inputs["input_ids"].shape[1] :]
+        return [words.strip() for words in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def _shown(self, asked: Asked) -> Any:
+        """The panorama of a question. Ours gets the file itself where it can: it knows the part of the sphere that the
+        file shows, and turns it with that; any other model gets the flat image of the whole sphere."""
+        source, variant = asked.item.image, asked.variant
+        if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
+            raise ValueError(f"the panorama must be a file, got the address {source[:80]!r}")
+        if self.blind:
+            image = open_image(source)
+            with image:
+                return Image.new("RGB", image.size)
+        if self.is_ours and not (variant.pitch or variant.roll):
+            return source
+        options: dict[str, Any] = {}
+        if self.is_ours:
+            own = self.processor.image_processor
+            options = {"strict_aspect": own.strict_aspect, "align_heading": own.align_heading, "fill": own.image_mean}
+            options["needed_width"] = needed_width(own.view_plan, own.image_size)
+        pixels = read_panorama(source, **options).pixels
+        array = (pixels if pixels.dtype == torch.uint8 else (pixels * 255).round().to(torch.uint8)).numpy()
+        if variant.pitch or variant.roll:
+            array = tilted_pixels(array, variant.pitch, variant.roll)
+        if variant.heading and not self.is_ours:
+            array = turned_pixels(array, variant.heading)
+        return Image.fromarray(array)
+
+
+def _takes_token_types(model: Any) -> bool:
+    import inspect
+
+    return "token_type_ids" in inspect.signature(model.forward).parameters
+
+
+def _one_line(error: BaseException) -> str:
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}"[:500] if words else type(error).__name__
