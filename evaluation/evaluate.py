@@ -85,7 +85,7 @@ def evaluate(options: EvaluationOptions, accelerator: Accelerator) -> dict[str, 
         first = f"; the first: {read.dropped[0].get('reason')}" if read.dropped else ""
         raise ValueError(f"{options.data!r} holds no question ({len(read.dropped)} rows were left out{first})")
     output = Path(options.output)
-    if options.compare and accelerator.is_main_process and not Path(options.compare).is_dir():
+    if options.compare and not Path(options.compare).is_dir():
         raise ValueError(f"--compare {options.compare!r} is no folder")
     variants = variants_of(options.turn, options.tilt)
     settings = _data_settings(options, read)
@@ -107,9 +107,10 @@ def evaluate(options: EvaluationOptions, accelerator: Accelerator) -> dict[str, 
         _free()
     metrics = _metrics(options, read, judged, baselines, settings)
     if accelerator.is_main_process:
+        _write(options, read.items, judged, metrics)
         if options.compare:
             metrics["compare"] = {"with": options.compare, **compare(output, options.compare)}
-        _write(options, read.items, judged, metrics)
+            write_whole(output / METRICS_FILE, _as_text(metrics))
     accelerator.wait_for_everyone()
     return metrics
 
@@ -182,11 +183,15 @@ def _as_given(judged: Judged) -> list[dict[str, Any]]:
 
 def _write(options: EvaluationOptions, items: Sequence[Item], judged: Judged, metrics: dict[str, Any]) -> None:
     output = Path(options.output)
-    write_whole(output / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")
+    write_whole(output / METRICS_FILE, _as_text(metrics))
     title = f"{Path(options.model).name} on {Path(options.data).name}"
     by_id = {row["id"]: row for row in _as_given(judged)}
     write_whole(output / REPORT, write_report(title, metrics, items, by_id))
     write_whole(output / MODEL_INDEX, model_index(options, metrics))
+
+
+def _as_text(metrics: dict[str, Any]) -> str:
+    return json.dumps(metrics, indent=1) + "\n"
 
 
 def model_index(options: EvaluationOptions, metrics: dict[str, Any]) -> str:

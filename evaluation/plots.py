@@ -21,7 +21,8 @@ def bars(scores: Mapping[str, Mapping[str, Any]]) -> str:
         short = name if len(name) <= 26 else f"{name[:25]}…"
         parts.append(f'<text x="{_LEFT - 8}" y="{middle + 4:.1f}" text-anchor="end">{escape(short)}</text>')
         parts.append(
-            f'<rect x="{_LEFT}" y="{top + 5}" width="{_WIDE * score["accuracy"]:.1f}" height="{_ROW - 10}" class="bar"/>'
+            f'<rect x="{_LEFT}" y="{top + 5}" width="{_WIDE * score["accuracy"]:.1f}" '
+            f'height="{_ROW - 10}" class="bar"/>'
         )
         if score.get("interval"):
             low, high = (_LEFT + _WIDE * edge for edge in score["interval"])
@@ -35,7 +36,7 @@ def bars(scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def by_direction(judged: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy by where the answer lies around the observer, seen from above, front up; empty where no question says."""
+    """Accuracy by where the answer lies around the observer, from above, front up; empty where no question says."""
     known = [each for each in judged if each.get("yaw") is not None and each["right"] is not None]
     if not known:
         return ""

@@ -111,7 +111,8 @@ def write_report(
         shown = "".join(f"<li>{_text(each['id'])}: {_text(each['error'])}</li>" for each in errors[:_MOST_ERRORS])
         parts.append(f"<h2>{len(errors)} questions without an answer</h2><ul>{shown}</ul>")
     parts.append(f"<h2>Settings</h2><pre>{escape(json.dumps(metrics.get('settings', {}), indent=1))}</pre>")
-    policy = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none';img-src data:;style-src 'unsafe-inline'\">"
+    allowed = "default-src 'none';img-src data:;style-src 'unsafe-inline'"
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{allowed}">'
     start = f'<!doctype html><html lang="en"><head><meta charset="utf-8">{policy}<title>{escape(title)}</title>'
     return f"{start}<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
 

@@ -56,7 +56,8 @@ def judge(item: Item, answer: str) -> dict[str, Any]:
     Returns:
         `id`, `kind`, `group`, `panorama` of the item; `read`, what the answer was understood as (empty where it was
         not); `right`, `None` for a caption, which no single answer is right for; `yaw`, where the question looks, where
-        that is known; of places also `iou`, `iou_50`, `centre_error`; `references` of captions and of questions with several.
+        that is known; of places also `iou`, `iou_50`, `centre_error`; of captions and of questions with several
+        references `references`.
     """
     found: dict[str, Any] = {
         "id": item.id,
@@ -179,13 +180,7 @@ def summarise(
     names = [name for name in CAPTION_METRICS if name in metrics]
     texts = _by([each for each in judged if each.get("references")], "kind")
     if names and texts:
-        found["captions"] = {
-            kind: {
-                "count": len(own),
-                **caption_scores(*zip(*((e["answer"], e["references"]) for e in own), strict=True), names),
-            }
-            for kind, own in texts.items()
-        }
+        found["captions"] = {kind: _caption_scores(own, names) for kind, own in texts.items()}
     found["errors"] = [{"id": each["id"], "error": each["error"]} for each in judged if "error" in each]
     return found | {"settings": {**SETTINGS, "metrics": list(metrics)}}
 
@@ -244,6 +239,11 @@ def _place_scores(judged: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "matched": len(errors),
         "count": len(judged),
     }
+
+
+def _caption_scores(judged: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    answers, references = ([each[name] for each in judged] for name in ("answer", "references"))
+    return {"count": len(judged), **caption_scores(answers, references, names)}
 
 
 def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> dict[str, Any]:

@@ -108,30 +108,29 @@ def direction_in_words(text: str) -> float | None:
 
 
 def answers_turned(item: Item, first: dict[str, Any], other: dict[str, Any], heading: float) -> bool:
-    """Whether an answer turned as the panorama did, right or wrong.
+    """Whether an answer turned as the panorama did, right or wrong; what was not understood did not. Places have to
+    overlap by an IoU of 0.5, directions to be within 15 degrees of yaw and of pitch.
 
     Args:
         item: as it was asked at heading 0.
         first, other: the judged answers at heading 0 and at `heading`.
         heading: degrees.
     """
+    if not first["read"] or not other["read"]:
+        return False
     if item.places is not None and not item.options:
-        places = [place.turned(heading) for place in places_of(first["read"])]
-        return _same_nothing(first, other) and bool(compare_places(places, places_of(other["read"]))["right"])
+        places, others = ([*places_of(each["read"])] for each in (first, other))
+        if item.places and not places:  # what says nothing cannot turn
+            return False
+        return bool(compare_places([place.turned(heading) for place in places], others)["right"])
     if "target_yaw" in item.more and not item.options:
         pairs = [re.findall(r"-?\d+(?:\.\d+)?", each["read"]) for each in (first, other)]
-        if len(pairs[0]) < 2 or len(pairs[1]) < 2:
-            return pairs[0] == pairs[1]
         apart = wrap(float(pairs[0][0]) - heading - float(pairs[1][0]))
         return abs(apart) <= 15 and abs(float(pairs[0][1]) - float(pairs[1][1])) <= 15
     words = first["read"]
     if item.more.get("turns") == "direction":
         words = turned_words(words, heading)
     return normalise(words) == normalise(other["read"])
-
-
-def _same_nothing(first: dict[str, Any], other: dict[str, Any]) -> bool:
-    return (first["read"] == "") == (other["read"] == "")
 
 
 def turned_pixels(pixels: np.ndarray, heading: float) -> np.ndarray:
