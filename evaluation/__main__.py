@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         logging.getLogger(__name__).debug("Where it happened", exc_info=True)
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {(str(error).strip() or type(error).__name__).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     if accelerator.is_main_process:
         print(table(metrics))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import struct
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +52,19 @@ class Said:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A batch that can be answered.
+
+    Attributes:
+        errors: why a question cannot be asked, `None` where it can.
+        inputs: of the model, for those that can; `None` where none can.
+    """
+
+    errors: list[str | None]
+    inputs: Any
+
+
 class Answerer:
     """Asks a model.
 
@@ -67,25 +83,37 @@ class Answerer:
             if processor.tokenizer.pad_token is None:
                 processor.tokenizer.pad_token = processor.tokenizer.eos_token
 
-    def __call__(self, batch: Sequence[Asked]) -> list[Said]:
-        """The answers of a batch; a question whose panorama cannot be read has an error instead."""
-        said: list[Said | None] = [None] * len(batch)
+    def __call__(self, batches: Iterable[Sequence[Asked]]) -> Iterator[list[Said]]:
+        """The answers of each batch; a question whose panorama cannot be read has an error instead. A batch is made
+        ready while the one before is answered."""
+        with ThreadPoolExecutor(1) as worker:
+            ready: deque[Future[_Ready]] = deque()
+            for batch in batches:
+                ready.append(worker.submit(self._make_ready, batch))
+                if len(ready) > 1:
+                    yield self._answer(ready.popleft().result())
+            while ready:
+                yield self._answer(ready.popleft().result())
+
+    def _make_ready(self, batch: Sequence[Asked]) -> _Ready:
         try:
-            whole = list(range(len(batch)))
-            inputs = self._inputs(batch)
+            return _Ready([None] * len(batch), self._inputs(batch))
         except UNREADABLE:
-            whole = []
-            for index, asked in enumerate(batch):
-                try:
-                    self._inputs([asked])
-                    whole.append(index)
-                except UNREADABLE as error:
-                    logger.debug("No answer to %s: %s", asked.item.id, error)
-                    said[index] = Said(error=_one_line(error))
-            inputs = self._inputs([batch[index] for index in whole]) if whole else None
-        for index, answer in zip(whole, self._answers(inputs) if whole else [], strict=True):
-            said[index] = Said(answer)
-        return [each or Said() for each in said]
+            errors = [self._error_of(asked) for asked in batch]
+            whole = [asked for asked, error in zip(batch, errors, strict=True) if error is None]
+            return _Ready(errors, self._inputs(whole) if whole else None)
+
+    def _error_of(self, asked: Asked) -> str | None:
+        try:
+            self._inputs([asked])
+        except UNREADABLE as error:
+            logger.debug("No answer to %s: %s", asked.item.id, error)
+            return _one_line(error)
+        return None
+
+    def _answer(self, ready: _Ready) -> list[Said]:
+        answers = iter([] if ready.inputs is None else self._answers(ready.inputs))
+        return [Said(next(answers)) if error is None else Said(error=error) for error in ready.errors]
 
     def _inputs(self, batch: Sequence[Asked]) -> Any:
         from .prompts import ask_text
@@ -115,7 +143,8 @@ class Answerer:
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 inputs[name] = value.to(self.model.dtype)
-        inputs.pop("token_type_ids", None) if not _takes_token_types(self.model) else None
+        if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
+            inputs.pop("token_type_ids", None)
         sequences = self.model.generate(**inputs, **options, pad_token_id=self.processor.tokenizer.pad_token_id)
         new = sequences[:, inputs["input_ids"].shape[1] :]
         return [words.strip() for words in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
@@ -144,12 +173,6 @@ class Answerer:
         if variant.heading and not self.is_ours:
             array = turned_pixels(array, variant.heading)
         return Image.fromarray(array)
-
-
-def _takes_token_types(model: Any) -> bool:
-    import inspect
-
-    return "token_type_ids" in inspect.signature(model.forward).parameters
 
 
 def _one_line(error: BaseException) -> str:

@@ -41,7 +41,7 @@ def drawn_means(sums: np.ndarray, counts: np.ndarray, draws: int = DRAWS, seed: 
 
 
 def interval(drawn: np.ndarray) -> list[float] | None:
-    """The middle 95 % of draws [draws], NaNs left out."""
+    """The middle 95 % of draws [draws], NaNs left out; `None` where nothing was drawn."""
     drawn = drawn[np.isfinite(drawn)]
     if len(drawn) == 0:
         return None

@@ -22,7 +22,9 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[st
 
     metric = BLEU()
     most = max(map(len, references))
-    streams = [[texts[index] if index < len(texts) else None for texts in references] for index in range(most)]
+    streams: list[Any] = [
+        [texts[index] if index < len(texts) else None for texts in references] for index in range(most)
+    ]
     value = metric.corpus_score([" ".join(answer.split()) for answer in answers], streams).score
     return {"value": value, "signature": f"sacrebleu {metric.get_signature()}"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class EvaluationOptions:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
+        if self.compare and not Path(self.compare).is_dir():
+            raise ValueError(f"--compare {self.compare!r} is no folder")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit must be at least 1, got {self.limit}")
         if not -180 < self.tilt < 180:
@@ -75,37 +77,11 @@ def evaluate(options: EvaluationOptions, accelerator: Accelerator) -> dict[str, 
     Raises:
         ValueError: for options, data or a folder that do not fit; OSError: for a model that is not there.
     """
-    from .formats import read_items
-
     options.check()
-    read: ReadItems = read_items(
-        options.data, split=options.split, images=options.images, format=options.format, limit=options.limit
-    )
-    if not read.items:
-        first = f"; the first: {read.dropped[0].get('reason')}" if read.dropped else ""
-        raise ValueError(f"{options.data!r} holds no question ({len(read.dropped)} rows were left out{first})")
+    read = _questions(options)
+    judged, baselines = _ask_all(options, read, accelerator)
+    metrics = _metrics(options, read, judged, baselines)
     output = Path(options.output)
-    if options.compare and not Path(options.compare).is_dir():
-        raise ValueError(f"--compare {options.compare!r} is no folder")
-    variants = variants_of(options.turn, options.tilt)
-    settings = _data_settings(options, read)
-    asking = {"accelerator": accelerator, "batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens}
-    loaded = load_ours(options.model, accelerator)
-    judged = answer_items(read.items, *loaded, output=output, variants=variants, settings=settings, **asking)
-    baselines: dict[str, Judged] = {}
-    if options.blind:
-        asked = {"output": output / "blind", "settings": settings, **asking}
-        baselines["blind"] = answer_items(read.items, *loaded, blind=True, **asked)
-    del loaded
-    _free()
-    if options.always_most_common:
-        baselines["always most common"] = _always_most_common(read.items, output, settings, options, accelerator)
-    if options.peer:
-        peer = load_peer(options.peer, accelerator)
-        baselines["peer"] = answer_items(read.items, *peer, output=output / "peer", settings=settings, **asking)
-        del peer
-        _free()
-    metrics = _metrics(options, read, judged, baselines, settings)
     if accelerator.is_main_process:
         _write(options, read.items, judged, metrics)
         if options.compare:
@@ -113,6 +89,42 @@ def evaluate(options: EvaluationOptions, accelerator: Accelerator) -> dict[str, 
             write_whole(output / METRICS_FILE, _as_text(metrics))
     accelerator.wait_for_everyone()
     return metrics
+
+
+def _questions(options: EvaluationOptions) -> ReadItems:
+    from .formats import read_items
+
+    named = {name: getattr(options, name) for name in _DATA_OPTIONS}
+    read: ReadItems = read_items(options.data, **named)
+    if not read.items:
+        first = f"; the first: {read.dropped[0].get('reason')}" if read.dropped else ""
+        raise ValueError(f"{options.data!r} holds no question ({len(read.dropped)} rows were left out{first})")
+    return read
+
+
+def _ask_all(options: EvaluationOptions, read: ReadItems, accelerator: Accelerator) -> tuple[Judged, dict[str, Judged]]:
+    """The judged answers of the model, and those of each baseline, which is asked about the panoramas as given."""
+    output, settings = Path(options.output), _data_settings(options, read)
+    asking: dict[str, Any] = {
+        "accelerator": accelerator,
+        "batch_size": options.batch_size,
+        "max_new_tokens": options.max_new_tokens,
+        "settings": settings,
+    }
+    baselines: dict[str, Judged] = {}
+    loaded: Any = load_ours(options.model, accelerator)
+    variants = variants_of(options.turn, options.tilt)
+    judged = answer_items(read.items, *loaded, output=output, variants=variants, **asking)
+    if options.blind:
+        baselines["blind"] = answer_items(read.items, *loaded, blind=True, output=output / "blind", **asking)
+    if options.always_most_common:
+        baselines["always most common"] = _always_most_common(read.items, output, settings, options, accelerator)
+    if options.peer:
+        loaded = None  # one model in memory at a time
+        _free()
+        peer = load_peer(options.peer, accelerator)
+        baselines["peer"] = answer_items(read.items, *peer, output=output / "peer", **asking)
+    return judged, baselines
 
 
 def load_ours(name: str, accelerator: Accelerator) -> tuple[PanoramaVLM, PanoramaProcessor]:
@@ -140,8 +152,8 @@ def _always_most_common(
 ) -> Judged:
     common = most_common_answers(items)
 
-    def say(batch: Sequence[Asked]) -> list[Said]:
-        return [Said(common[asked.item.kind]) for asked in batch]
+    def say(batches: Iterable[Sequence[Asked]]) -> Iterator[list[Said]]:
+        return ([Said(common[asked.item.kind]) for asked in batch] for batch in batches)
 
     folder, mark = output / "always-most-common", {"model": "always the most common answer", **settings}
     return answer_with(say, items, variants_of(), accelerator, options.batch_size, folder, mark)
@@ -154,7 +166,7 @@ def _data_settings(options: EvaluationOptions, read: ReadItems) -> dict[str, Any
 
 
 def _metrics(
-    options: EvaluationOptions, read: ReadItems, judged: Judged, baselines: dict[str, Judged], settings: dict[str, Any]
+    options: EvaluationOptions, read: ReadItems, judged: Judged, baselines: dict[str, Judged]
 ) -> dict[str, Any]:
     chances = chance_of(read.items)
     metrics = summarise(_as_given(judged), chances, options.metrics)
@@ -165,7 +177,7 @@ def _metrics(
     metrics["dropped"] = len(read.dropped)
     metrics["settings"] |= {
         "model": options.model,
-        **settings,
+        **_data_settings(options, read),
         "data": options.data,
         "batch_size": options.batch_size,
         "max_new_tokens": options.max_new_tokens,

@@ -11,12 +11,13 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from ..train.checkpoint import write_whole
@@ -29,7 +30,7 @@ from .turning import Variant, turned_item
 RUN = "run.json"
 _PARTS = "part-*.jsonl"
 Judged = dict[tuple[str, str], dict[str, Any]]
-Answers = Callable[[Sequence[Asked]], list[Said]]
+Answers = Callable[[Iterable[Sequence[Asked]]], Iterator[list[Said]]]
 
 
 def answer_items(
@@ -79,10 +80,10 @@ def answer_with(
     output: Path,
     mark: dict[str, Any],
 ) -> Judged:
-    """As `answer_items`, with anything that answers a batch.
+    """As `answer_items`, with anything that answers batches.
 
     Args:
-        answers: gives the answers of a batch.
+        answers: gives the answers of each batch, in their order.
         items, variants, accelerator, batch_size, output: as there.
         mark: what decides the answers, by name.
     """
@@ -96,8 +97,9 @@ def answer_with(
     left = [batch for batch in batches if any(each.key not in said for each in batch)]
     own = left[accelerator.process_index :: accelerator.num_processes]
     with open(output / f"part-{accelerator.process_index:05d}.jsonl", "a", encoding="utf-8") as part:
-        for batch in tqdm(own, desc="answers", unit="batch", disable=not accelerator.is_main_process):
-            for each, answer in zip(batch, answers(batch), strict=True):
+        answered = tqdm(answers(own), "answers", len(own), unit="batch", disable=not accelerator.is_main_process)
+        for batch, given in zip(own, answered, strict=True):
+            for each, answer in zip(batch, given, strict=True):
                 part.write(_line(each, answer))
                 part.flush()
     accelerator.wait_for_everyone()
@@ -186,9 +188,7 @@ def _from_main(value: Any, accelerator: Accelerator) -> Any:
     """What the main process has, on all of them."""
     if accelerator.num_processes == 1:
         return value
-    holder = [value]
-    torch.distributed.broadcast_object_list(holder, src=0)
-    return holder[0]
+    return broadcast_object_list([value])[0]
 
 
 def _line(asked: Asked, said: Said) -> str:

@@ -192,7 +192,7 @@ def _accuracies(judged: Sequence[dict[str, Any]], chances: dict[str, float | Non
     known = [each["chance"] for each in groups.values()]
     headline = {
         "accuracy": math.fsum(each["accuracy"] for each in groups.values()) / len(groups),
-        "interval": bootstrap.interval(drawn),
+        "interval": bootstrap.interval(drawn) if len(sums) > 1 else None,
         "chance": None if None in known else math.fsum(known) / len(known),
         "groups": len(groups),
         "count": len(judged),
@@ -208,12 +208,13 @@ def _shares(judged: Sequence[dict[str, Any]], column: str, chances: dict[str, fl
     found = {}
     for index, name in enumerate(names):
         known = [chances.get(each["id"]) for each in own[name]]
+        panoramas = int((counts[:, index] > 0).sum())  # one alone says nothing about others
         found[name] = {
             "accuracy": float(sums[:, index].sum() / counts[:, index].sum()),
-            "interval": bootstrap.interval(drawn[:, index]),
+            "interval": bootstrap.interval(drawn[:, index]) if panoramas > 1 else None,
             "chance": None if None in known else math.fsum(filter(None, known)) / len(known),
             "count": int(counts[:, index].sum()),
-            "panoramas": int((counts[:, index] > 0).sum()),
+            "panoramas": panoramas,
         }
     return found
 

@@ -118,15 +118,15 @@ def answers_turned(item: Item, first: dict[str, Any], other: dict[str, Any], hea
     """
     if not first["read"] or not other["read"]:
         return False
+    if "target_yaw" in item.more and not item.options:
+        pairs = [re.findall(r"-?\d+(?:\.\d+)?", each["read"]) for each in (first, other)]
+        apart = wrap(float(pairs[0][0]) - heading - float(pairs[1][0]))
+        return abs(apart) <= 15 and abs(float(pairs[0][1]) - float(pairs[1][1])) <= 15
     if item.places is not None and not item.options:
         places, others = ([*places_of(each["read"])] for each in (first, other))
         if item.places and not places:  # what says nothing cannot turn
             return False
         return bool(compare_places([place.turned(heading) for place in places], others)["right"])
-    if "target_yaw" in item.more and not item.options:
-        pairs = [re.findall(r"-?\d+(?:\.\d+)?", each["read"]) for each in (first, other)]
-        apart = wrap(float(pairs[0][0]) - heading - float(pairs[1][0]))
-        return abs(apart) <= 15 and abs(float(pairs[0][1]) - float(pairs[1][1])) <= 15
     words = first["read"]
     if item.more.get("turns") == "direction":
         words = turned_words(words, heading)
