@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from .scores import METRICS, chance_of, compare, most_common_answers, summarise
 from .turning import turn_report, variants_of
 
 METRICS_FILE, REPORT, MODEL_INDEX = "metrics.json", "report.html", "model-index.yml"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _DATA_OPTIONS = ("split", "images", "format", "limit")
 
 
@@ -57,6 +60,9 @@ class EvaluationOptions:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
+        for name in (self.model, self.peer or self.model):
+            if not Path(name).is_dir() and not _HUB_ID.fullmatch(name):
+                raise ValueError(f"the model {name!r} is no folder, and no name of the Hub (org/name)")
         if self.compare and not Path(self.compare).is_dir():
             raise ValueError(f"--compare {self.compare!r} is no folder")
         if self.limit is not None and self.limit < 1:
@@ -130,21 +136,31 @@ def _ask_all(options: EvaluationOptions, read: ReadItems, accelerator: Accelerat
 def load_ours(name: str, accelerator: Accelerator) -> tuple[PanoramaVLM, PanoramaProcessor]:
     """A PanoramaVLM and its processor, from a folder or the Hub."""
     load = PanoramaVLM.from_checkpoint if Path(name).is_dir() else PanoramaVLM.from_pretrained
-    model = load(name).eval().to(accelerator.device)
+    with _named(name):
+        model, processor = load(name), PanoramaProcessor.from_pretrained(name)
     if Path(name).is_dir():
         model.name_or_path = name
-    return model, PanoramaProcessor.from_pretrained(name)
+    return model.eval().to(accelerator.device), processor
 
 
 def load_peer(name: str, accelerator: Accelerator) -> tuple[Any, Any]:
     """Any other model of transformers that answers questions about images."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(name).eval().to(accelerator.device)
-    processor = AutoProcessor.from_pretrained(name)
+    with _named(name):
+        model, processor = AutoModelForImageTextToText.from_pretrained(name), AutoProcessor.from_pretrained(name)
     if getattr(processor, "tokenizer", None) is None:
         raise ValueError(f"--peer {name!r} has no processor with a tokenizer")
-    return model, processor
+    return model.eval().to(accelerator.device), processor
+
+
+@contextmanager
+def _named(model: str) -> Iterator[None]:
+    """Errors that say which model cannot be loaded, in one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the model {model!r}: {str(error).strip().splitlines()[0]}") from error
 
 
 def _always_most_common(
