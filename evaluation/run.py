@@ -93,6 +93,7 @@ def answer_with(
     if problem := _from_main(problem, accelerator):
         raise ValueError(problem)
     said = _read(output)
+    accelerator.wait_for_everyone()  # all have read the same, before anyone writes
     batches = [asked[first : first + batch_size] for first in range(0, len(asked), batch_size)]
     left = [batch for batch in batches if any(each.key not in said for each in batch)]
     own = left[accelerator.process_index :: accelerator.num_processes]

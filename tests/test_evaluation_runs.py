@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -15,6 +16,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from accelerate import Accelerator
+from panorama_vlm.evaluation import run
+from panorama_vlm.evaluation.asking import Answerer, Asked, Said
 from panorama_vlm.evaluation.items import Item
 from panorama_vlm.evaluation.report import write_report
 from panorama_vlm.evaluation.run import answer_items, answer_with
@@ -42,15 +45,15 @@ def asked(make, monkeypatch, tmp_path):
     plain_reader(monkeypatch)
     model, processor = make()
 
-    def run(name, items, **options):
+    def ask(name, items, **options):
         options = {"batch_size": 4, "max_new_tokens": 4, "variants": variants_of(4, 10), **options}
         output = tmp_path / name
         return answer_items(
             items, model, processor, accelerator=Accelerator(cpu=True), output=output, **options
         ), output
 
-    run.model, run.processor = model, processor
-    return run
+    ask.model, ask.processor = model, processor
+    return ask
 
 
 def _items(count=10):
@@ -76,8 +79,6 @@ def test_order_and_batch_size_do_not_matter(asked):
 
 
 def test_a_heading_shows_the_turned_panorama(asked, panoramas, tmp_path):
-    from panorama_vlm.evaluation.asking import Answerer, Asked
-
     panoramas[0].save(tmp_path / "straight.png")
     Image.fromarray(turned_pixels(np.asarray(panoramas[0]), 90)).save(tmp_path / "turned.png")
     ask = Answerer(asked.model, asked.processor, 4)
@@ -102,8 +103,6 @@ def test_a_stopped_run_goes_on(asked, tmp_path):
                 raise RuntimeError("stopped")
             yield [answers[each.key] for each in batch]
 
-    from panorama_vlm.evaluation.asking import Said
-
     answers = {key: Said(row["answer"], row.get("error")) for key, row in whole.items()}
     arguments = (items, variants_of(4, 10), Accelerator(cpu=True), 4, tmp_path / "stopped", {"model": "m"})
     with pytest.raises(RuntimeError, match="stopped"):
@@ -120,6 +119,42 @@ def test_a_stopped_run_goes_on(asked, tmp_path):
     assert goes_on == whole
     assert (tmp_path / "stopped" / "predictions.jsonl").read_bytes() == (output / "predictions.jsonl").read_bytes()
     assert not list((tmp_path / "stopped").glob("part-*"))
+
+
+class _Process:
+    """One of two processes, as a thread."""
+
+    num_processes, barrier = 2, threading.Barrier(2, timeout=30)
+
+    def __init__(self, index):
+        self.process_index, self.is_main_process = index, index == 0
+
+    def wait_for_everyone(self):
+        self.barrier.wait()
+
+
+def test_a_slow_process_does_not_take_new_answers_for_old_ones(tmp_path, monkeypatch):
+    """It would share out the batches that are left otherwise than the fast one, and some would be asked by nobody."""
+    read = run._read
+
+    def slow(output):
+        time.sleep(0.3 * (threading.current_thread().name == "slow"))
+        return read(output)
+
+    monkeypatch.setattr(run, "_read", slow)
+    monkeypatch.setattr(run, "_from_main", lambda value, process: process.wait_for_everyone())
+    items, found = [item(id=f"q{index}", references=["1"]) for index in range(9)], []
+
+    def work(index):
+        answers = lambda batches: ([Said("1")] * len(batch) for batch in batches)  # noqa: E731
+        found.append(answer_with(answers, items, [Variant()], _Process(index), 2, tmp_path, {"model": "m"}))
+
+    threads = [threading.Thread(target=work, args=(index,), name=("fast", "slow")[index]) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2 and found[0] == found[1] and len(found[0]) == 9
 
 
 def test_another_run_is_refused_in_the_same_folder(asked, make):
@@ -143,8 +178,6 @@ def test_another_run_is_refused_in_the_same_folder(asked, make):
 
 
 def test_two_models_are_compared_on_the_same_questions(asked, tmp_path):
-    from panorama_vlm.evaluation.asking import Said
-
     items = [item(id=f"{p}-{i}", panorama=str(p), references=["1"]) for p in range(8) for i in range(3)]
 
     def folder(name, right, of=items):
@@ -276,9 +309,9 @@ def test_two_processes_say_what_one_says(folder):
 def test_the_command_refuses_in_one_sentence(folder, wrong):
     words, environment = command(folder, 1, "--output", folder / "x", *wrong)
     plain = [sys.executable, *words[words.index("panorama_vlm.evaluation") - 1 :]]  # accelerate launch says 1, always
-    run = subprocess.run(plain, capture_output=True, text=True, env=environment)
-    assert run.returncode == 2 and not run.stdout
-    assert len(run.stderr.splitlines()) == 1 and run.stderr.startswith("error: ") and wrong[-1] in run.stderr
+    done = subprocess.run(plain, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and not done.stdout
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ") and wrong[-1] in done.stderr
 
 
 def test_any_other_model_can_be_asked(folder, tokenizer, monkeypatch):
