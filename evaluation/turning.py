@@ -1,0 +1,227 @@
+"""The same question about a panorama that is turned or tilted, with the answer that is right then."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..geometry_panorama import View, ray_angles
+from ..places_panorama import wrap
+from .answers import compare_places, normalise, places_of
+from .items import Item
+
+SECTORS = ("front", "front-right", "right", "back-right", "back", "back-left", "left", "front-left")
+_SECTOR = re.compile(r"\b(?:(front|back)([-_ ]?)(left|right)|front|back|left|right)\b", re.IGNORECASE)
+_ROWS = 256  # of a panorama that are tilted at a time
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a panorama is shown; degrees.
+
+    Attributes:
+        heading: to the right, that the observer has turned by.
+        pitch, roll: of a camera that was not level: looking up, and leaning to the right.
+    """
+
+    heading: float = 0.0
+    pitch: float = 0.0
+    roll: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """As files name it: the heading, or the tilt."""
+        tilt = [f"{way} {value:g}" for way, value in (("pitch", self.pitch), ("roll", self.roll)) if value]
+        return ", ".join(tilt) or f"{self.heading:g}"
+
+
+def variants_of(turn: int = 1, tilt: float = 0.0) -> list[Variant]:
+    """As given, at `turn` headings in all, and tilted by `tilt` degrees of pitch and of roll."""
+    tilts = [Variant(pitch=tilt), Variant(roll=tilt)] if tilt else []
+    return [*(Variant(360 * index / turn) for index in range(turn)), *tilts]
+
+
+def turned_item(item: Item, heading: float) -> Item | None:
+    """The question for an observer who has turned to the right.
+
+    Returns:
+        The item with places, targets and words of direction turned along; `None` where that cannot be: `turns` is
+        "no", or the words know eight sectors and the heading lies between them.
+    """
+    if heading % 360 == 0:
+        return item
+    if item.more.get("turns") == "no":
+        return None
+    changed: dict[str, Any] = {}
+    if item.places is not None:
+        changed["places"] = [place.turned(heading) for place in item.places]
+    if "target_yaw" in item.more:
+        low, high = item.more["target_yaw"]
+        changed["more"] = {**item.more, "target_yaw": [low - heading, high - heading]}
+    if item.more.get("turns") == "direction":
+        if heading % 45:
+            return None
+        changed["references"] = [turned_words(text, heading) for text in item.references]
+        changed |= _turned_options(item, heading)
+    return dataclasses.replace(item, **changed)
+
+
+def _turned_options(item: Item, heading: float) -> dict[str, Any]:
+    """Options turned along. Where the turned ones are the same words, they stay in their order and the right key
+    moves: a model that always says the same letter does not pass for one that has turned."""
+    turned = [(key, turned_words(text, heading)) for key, text in item.options]
+    before = {normalise(text): key for key, text in item.options}
+    after = {normalise(text): key for key, text in turned}
+    if set(before) != set(after) or len(before) < len(item.options):
+        return {"options": turned}
+    right = next((text for text, key in after.items() if key == item.key), None)
+    return {"key": item.key if right is None else before[right]}
+
+
+def turned_words(text: str, heading: float) -> str:
+    """A text with each of the eight words of direction as an observer says it who has turned to the right by a multiple
+    of 45 degrees; case and hyphens as they were."""
+
+    def turn(match: re.Match[str]) -> str:
+        sector = SECTORS.index(_sector(match))
+        word = SECTORS[(sector - round(heading / 45)) % 8]
+        word = word.replace("-", "-" if match[2] is None else match[2])
+        return word.upper() if match[0].isupper() else word.capitalize() if match[0][0].isupper() else word
+
+    return _SECTOR.sub(turn, text)
+
+
+def _sector(match: re.Match[str]) -> str:
+    return (f"{match[1]}-{match[3]}" if match[1] else match[0]).lower()
+
+
+def direction_in_words(text: str) -> float | None:
+    """The yaw of the one word of direction in a text; `None` where there is none, or another one."""
+    found = {_sector(match) for match in _SECTOR.finditer(text)}
+    return wrap(45.0 * SECTORS.index(found.pop())) if len(found) == 1 else None
+
+
+def answers_turned(item: Item, first: dict[str, Any], other: dict[str, Any], heading: float) -> bool:
+    """Whether an answer turned as the panorama did, right or wrong; what was not understood did not. Places have to
+    overlap by an IoU of 0.5, directions to be within 15 degrees of yaw and of pitch.
+
+    Args:
+        item: as it was asked at heading 0.
+        first, other: the judged answers at heading 0 and at `heading`.
+        heading: degrees.
+    """
+    if not first["read"] or not other["read"]:
+        return False
+    if "target_yaw" in item.more and not item.options:
+        pairs = [re.findall(r"-?\d+(?:\.\d+)?", each["read"]) for each in (first, other)]
+        apart = wrap(float(pairs[0][0]) - heading - float(pairs[1][0]))
+        return abs(apart) <= 15 and abs(float(pairs[0][1]) - float(pairs[1][1])) <= 15
+    if item.places is not None and not item.options:
+        places, others = ([*places_of(each["read"])] for each in (first, other))
+        if item.places and not places:  # what says nothing cannot turn
+            return False
+        return bool(compare_places([place.turned(heading) for place in places], others)["right"])
+    words = first["read"]
+    if item.more.get("turns") == "direction":
+        words = turned_words(words, heading)
+    return normalise(words) == normalise(other["read"])
+
+
+def turned_pixels(pixels: np.ndarray, heading: float) -> np.ndarray:
+    """An equirectangular image [H, W, C] as an observer sees it who has turned to the right, to the nearest column."""
+    return np.roll(pixels, -round(heading / 360 * pixels.shape[1]), axis=1)
+
+
+def camera_rotation(pitch: float, roll: float) -> np.ndarray:
+    """[3, 3]: turns directions as a camera sees them that looks up by `pitch` and leans to the right by `roll` degrees
+    into those of the level world."""
+    b, c = math.radians(pitch), math.radians(roll)
+    up = np.array([[1, 0, 0], [0, math.cos(b), math.sin(b)], [0, -math.sin(b), math.cos(b)]])
+    lean = np.array([[math.cos(c), math.sin(c), 0], [-math.sin(c), math.cos(c), 0], [0, 0, 1]])
+    return up @ lean
+
+
+def tilted_pixels(pixels: np.ndarray, pitch: float, roll: float) -> np.ndarray:
+    """An equirectangular image [H, W, C] as a camera that was not level would have written it; bilinear, all around."""
+    height, width = pixels.shape[:2]
+    rotation = camera_rotation(pitch, roll)
+    out = np.empty_like(pixels)
+    view = View("erp")
+    for top in range(0, height, _ROWS):
+        rows = np.arange(top, min(top + _ROWS, height), dtype=np.float64)
+        rays = view.rays_at(rows[:, None], np.arange(width, dtype=np.float64), (height, width))
+        yaw, elevation = ray_angles(rays @ rotation.T)
+        sampled = _bilinear(pixels, (0.5 - elevation / 180) * height - 0.5, (yaw / 360 + 0.5) * width - 0.5)
+        out[top : top + len(rows)] = sampled.round() if pixels.dtype == np.uint8 else sampled
+    return out
+
+
+def _bilinear(pixels: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """Pixels at places of an equirectangular image; it wraps at the seam, and ends at the poles with its last row."""
+    height, width = pixels.shape[:2]
+    row = np.clip(row, 0, height - 1)
+    top, left = np.floor(row).astype(int), np.floor(column).astype(int)
+    down, right = (row - top)[..., None], (column - left)[..., None]
+    below, left, beside = np.minimum(top + 1, height - 1), left % width, (left + 1) % width
+    upper = pixels[top, left] * (1 - right) + pixels[top, beside] * right
+    lower = pixels[below, left] * (1 - right) + pixels[below, beside] * right
+    return upper * (1 - down) + lower * down
+
+
+def turn_report(
+    items: Sequence[Item], judged: dict[tuple[str, str], dict[str, Any]], variants: Sequence[Variant]
+) -> dict[str, Any]:
+    """What turning and tilting do to the answers.
+
+    Args:
+        items: as they were given.
+        judged: by id and name of the variant.
+        variants: all that were asked.
+
+    Returns:
+        `turn`: accuracy at each heading over the questions that were asked at all of them, the `spread` between the
+        best and the worst, `consistency` (the share of answers at other headings that turned as the panorama did), and
+        how many questions were `left_out`; `tilt`: accuracy by tilt, and as given.
+    """
+    turns = [variant for variant in variants if not (variant.pitch or variant.roll)]
+    tilts = [variant for variant in variants if variant.pitch or variant.roll]
+    scored = [item for item in items if judged[item.id, "0"]["right"] is not None]
+    report: dict[str, Any] = {}
+    if len(turns) > 1:
+        report["turn"] = _turning(scored, judged, turns)
+    if tilts:
+        names = ["0", *(variant.name for variant in tilts)]
+        report["tilt"] = {"count": len(scored), "accuracy": {name: _share(scored, judged, name) for name in names}}
+    return report
+
+
+def _turning(
+    items: Sequence[Item], judged: dict[tuple[str, str], dict[str, Any]], turns: Sequence[Variant]
+) -> dict[str, Any]:
+    asked = [item for item in items if all((item.id, variant.name) in judged for variant in turns)]
+    stay = sum(item.more.get("turns") == "no" for item in items)
+    pairs = [
+        answers_turned(item, judged[item.id, "0"], judged[item.id, variant.name], variant.heading)
+        for item in asked
+        for variant in turns[1:]
+    ]
+    accuracy = {variant.name: _share(asked, judged, variant.name) for variant in turns}
+    known = [value for value in accuracy.values() if value is not None]
+    return {
+        "accuracy": accuracy,
+        "spread": max(known) - min(known) if known else None,
+        "consistency": sum(pairs) / len(pairs) if pairs else None,
+        "pairs": len(pairs),
+        "count": len(asked),
+        "left_out": {"does not turn": stay, "between the eight directions": len(items) - len(asked) - stay},
+    }
+
+
+def _share(items: Sequence[Item], judged: dict[tuple[str, str], dict[str, Any]], name: str) -> float | None:
+    return sum(judged[item.id, name]["right"] for item in items) / len(items) if items else None
