@@ -1,7 +1,7 @@
 """How fast does the synthetic world come about? Scenes a second, and what rendering straight into views saves.
 
-`python -m panorama_vlm.benchmarks.synthetic [--scenes 60 --processes 2]`: everything between a seed and a picture, on so
-many processes of one thread; the last two rows end at the same nine views.
+`python -m panorama_vlm.benchmarks.synthetic [--scenes 60 --processes 2]`: everything between a seed and a picture, on
+so many processes of one thread; the last two rows end at the same nine views.
 """
 
 from __future__ import annotations

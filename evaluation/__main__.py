@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from ..train.launching import start_processes
 from .evaluate import EvaluationOptions, evaluate
 from .report import percent, rows_of
 from .scores import METRICS
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Evaluate; see the top of this file."""
     arguments = sys.argv[1:] if arguments is None else arguments
     given = vars(parser().parse_args(arguments))
-    _as_asked_for(arguments)
+    start_processes("panorama_vlm.evaluation", arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -103,20 +104,6 @@ def table(metrics: dict[str, Any]) -> str:
         rows.append(("rows that are no question", "", "", "", str(metrics["dropped"])))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _as_asked_for(arguments: list[str]) -> None:
-    """Start as many processes as `accelerate launch --cpu` was asked for: without MPI it starts one, and says nothing.
-    As the trainer does."""
-    from ..train.__main__ import _accelerate_launch, _processes_asked_for
-    from ..train.signals import end_with_parent
-
-    launcher = _accelerate_launch()
-    if launcher:
-        end_with_parent()
-    if (processes := _processes_asked_for(launcher)) > 1:
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        os.execv(sys.executable, [sys.executable, *command, "-m", "panorama_vlm.evaluation", *arguments])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 from panorama_vlm.tests.launching import ENVIRONMENT, SAMPLES
 
@@ -48,7 +49,7 @@ def rows(count=10):
     paths = sorted(map(str, SAMPLES.glob("*.jpg")))
     made = []
     for index in range(count):
-        row = {
+        row: dict[str, Any] = {
             "id": f"q{index:02d}",
             "image": paths[index % 4],
             "panorama": f"p{index % 4}",

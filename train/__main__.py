@@ -10,13 +10,13 @@ import warnings
 from pathlib import Path
 
 import datasets
-import psutil
 from transformers.utils import logging as transformers_logging
 
 from ..data.skipped import TooManyBadSamples
 from .config import describe, load_config
+from .launching import start_processes
 from .loop import train
-from .signals import PREEMPTED, Preempted, end_with_parent
+from .signals import PREEMPTED, Preempted
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,12 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(describe())
         return
-    launcher = _accelerate_launch()
-    if launcher:
-        end_with_parent()
-    if (processes := _processes_asked_for(launcher)) > 1:
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        os.execv(sys.executable, [sys.executable, *command, "-m", "panorama_vlm.train", *arguments])
+    start_processes("panorama_vlm.train", arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     transformers_logging.disable_progress_bar()  # one bar a stage is enough
     datasets.disable_progress_bars()
@@ -52,23 +47,6 @@ def main(arguments: list[str] | None = None) -> None:
     if os.environ.get("RANK", "0") == "0" and config.stages[-1] != "vision":
         folder = shlex.quote(str(Path(config.output, config.stages[-1])))
         print(f'Ask it: python -m panorama_vlm.ask {folder} PANORAMA.jpg "What is behind me?"', file=sys.stderr)
-
-
-def _accelerate_launch() -> list[str]:
-    """The words of the `accelerate launch` that has started this process; none where another program has."""
-    parent = psutil.Process().parent()
-    words = [] if parent is None else parent.cmdline()
-    return words if any("accelerate" in word for word in words[:4]) else []
-
-
-def _processes_asked_for(launcher: list[str]) -> int:
-    """How many processes `accelerate launch --cpu --num_processes n` was asked for: without MPI it starts one, whatever
-    n is, and says nothing. 1 where another launcher has done its work."""
-    if "WORLD_SIZE" in os.environ or os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
-        return 1
-    pairs = [[*word.split("=", 1), after][:2] for word, after in zip(launcher, [*launcher[1:], ""], strict=True)]
-    asked = [value for name, value in pairs if name.replace("-", "_") == "__num_processes" and value.isdigit()]
-    return int(asked[0]) if asked else 1
 
 
 if __name__ == "__main__":

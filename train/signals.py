@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 PREEMPTED = 75  # exit status after SIGTERM: everything is saved, start again (EX_TEMPFAIL of sysexits.h)
 
 
@@ -51,10 +48,3 @@ def ignore_signals(worker: int) -> None:
     where it is."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
-
-def end_with_parent() -> None:
-    """Let the system send SIGTERM when the process that started this one ends: `accelerate launch` with one process
-    does not hand on the SIGTERM that it gets, and training would go on without it. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
