@@ -424,6 +424,8 @@ def questions_of(seeds):
                 answer = question.key
             elif named and question.kind == "order":
                 answer = str(named.groups().index(answer))
+            elif question.kind == "relation_3d":  # two answers to choose from, whatever the axis
+                answer = str(answer in ("left", "below", "behind"))
             words = " ".join([question.words, *question.options])
             found.append((question.kind, words, answer))
     return found
@@ -449,7 +451,7 @@ def test_a_reader_of_the_questions_alone_knows_no_more_than_chance(capsys):
 
 
 def reader(rows):
-    """Share of right answers, of chance, and how many questions: each is asked of a reader that the other half taught."""
+    """Share of right answers, of chance, and how many: each is asked of a reader that the other half taught."""
     tokens = [words.lower().replace("?", " ?").split() for words, _ in rows]
     bags = [set(each) | {f"{a} {b}" for a, b in zip(each, each[1:], strict=False)} for each in tokens]
     answers = sorted({answer for _, answer in rows})
