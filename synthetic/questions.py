@@ -341,21 +341,31 @@ def _nearest(seen: Seen) -> Question | None:
     return Question("nearest_of_four", form, nearest, tuple(words for _, words in named))
 
 
+def _alike(seen: Seen) -> tuple[tuple[Thing, str], tuple[Thing, str]] | None:
+    """Two things of one size, both solids or both cut-outs: of others, their names say which is likely to be higher."""
+    named = seen.named()
+    for place, (a, first) in enumerate(named):
+        for b, second in named[place + 1 :]:
+            if a.size == b.size and (a.colour is None) == (b.colour is None):
+                return (a, first), (b, second)
+    return None
+
+
 def _higher(seen: Seen) -> Question | None:
-    named = seen.named()[:2]
-    if len(named) < 2 or abs(named[0][0].pitch - named[1][0].pitch) < MARGIN + 4:
+    pair = _alike(seen)
+    if pair is None or abs(pair[0][0].pitch - pair[1][0].pitch) < MARGIN + 4:
         return None
-    (a, first), (b, second) = named
+    (a, first), (b, second) = pair
     words = f"Does the {first} appear higher or lower than the {second}?"
     return Question("higher_or_lower", words, "higher" if a.pitch > b.pitch else "lower")
 
 
 def _relation_3d(seen: Seen) -> Question | None:
     """Along one axis of the observer who faces the front, by PanoSpace-Bench's thresholds."""
-    named = seen.named()[:2]
-    if len(named) < 2:
+    pair = _alike(seen)
+    if pair is None:
         return None
-    (a, first), (b, second) = named
+    (a, first), (b, second) = pair
     axis = int(seen.random.integers(3))
     reach = a.radius + b.radius
     threshold = (max(0.35, reach), max(0.25, reach), 0.6)[axis]
