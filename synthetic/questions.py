@@ -370,8 +370,8 @@ def _relation_3d(seen: Seen) -> Question | None:
     reach = a.radius + b.radius
     threshold = (max(0.35, reach), max(0.25, reach), 0.6)[axis]
     difference = a.position[axis] - b.position[axis]
-    if abs(difference) < threshold:
-        return None
+    if abs(difference) < threshold or (axis == 1 and difference * (a.pitch - b.pitch) <= 0):
+        return None  # nor is a height asked that only distances give away
     positive, negative = (("right", "left"), ("above", "below"), ("ahead", "behind"))[axis]
     words = (
         f"If you face the front, is the {first} further to the right or to the left than the {second}, in metres?",
@@ -392,9 +392,10 @@ def _across_seam(seen: Seen) -> Question | None:
     if not left or not right:
         return None
     a, b = (max(side, key=lambda each: abs(each[0].yaw)) for side in (right, left))
-    between = [t for t in seen.there if t not in (a[0], b[0]) and (t.yaw > a[0].yaw or t.yaw < b[0].yaw)]
+    turn = (b[0].yaw - a[0].yaw) % 360
+    after = [(thing.yaw - a[0].yaw) % 360 - turn for thing in seen.there if thing not in (a[0], b[0])]
     others = [words for thing, words in named if thing not in (a[0], b[0])]
-    if between or len(others) < 2:
+    if min(after, default=360) < MARGIN or len(others) < 2:
         return None
     options = tuple(seen.shuffled([b[1], *others[:3]]))
     words = f"The left and the right edge of the picture meet behind you. What is next to the {a[1]} across that edge?"
