@@ -261,6 +261,7 @@ def folder(make, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_killed_and_resumed_on_two_processes_is_the_same_to_the_byte(folder):
     options = ("--turn", "4", "--tilt", "10", "--blind", "--always-most-common")
     whole = launch(folder, "--output", folder / "whole", *options)

@@ -238,7 +238,7 @@ def test_a_stream_trains_and_is_validated(tmp_path):
     assert metrics(tmp_path, "resampler", "epoch")
 
 
-@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("processes", "workers"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.soak)])
 def test_a_stream_goes_on_to_the_bit_with_as_many_processes_and_workers(tmp_path, processes, workers):
     source = f"[{{path: '{SAMPLES}', streaming: true}}]"
     options = ["tiny.yaml", "--stage", "resampler", "--data", source, "--resampler.max_steps", 7, "--save_every", 2]
@@ -280,7 +280,12 @@ def test_options_beside_a_model_change_its_processor_too(tmp_path):
 # 12: DDP with a tower that trains
 
 
-@pytest.mark.parametrize("tower", ["siglip_vision_model", "clip_vision_model", "dinov2"])
+SOAK = pytest.mark.soak
+
+
+@pytest.mark.parametrize(
+    "tower", ["siglip_vision_model", pytest.param("clip_vision_model", marks=SOAK), pytest.param("dinov2", marks=SOAK)]
+)
 def test_two_processes_train_a_tower_of_which_a_part_has_no_gradient(tmp_path, tower):
     vision = f"{{model_type: {tower}, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
     vision += "num_attention_heads: 2, image_size: 32, patch_size: 8}"
@@ -295,7 +300,7 @@ def test_two_processes_train_a_tower_of_which_a_part_has_no_gradient(tmp_path, t
 # 13: joint statistics
 
 
-@pytest.mark.parametrize(("stage", "batch"), [("vision", 5), ("resampler", 5)])
+@pytest.mark.parametrize(("stage", "batch"), [("vision", 5), pytest.param("resampler", 5, marks=pytest.mark.soak)])
 def test_joint_statistics_are_those_of_one_process_though_the_last_step_leaves_one_with_nothing(tmp_path, stage, batch):
     """Eleven panoramas in steps of ten: of the second step one process has a panorama and the other none."""
     folder = tmp_path / "data"
@@ -322,7 +327,7 @@ def test_joint_statistics_are_those_of_one_process_though_the_last_step_leaves_o
 # 16: masks of views
 
 
-@pytest.mark.parametrize("stage", ["vision", "resampler"])
+@pytest.mark.parametrize("stage", ["vision", pytest.param("resampler", marks=pytest.mark.soak)])
 def test_partial_panoramas_have_the_losses_of_one_process_however_they_are_spread(tmp_path, stage):
     folder = tmp_path / "data"
     folder.mkdir()

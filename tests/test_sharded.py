@@ -103,6 +103,7 @@ def data_parallel(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_two_machines_with_fsdp_stopped_and_resumed_train_what_data_parallel_trains(data_parallel, tmp_path):
     output, logs = tmp_path / "run", [tmp_path / "0", tmp_path / "1"]
 
