@@ -27,7 +27,7 @@ from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
-from ..synthetic.write import SYNTHETIC, World, parse_world, row_of
+from ..synthetic.write import SYNTHETIC, World, parse_world, row_of, warn_without_cutouts
 from .rows import ERROR, BadSample, RawSample, messages_of, text_rows, text_table
 
 logger = logging.getLogger(__name__)
@@ -265,6 +265,7 @@ class SyntheticSource(OpenedSource):
             ValueError: for an option that there is not, or a value that it cannot have.
         """
         scenes, world = parse_world(source.path)
+        warn_without_cutouts()
         rows = Dataset.from_dict({"image": range(scenes)})
         data = rows.to_iterable_dataset(num_shards=min(scenes, 64)) if source.streaming else rows
         opened = cls(source, data, {"image": "image"}, None)

@@ -187,8 +187,7 @@ def write_scenes(
     if scenes < 1:
         raise ValueError(f"scenes must be at least 1, got {scenes}")
     done = _begin(out, world)
-    if not available():
-        logger.warning("No font with pictures of things was found: there are solids only. See synthetic/cutouts.py.")
+    warn_without_cutouts()
     with (out / METADATA).open("a", encoding="utf-8") as rows, (out / SCENES).open("a", encoding="utf-8") as all_scenes:
         progress = tqdm(_make(out, world, range(done, scenes), processes), total=scenes, initial=done, desc="scenes")
         for row, scene in progress:
@@ -199,6 +198,12 @@ def write_scenes(
     if contact_sheet:
         _write_sheet(out)
     return out
+
+
+def warn_without_cutouts() -> None:
+    """Say that a world has solids only, where the font with pictures of things is missing."""
+    if not available():
+        logger.warning("No font with pictures of things was found: there are solids only. See synthetic/cutouts.py.")
 
 
 def _begin(out: Path, world: World) -> int:

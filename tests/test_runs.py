@@ -70,6 +70,16 @@ def test_an_option_that_is_no_longer_given_is_a_change_too(tmp_path, monkeypatch
         run_here(tmp_path, "--stage", "resampler")
 
 
+def test_scenes_without_pictures_of_things_are_other_scenes(tmp_path, monkeypatch):
+    data = ["--data", "synthetic://?scenes=12&seed=1&width=64", "--resampler.max_steps", 4]
+    monkeypatch.setattr("panorama_vlm.synthetic.cutouts.find_font", lambda: "a font")
+    monkeypatch.setattr("panorama_vlm.synthetic.write.available", lambda unknown=False: ())
+    stopped_at(tmp_path, 1, monkeypatch, *data)
+    monkeypatch.setattr("panorama_vlm.synthetic.cutouts.find_font", lambda: None)
+    with pytest.raises(ValueError, match="cut-outs"):
+        run_here(tmp_path, "--stage", "resampler", *data)
+
+
 def test_another_precision_is_a_change(tmp_path, monkeypatch):
     stopped_at(tmp_path, 3, monkeypatch)
     state = next((tmp_path / "checkpoints").iterdir()) / "trainer_state.json"

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..synthetic.cutouts import available
+from ..synthetic.write import SYNTHETIC
 from .config import TrainConfig
 
 FILE = "training.json"  # in the folder of a finished stage; not pushed, because it names local paths
@@ -91,8 +93,10 @@ def check_finished(folder: Path, now: dict[str, Any], only: tuple[str, ...] = ("
 
 
 def _source(source: Any) -> dict[str, Any]:
-    paths = {"path": source.path, "images": source.images}
-    return {**dataclasses.asdict(source), **{name: _absolute(path) for name, path in paths.items()}}
+    paths = {"path": _absolute(source.path), "images": _absolute(source.images)}
+    # Scenes that are rendered while training are others where there are no pictures of things.
+    rendered = {"cut-outs": len(available())} if source.path.startswith(SYNTHETIC) else {}
+    return {**dataclasses.asdict(source), **paths, **rendered}
 
 
 def _absolute(path: str | None) -> str | None:
