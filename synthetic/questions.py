@@ -26,7 +26,7 @@ LARGE_ENOUGH = 6.0  # degrees of what is seen, in both directions
 GONE = 0.02  # a thing of which less is seen is not there for anybody
 APART = 0.35  # metres by which distances of candidates differ
 STEEP = 60.0  # degrees of pitch from which something is overhead or underfoot
-NUMBERS = ("none", "one", "two", "three", "four", "five", "six")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 # How much rarer an answer is found than the others of its kind, in 5,000 scenes.
 RARE = {
     "count of shapes": dict(zip(NUMBERS, (1.0, 1.2, 2.1, 4.8, 9.9, 19.9, 16.5), strict=True)),

@@ -18,6 +18,8 @@ import pytest
 import torch
 from panorama_vlm.data.samples import open_data
 from panorama_vlm.data.sources import DataSource
+from panorama_vlm.evaluation.items import Item
+from panorama_vlm.evaluation.scores import judge
 from panorama_vlm.geometry_panorama import View, ViewOptions
 from panorama_vlm.image_processing_panorama import PanoramaImageProcessor
 from panorama_vlm.places_panorama import bfov_iou, bfov_of_mask, read_places
@@ -402,6 +404,11 @@ def test_an_oracle_that_reads_the_scenes_answers_everything_right():
                 wrong.append((scene.seed, kind, words, answer["value"], given))
     assert not wrong, wrong[:5]
     assert set(right) == set(KINDS) and min(right.values()) >= 10
+
+
+def test_a_count_may_be_answered_in_digits():
+    for number, word in enumerate(NUMBERS):
+        assert judge(Item("a", "x.jpg", "How many?", [word], kind="count"), str(number))["right"]
 
 
 def test_places_of_answers_are_read_and_given_beside_them():
