@@ -339,6 +339,7 @@ def render_views(
 def _render(scene: Scene, view: View, size: Grid, panorama: Tensor | None, device: str) -> Picture:
     if panorama is not None:
         panorama = panorama.to(device)
+        scene = replace(scene, sun=_brightest(panorama, scene.heading))
     rays = _rays(view, size, device)
     coarse = cast(scene, rays, panorama)
     colour = coarse.colour
@@ -347,6 +348,13 @@ def _render(scene: Scene, view: View, size: Grid, panorama: Tensor | None, devic
         fine = cast(scene, _fine_rays(view, size, edges.cpu().numpy(), device), panorama)
         colour[edges] = fine.colour.reshape(len(edges), _FINE * _FINE, 3).mean(1)
     return Picture(colour.reshape(*size, 3), coarse.depth.reshape(size), coarse.ids.reshape(size))
+
+
+def _brightest(panorama: Tensor, heading: float) -> tuple[float, float]:
+    """Where the light of a real panorama comes from, roughly: yaw and pitch of the brightest part above the horizon."""
+    parts = F.adaptive_avg_pool2d(panorama.mean(0, keepdim=True), (8, 16))[0, :4]
+    row, column = divmod(int(parts.argmax()), 16)
+    return (column + 0.5) / 16 * 360 - 180 - heading, 90 - (row + 0.5) / 8 * 180
 
 
 @lru_cache(maxsize=64)

@@ -105,7 +105,7 @@ class Scene:
         ground: texture of the floor, where the surroundings are drawn.
         sky: colour of the sky above it, or of the walls of a room.
         room: half the width of the room, metres; `None` outdoors.
-        sun: yaw and pitch of the light, degrees.
+        sun: yaw and pitch of the light, degrees, where the surroundings are drawn; a real panorama lights by itself.
         panorama: name of the real panorama around, `None` where the surroundings are drawn.
         heading: by which that panorama is turned, degrees.
     """

@@ -179,6 +179,18 @@ def test_a_panorama_around_is_turned_by_its_heading():
         render_erp(scene, (16, 32))
 
 
+@pytest.mark.parametrize("heading", [0.0, 90.0])
+def test_things_are_lit_from_where_a_panorama_is_bright(heading):
+    """A panorama that is bright at its right, seen by who faces the front, or has turned to the right."""
+    around = torch.full((3, 64, 128), 0.3)
+    around[:, 8:24, 88:104] = 1.0
+    scene = Scene(0, (at("ball", 0, 0, 1.5, "small"),), panorama="x", heading=heading)
+    picture = render_erp(scene, (128, 256), around)
+    seen = picture.colour[..., 0].where(picture.ids == 0, torch.nan)
+    left, right = seen[:, :128].nanmean(), seen[:, 128:].nanmean()
+    assert (right > left + 0.03) == (heading == 0.0) and (abs(right - left) < 0.02) == (heading == 90.0)
+
+
 # Scenes
 
 
