@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -23,6 +24,7 @@ from .outputs_panorama import PanoramaModelOutput, TrainingStageOutput, VisionSt
 from .overlap_panorama import OverlapLoss, VICRegProjector, VICRegTerms
 from .resampler_panorama import RESAMPLERS
 from .stages_panorama import TRAINED_PARTS, Stage, StagesMixin
+from .token_labels_panorama import TokenLabelHead
 from .tokens_panorama import image_tokens
 from .towers_panorama import tower_of
 
@@ -217,6 +219,26 @@ class PanoramaModel(PanoramaPreTrainedModel):
             return embeddings
         return embeddings.masked_scatter(mask.to(embeddings.device), image_features.to(embeddings))
 
+    def _as_attended(self, mask: torch.Tensor | None, embeddings: torch.Tensor | None) -> torch.Tensor | None:
+        """A mask as the language model takes it: one of [B, 1, T, T] as zeros and lowest numbers where it is added.
+
+        Raises:
+            ValueError: for attention that knows no such mask.
+        """
+        if mask is None or mask.ndim != 4:
+            return mask
+        attention = self.language_model.config._attn_implementation
+        if attention not in ("eager", "sdpa"):
+            raise ValueError(
+                f"an attention_mask [B, 1, T, T] needs attn_implementation 'sdpa' or 'eager', got {attention!r}"
+            )
+        if attention == "sdpa" or mask.dtype != torch.bool:
+            return mask
+        dtype = embeddings.dtype  # type: ignore[union-attr]
+        if torch.is_autocast_enabled(mask.device.type):
+            dtype = torch.get_autocast_dtype(mask.device.type)
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
     @can_return_tuple
     def forward(
         self,
@@ -234,7 +256,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
         Args:
             input_ids: [B, T], with `num_image_tokens` placeholders for each panorama, in reading order.
             pixel_values: [panoramas, V, 3, H, W], or [panoramas, 3, H, W] where a panorama is one view.
-            attention_mask: [B, T], zero where padded.
+            attention_mask: [B, T], zero where padded; or bool [B, 1, T, T], true where a position (row) sees another.
             inputs_embeds: [B, T, D_lm] instead of `input_ids` and `pixel_values`.
             view_mask: [panoramas, V], false for views of a partial panorama that show nothing the camera saw; their
                 tokens are not shown to the language model.
@@ -259,7 +281,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
             inputs_embeds = self.embed(input_ids, image_features, check=past_key_values is None)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+            attention_mask=self._as_attended(attention_mask, inputs_embeds),
             position_ids=position_ids,
             past_key_values=past_key_values,
             **kwargs,
@@ -318,7 +340,8 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             language model with its head; made from them where not given.
     """
 
-    _keys_to_ignore_on_load_unexpected = {r"^vicreg_projector\."}  # of a folder, where it is switched off
+    # Of a folder, where it is switched off, and of a checkpoint, where training alone has it.
+    _keys_to_ignore_on_load_unexpected = {r"^vicreg_projector\.", r"^label_head\."}
 
     def __init__(
         self,
@@ -335,6 +358,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         self.model = PanoramaModel(config, vision_tower, body)
         self.lm_head = head
         self.vicreg_projector = VICRegProjector(config) if config.use_vicreg_projector else None
+        self.label_head: TokenLabelHead | None = None
         self.overlap = OverlapLoss(config)
         self.logit_transform = logit_transform(config.text_config)
         self.loss_type = "ForCausalLM"
@@ -410,15 +434,40 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`. LoRA adapters are saved merged into the language model, so that the
-        folder loads anywhere; the model itself keeps them."""
-        adapted = self.model.language_model
+        folder loads anywhere, and without the head of the token labels; the model itself keeps both."""
+        adapted, head = self.model.language_model, self.label_head
+        self.label_head = None
         if self.has_lora:
             shared = self.get_input_embeddings().weight  # maybe the head's, too
             self.model.language_model = copy.deepcopy(adapted, {id(shared): shared}).merge_and_unload()
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.model.language_model = adapted
+            self.model.language_model, self.label_head = adapted, head
+
+    # Token labels
+
+    def add_label_head(self, fields: Mapping[str, int]) -> TokenLabelHead:
+        """Let `forward` take token labels, in training.
+
+        Args:
+            fields: how many classes each field has, in the order of `token_classes`.
+
+        Returns:
+            The head, `label_head`, which is not saved with the model.
+        """
+        self.label_head = TokenLabelHead(self.config.latent_dimension, fields)
+        reference = self.model.projection.layers[0].weight
+        return self.label_head.to(reference.device, reference.dtype)
+
+    def _label_loss(
+        self, tokens: torch.Tensor | None, classes: torch.Tensor | None, places: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor] | None]:
+        if self.label_head is None:
+            if classes is not None:
+                raise ValueError("token_classes are given, but the model has no label_head: call add_label_head first")
+            return None, None
+        return (None, None) if tokens is None else self.label_head(tokens, classes, places)
 
     # Overlap consistency
 
@@ -435,16 +484,29 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         """[B, V, S, D_latent] -> what the overlap loss compares, [B, V, S, D]."""
         return tokens if self.vicreg_projector is None else self.vicreg_projector(tokens)
 
-    def _vision_stage(self, pixel_values: torch.Tensor | None, view_mask: torch.Tensor | None) -> VisionStageOutput:
+    def _vision_stage(
+        self,
+        pixel_values: torch.Tensor | None,
+        view_mask: torch.Tensor | None,
+        token_classes: torch.Tensor | None,
+        token_places: torch.Tensor | None,
+    ) -> VisionStageOutput:
         if pixel_values is None:
             raise ValueError("stage 'vision' needs pixel_values, got None")
         expected = self.config.vision_stage_expected_views
         pixel_values = self.model.check_pixels(pixel_values, expected if expected and expected > 1 else None)
-        features = self._overlap_features(self.model.encode_views(pixel_values))  # [B, V, S, D]
-        raw, terms = self.overlap(features, self.model.check_view_mask(view_mask, features))
+        tokens = self.model.encode_views(pixel_values)  # [B, V, S, D_latent]
+        features = self._overlap_features(tokens)  # [B, V, S, D]
+        label_loss, label_figures = self._label_loss(tokens, token_classes, token_places)
+        if self.label_head is not None and self.config.vicreg_loss_weight == 0:
+            raw, terms = features.sum() * 0.0, None  # views that have nothing in common can still be labelled
+        else:
+            raw, terms = self.overlap(features, self.model.check_view_mask(view_mask, features))
         loss = self.config.vicreg_loss_weight * raw
         return VisionStageOutput(
-            loss=loss,
+            loss=loss if label_loss is None else loss + label_loss,
+            label_loss=label_loss,
+            label_figures=label_figures,
             vicreg_loss=loss,
             vicreg_raw=raw,
             vicreg_weight=self.config.vicreg_loss_weight,
@@ -497,6 +559,8 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         num_items_in_batch: int | torch.Tensor | None = None,
         return_logits: bool | None = None,
         shift_labels: torch.Tensor | None = None,
+        token_classes: torch.Tensor | None = None,
+        token_places: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> VisionStageOutput | TrainingStageOutput:
         """One step of a stage.
@@ -504,7 +568,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         Args:
             pixel_values: [panoramas, V, 3, H, W], or [panoramas, 3, H, W] where a panorama is one view.
             input_ids: [B, T], with `num_image_tokens` placeholders for each panorama, in reading order.
-            attention_mask: [B, T], zero where padded.
+            attention_mask: [B, T], zero where padded; or bool [B, 1, T, T], true where a position (row) sees another.
             labels: [B, T], -100 where nothing is supervised; `shift_labels` [B, T] are they, already shifted.
             stage: `"vision"` computes the overlap loss of `pixel_values` and does not run the language model; the
                 other two run it.
@@ -519,6 +583,8 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
                 supervised: the head runs on those positions only, in chunks, with the same loss and gradients, and
                 `logits` is `None`. Not given: yes, but not in training mode, unless `logits_to_keep` asks for them or
                 `model.loss_function` was set to one that needs them.
+            token_classes, token_places: what the tokens show, [panoramas, V, S, fields] and [panoramas, V, S, 4], as
+                :func:`token_labels_panorama.token_labels` makes them, for a model with a `label_head`.
 
         Raises:
             ValueError: for a shape, a number of views or a number of placeholders that does not fit.
@@ -526,7 +592,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         if stage not in TRAINED_PARTS:
             raise ValueError(f"stage must be one of {sorted(TRAINED_PARTS)}, got {stage!r}")
         if stage == "vision":
-            return self._vision_stage(pixel_values, view_mask)
+            return self._vision_stage(pixel_values, view_mask, token_classes, token_places)
         supervised = labels is not None or shift_labels is not None
         all_positions = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if return_logits is None:
@@ -559,8 +625,11 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             mask = self.model.check_view_mask(view_mask, outputs.view_tokens)
             overlap_loss, _ = self.overlap_loss(outputs.view_tokens, mask)
             loss = ar_loss + self.config.overlap_loss_weight_finetune * overlap_loss
+        label_loss, label_figures = self._label_loss(outputs.view_tokens, token_classes, token_places)
         return TrainingStageOutput(
-            loss=loss,
+            loss=loss if loss is None or label_loss is None else loss + label_loss,
+            label_loss=label_loss,
+            label_figures=label_figures,
             ar_loss=ar_loss,
             overlap_loss=overlap_loss,
             logits=logits,

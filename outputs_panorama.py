@@ -34,13 +34,14 @@ class VisionStageOutput(ModelOutput):
     """Output of stage `vision`.
 
     Args:
-        loss: what to minimise; `vicreg_weight * vicreg_raw`.
+        loss: what to minimise; `vicreg_weight * vicreg_raw`, and the label loss where there is one.
         vicreg_loss: the same, by its own name.
         vicreg_raw: the overlap loss before `vicreg_weight`: the weighted sum of VICReg's terms, or DenseCL's loss.
         vicreg_weight: `config.vicreg_loss_weight`.
         vicreg_dim: width of the features that were compared.
         invariance, variance, covariance: VICReg's unweighted terms, mean over pairs; `None` for DenseCL.
         hidden_states: the features that were compared, [B, V, S, vicreg_dim].
+        label_loss, label_figures: of token labels, see :class:`TokenLabelHead`; `None` without its head.
     """
 
     loss: torch.Tensor | None = None
@@ -52,6 +53,8 @@ class VisionStageOutput(ModelOutput):
     variance: torch.Tensor | None = None
     covariance: torch.Tensor | None = None
     hidden_states: torch.Tensor | None = None
+    label_loss: torch.Tensor | None = None
+    label_figures: dict[str, torch.Tensor] | None = None
 
 
 @dataclass
@@ -59,7 +62,8 @@ class TrainingStageOutput(ModelOutput):
     """Output of stages `resampler` and `finetune`, and of generation.
 
     Args:
-        loss: what to minimise, where labels are given: `ar_loss`, and the weighted overlap loss where one is asked for.
+        loss: what to minimise, where labels are given: `ar_loss`, the weighted overlap loss where one is asked for, and
+            the label loss where there is one.
         ar_loss: the autoregressive loss (cross-entropy of the next token).
         overlap_loss: the unweighted overlap loss where `overlap_loss_weight_finetune` is positive.
         logits: [B, T, vocabulary], or of the positions that `logits_to_keep` names; `None` where there are labels
@@ -67,6 +71,7 @@ class TrainingStageOutput(ModelOutput):
         past_key_values: the language model's cache.
         hidden_states, attentions: the language model's, where asked for.
         image_hidden_states: what the language model was shown of the panoramas, [panoramas, num_image_tokens, D_lm].
+        label_loss, label_figures: of token labels, see :class:`TokenLabelHead`; `None` without its head.
     """
 
     loss: torch.Tensor | None = None
@@ -77,6 +82,8 @@ class TrainingStageOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
+    label_loss: torch.Tensor | None = None
+    label_figures: dict[str, torch.Tensor] | None = None
 
 
 @dataclass

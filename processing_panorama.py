@@ -396,8 +396,7 @@ class PanoramaProcessor(ProcessorMixin):
             before = [0, *accumulate(grown)]
             spoken = [tuple(place + before[text[:place].count(self.image_token)] for place in span) for span in spoken]
             ids = torch.tensor(ids)
-            supervised = [any(a <= start < end <= b for a, b in spoken) for start, end in offsets]
-            label = torch.where(torch.tensor(supervised), ids, IGNORE_INDEX)
+            label = _supervised(ids, offsets, spoken)
             if (length := int((ids != self.image_token_id).sum())) > self.max_text_length:
                 raise ValueError(
                     f"too long: {length} text tokens, at most max_text_length={self.max_text_length} are used; "
@@ -415,6 +414,69 @@ class PanoramaProcessor(ProcessorMixin):
         if "view_mask" in inputs:
             data["view_mask"] = torch.stack(list(inputs["view_mask"]))
         return BatchFeature(data)
+
+    def pack_conversations(
+        self, conversations: Sequence[list[dict[str, Any]]], chat_template: str | None = None
+    ) -> BatchFeature:
+        """Training inputs of several conversations about one panorama in one row, none of which sees another.
+
+        What they begin with alike, up to and with the panorama, is there once; each of the others sees that and itself,
+        at the positions that it would have alone. So each is taught as if it were a row of its own, at the cost of its
+        own words.
+
+        Args:
+            conversations: messages, as for :meth:`apply_chat_template`; each has the same panorama in its first
+                question, before the words.
+            chat_template: instead of the processor's own.
+
+        Returns:
+            `input_ids`, `labels` and `position_ids` [1, T], `attention_mask` bool [1, 1, T, T] (true where a position,
+            the row, sees another), `pixel_values` [1, V, 3, H, W] and where it is partial `view_mask` [1, V].
+
+        Raises:
+            ValueError: for conversations that do not begin with the same panorama, and where all together have more
+                text tokens than `max_text_length`.
+        """
+        rendered = [
+            super(PanoramaProcessor, self).apply_chat_template(messages, chat_template=chat_template, tokenize=False)
+            for messages in conversations
+        ]
+        shared = {text.partition(self.image_token)[0] for text in rendered}
+        images = _images_of(conversations[0])
+        if len(shared) > 1 or len(images) != 1 or any(text.count(self.image_token) != 1 for text in rendered):
+            raise ValueError("conversations that are packed must each begin with the same panorama and have no other")
+        inputs = self.image_processor(images, return_tensors="pt")
+        (count,) = self._image_token_counts(inputs)
+        encoded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        rows, labels = [], []
+        for messages, text, ids, offsets in zip(
+            conversations, rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            spoken = self._spoken_by_the_assistant(messages, text, chat_template)
+            rows.append(torch.tensor(ids))
+            labels.append(_supervised(rows[-1], offsets, spoken))
+        begins = int((rows[0] == self.image_token_id).nonzero()[0, 0])  # the panorama's place
+        prefix = torch.cat([rows[0][:begins], torch.full((count,), self.image_token_id)])
+        own = [row[begins + 1 :] for row in rows]
+        lengths = torch.tensor([len(prefix), *map(len, own)])
+        if (length := int(lengths.sum()) - count) > self.max_text_length:
+            raise ValueError(
+                f"too long: {length} text tokens, at most max_text_length={self.max_text_length} are used; "
+                "raise it, or pack fewer conversations"
+            )
+        block = torch.arange(len(lengths)).repeat_interleave(lengths)  # [T], 0 is what all share
+        sees = (block[:, None] == block) | (block == 0)
+        positions = [torch.arange(len(prefix)), *(len(prefix) + torch.arange(len(part)) for part in own)]
+        unsupervised = torch.full((len(prefix),), IGNORE_INDEX)
+        return BatchFeature(
+            {
+                "input_ids": torch.cat([prefix, *own])[None],
+                "labels": torch.cat([unsupervised, *(label[begins + 1 :] for label in labels)])[None],
+                "position_ids": torch.cat(positions)[None],
+                "attention_mask": sees.tril()[None, None],
+                **inputs,
+            }
+        )
 
     def _spoken_by_the_assistant(
         self, messages: list[dict[str, Any]], text: str, chat_template: str | None
@@ -441,6 +503,14 @@ class PanoramaProcessor(ProcessorMixin):
             closing = next((t for t in self.tokenizer.all_special_tokens if rest.lstrip().startswith(t)), "")
             spans.append((len(prompt), end + (rest.index(closing) + len(closing) if closing else 0)))
         return spans
+
+
+def _supervised(
+    ids: torch.Tensor, offsets: Sequence[tuple[int, int]], spoken: Sequence[tuple[int, int]]
+) -> torch.Tensor:
+    """Labels of tokens: those that lie in what the assistant says."""
+    inside = [any(a <= start < end <= b for a, b in spoken) for start, end in offsets]
+    return torch.where(torch.tensor(inside), ids, IGNORE_INDEX)
 
 
 def _images_of(messages: list[dict[str, Any]]) -> list[Any]:

@@ -11,14 +11,14 @@ from .towers_panorama import tower_of
 
 Stage = Literal["vision", "resampler", "finetune"]
 
-PARTS = ("vision_tower", "resampler", "vicreg_projector", "projection", "language_model")
+PARTS = ("vision_tower", "resampler", "vicreg_projector", "projection", "language_model", "label_head")
 # What trains in which stage; everything else is frozen. Of the vision tower, `blocks` are the last
 # `vision_trainable_blocks`, and `tower` is all of it where `finetune_vision_tower` is set; of a language model with
-# LoRA only the adapters train.
+# LoRA only the adapters train. A model has a `label_head` while it is taught token labels.
 TRAINED_PARTS: dict[str, tuple[str, ...]] = {
-    "vision": ("blocks", "resampler", "vicreg_projector"),
-    "resampler": ("resampler", "projection"),
-    "finetune": ("tower", "resampler", "projection", "language_model"),
+    "vision": ("blocks", "resampler", "vicreg_projector", "label_head"),
+    "resampler": ("resampler", "projection", "label_head"),
+    "finetune": ("tower", "resampler", "projection", "language_model", "label_head"),
 }
 STAGES = tuple(TRAINED_PARTS)  # in order
 
@@ -36,6 +36,7 @@ class StagesMixin:
     model: Any
     lm_head: nn.Module
     vicreg_projector: nn.Module | None
+    label_head: nn.Module | None
     requires_grad_: Any
     named_parameters: Any
 
@@ -81,7 +82,8 @@ class StagesMixin:
         """
         if stage not in TRAINED_PARTS:
             raise ValueError(f"stage must be one of {sorted(TRAINED_PARTS)}, got {stage!r}")
-        if stage == "vision" and (problem := self.config.overlap_problem):
+        labels_alone = self.label_head is not None and self.config.vicreg_loss_weight == 0
+        if stage == "vision" and not labels_alone and (problem := self.config.overlap_problem):
             raise ValueError(f"stage 'vision' cannot train: {problem}")
         if stage == "finetune" and self.config.use_lora:
             self.add_lora()
@@ -89,7 +91,7 @@ class StagesMixin:
         for part in TRAINED_PARTS[stage]:
             for parameter in self._trained_parameters(part):
                 parameter.requires_grad_(True)
-        parts = [*self.model.children(), self.lm_head, self.vicreg_projector]
+        parts = [*self.model.children(), self.lm_head, self.vicreg_projector, self.label_head]
         self.training = self.model.training = True
         for module in filter(None, parts):
             module.train(any(parameter.requires_grad for parameter in module.parameters()))

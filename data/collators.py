@@ -10,7 +10,8 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -20,7 +21,9 @@ from PIL import Image as PILImage
 from torch.nn.utils.rnn import pad_sequence
 from transformers.image_processing_utils import BatchFeature
 
+from ..geometry_panorama import Grid
 from ..processing_panorama import IGNORE_INDEX, PanoramaProcessor
+from ..token_labels_panorama import LabelMaps, token_labels
 from .fetching import fetch
 from .rows import BadSample, RawSample, conversation
 
@@ -31,6 +34,18 @@ _BAD_INPUT = (
 )  # what a broken image or a conversation that the chat template refuses raises
 
 
+class Labelled(NamedTuple):
+    """How tokens are taught what they show.
+
+    Args:
+        grid: (rows, columns) of the tokens of a view.
+        fields: of classes, in the order of the model's `label_head`.
+    """
+
+    grid: Grid
+    fields: tuple[str, ...]
+
+
 class _Collator:
     """Prepare samples one by one, so that a bad one does not spoil its batch, and pad the good ones on the right.
 
@@ -38,7 +53,13 @@ class _Collator:
     `{"sample", "source", "reason"}` for each bad one; without the list a bad sample is a :class:`BadSample`.
     """
 
-    def __init__(self, processor: PanoramaProcessor, cache_dir: str | os.PathLike[str] | None = None):
+    def __init__(
+        self,
+        processor: PanoramaProcessor,
+        cache_dir: str | os.PathLike[str] | None = None,
+        labelled: Labelled | None = None,
+    ):
+        self.labelled = labelled
         self.processor = copy.copy(processor)
         if cache_dir is not None:
             self.processor.image_processor = copy.copy(processor.image_processor)
@@ -51,6 +72,21 @@ class _Collator:
         masks = inputs.get("view_mask", ())
         if len(masks) and not any(mask[first] and mask[second] for mask in masks for first, second in self.neighbours):
             raise BadSample("nothing to compare: no two neighbouring views show what the camera saw")
+
+    def add_labels(self, inputs: dict[str, Any], sample: RawSample, yaw_offset: float = 0.0) -> None:
+        """Put in what the tokens show, where that is taught; unknown where the sample does not say it."""
+        if self.labelled is None:
+            return
+        maps = sample.get("labels")
+        panoramas = len(inputs["pixel_values"])
+        if maps is not None and panoramas != 1:
+            raise BadSample(f"token labels: they are of one panorama, and the sample has {panoramas}")
+        plan = self.processor.image_processor.view_plan
+        classes, places = token_labels(
+            plan, self.labelled.grid, LabelMaps({}) if maps is None else maps, self.labelled.fields, yaw_offset
+        )
+        inputs["token_classes"] = classes.expand(panoramas, -1, -1, -1)
+        inputs["token_places"] = places.expand(panoramas, -1, -1, -1)
 
     def prepare(self, sample: RawSample) -> dict[str, torch.Tensor]:
         """The inputs of one sample, with a leading dimension of 1 (or its number of panoramas)."""
@@ -81,9 +117,14 @@ class _Collator:
                 each.get("view_mask", torch.ones(each["pixel_values"].shape[:2], dtype=torch.bool)) for each in good
             ]
             batch["view_mask"] = torch.cat(masks)  # [panoramas, V]
+        for name in ("token_classes", "token_places"):
+            if name in good[0]:
+                batch[name] = torch.cat([each[name] for each in good])  # [panoramas, V, S, ...]
+        if any(each["attention_mask"].ndim == 4 for each in good if "attention_mask" in each):
+            batch |= _seen_by_each(good)
         padding = {"input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
         for name, value in padding.items():
-            if name in good[0]:
+            if name in good[0] and name not in batch:
                 rows = [each[name][0] for each in good]
                 batch[name] = pad_sequence(rows, batch_first=True, padding_value=value)  # [B, T]
         return BatchFeature(batch)
@@ -110,6 +151,7 @@ class VisionCollator(_Collator):
         seed: of the headings.
         cache_dir: folder for prepared views; headings are multiples of 45 degrees then (else of 1).
         random_heading: turn the panoramas.
+        labelled: where tokens are taught what they show.
     """
 
     def __init__(
@@ -118,8 +160,9 @@ class VisionCollator(_Collator):
         seed: int,
         cache_dir: str | os.PathLike[str] | None = None,
         random_heading: bool = True,
+        labelled: Labelled | None = None,
     ):
-        super().__init__(processor, cache_dir)
+        super().__init__(processor, cache_dir, labelled)
         self.seed, self.random_heading = seed, random_heading
         self.step_deg = 1 if cache_dir is None else 45
 
@@ -131,6 +174,7 @@ class VisionCollator(_Collator):
         image = _present(sample["image"], sample)
         inputs = self.processor.image_processor(images=[image], return_tensors="pt", **options)
         self.check_comparable(inputs)
+        self.add_labels(inputs, sample, options.get("yaw_offsets", [0.0])[0])
         return inputs
 
 
@@ -142,6 +186,11 @@ class ConversationCollator(_Collator):
         processor: of the model. Samples of more than its `max_text_length` text tokens are skipped.
         cache_dir: folder for prepared views.
         compares: whether the overlap loss is part of the stage: samples without anything to compare are skipped.
+        labelled: where tokens are taught what they show.
+        independent: share of the samples, in [0, 1], of which each question with its answer (and each of the further
+            conversations that a sample may have about its panorama) sees the panorama and itself alone; the others are
+            one conversation. Which ones follows from the seed, the epoch and the sample.
+        seed: of that.
     """
 
     def __init__(
@@ -149,13 +198,52 @@ class ConversationCollator(_Collator):
         processor: PanoramaProcessor,
         cache_dir: str | os.PathLike[str] | None = None,
         compares: bool = False,
+        labelled: Labelled | None = None,
+        independent: float = 0.0,
+        seed: int = 0,
     ):
-        super().__init__(processor, cache_dir)
-        self.compares = compares
+        super().__init__(processor, cache_dir, labelled)
+        self.compares, self.independent, self.seed = compares, independent, seed
 
     def prepare(self, sample: RawSample) -> dict[str, torch.Tensor]:
+        messages = self._checked(sample["messages"] if "messages" in sample else conversation(**sample), sample)
+        further = [self._checked(each, sample) for each in sample.get("further", [])]
+        inputs = self._packed(messages, further, sample)
+        if inputs is None:
+            inputs = self.processor.apply_chat_template([[*messages, *chain(*further)]], return_labels=True)
+        if self.compares:
+            self.check_comparable(inputs)
+        self.add_labels(inputs, sample)
+        return inputs
+
+    def _packed(
+        self, messages: list[dict[str, Any]], further: list[list[dict[str, Any]]], sample: RawSample
+    ) -> BatchFeature | None:
+        """The sample as questions that do not see each other, where it is its turn and there is one panorama, before
+        the first question."""
+        if self.independent == 0:
+            return None
+        generator = np.random.default_rng((self.seed, sample.get("epoch", 0), sample.get("index", 0), 2))
+        if generator.random() >= self.independent:
+            return None
+        start = next(place for place, message in enumerate(messages) if message["role"] == "user")
+        first = messages[start]["content"]
+        if [part["type"] for part in first].count("image") != 1 or len(list(_images({"messages": messages}))) != 1:
+            return None
+        if first[0]["type"] != "image":
+            return None
+        before, image, words = messages[:start], first[0], first[1:]
+        turns = [{**messages[start], "content": words}, *messages[start + 1 :]]
+        starts = [place for place, message in enumerate(turns) if message["role"] == "user"]
+        blocks = [turns[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)] + further
+        blocks = [block for block in blocks if any(message["role"] == "assistant" for message in block)]
+        shown = [[*before, {**b[0], "content": [image, *b[0]["content"]]}, *b[1:]] for b in blocks]
+        return self.processor.pack_conversations(shown)
+
+    def _checked(self, turns: list[dict[str, Any]], sample: RawSample) -> list[dict[str, Any]]:
+        """Messages with their images present, each of which says something."""
         messages: list[dict[str, Any]] = []
-        for message in sample["messages"] if "messages" in sample else conversation(**sample):
+        for message in turns:
             parts = [
                 {**part, "image": _present(part["image"], sample)} if part["type"] == "image" else part
                 for part in message["content"]
@@ -166,10 +254,21 @@ class ConversationCollator(_Collator):
             messages.append({**message, "content": parts})
         if not any(message["role"] == "assistant" for message in messages):
             raise BadSample("no answer: there is no turn of the assistant to learn from")
-        inputs = self.processor.apply_chat_template([messages], return_labels=True)
-        if self.compares:
-            self.check_comparable(inputs)
-        return inputs
+        return messages
+
+
+def _seen_by_each(good: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """`attention_mask` bool [B, 1, T, T] and `position_ids` [B, T] of samples of which some are packed. Padding sees
+    itself: attention to nothing would not be a number."""
+    length = max(each["input_ids"].shape[1] for each in good)
+    mask = torch.eye(length, dtype=torch.bool).expand(len(good), 1, -1, -1).clone()
+    positions = torch.zeros(len(good), length, dtype=torch.long)
+    for place, each in enumerate(good):
+        own = each["attention_mask"]
+        size = each["input_ids"].shape[1]
+        mask[place, :, :size, :size] = own[0] if own.ndim == 4 else torch.ones(size, size, dtype=torch.bool).tril()
+        positions[place, :size] = each["position_ids"][0] if "position_ids" in each else torch.arange(size)
+    return {"attention_mask": mask, "position_ids": positions}
 
 
 def _images(sample: RawSample) -> list[Any]:

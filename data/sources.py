@@ -92,6 +92,11 @@ class OpenedSource:
     root: str | None
     folders: tuple[str, ...] = ()  # where rows may name files
 
+    @property
+    def label_fields(self) -> dict[str, int]:
+        """How many classes each field of token labels has; none where the source knows nothing of directions."""
+        return {}
+
     def panoramas(self, row: dict[str, Any]) -> list[str | bytes]:
         """The images of a row: paths, or the bytes of files."""
         if row.get(ERROR):
@@ -272,6 +277,11 @@ class SyntheticSource(OpenedSource):
         opened.world = world
         return opened
 
+    @property
+    def label_fields(self) -> dict[str, int]:
+        """As in :class:`OpenedSource`: what a scene knows of each direction."""
+        return self.world.label_fields
+
     def panoramas(self, row: dict[str, Any]) -> list[str | bytes]:
         """The name of the scene: it is rendered only for a sample."""
         return [f"{self.source.path}#{row['image']}"]
@@ -280,7 +290,8 @@ class SyntheticSource(OpenedSource):
         """The scene with a conversation about it."""
         raw: RawSample = {"name": f"scene {row['image']}", "source": self.source.path}
         scene = self.world.scene(row["image"])
-        picture = self.world.picture(scene)
+        picture, maps = self.world.labelled_picture(scene)
+        raw["labels"] = maps
         if stage == "vision":
             return {**raw, "image": picture}
         turns = row_of(scene, self.world.ask(scene), "")["conversations"]

@@ -20,10 +20,11 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from ..options_panorama import check_option_names
+from ..token_labels_panorama import LabelMaps
 from .cutouts import LICENCE, available
 from .questions import KINDS, Question, ask
 from .render import look, render_erp
-from .scenes import Scene, make_scene, seed_of
+from .scenes import COLOURS, SHAPES, SIZES, Scene, make_scene, seed_of
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +85,31 @@ class World:
 
     def picture(self, scene: Scene) -> Image.Image:
         """The panorama of a scene."""
+        return self.labelled_picture(scene)[0]
+
+    @property
+    def label_fields(self) -> dict[str, int]:
+        """What a scene knows of each direction, and how many classes each field has: 0 of `name` is nothing."""
+        return {"name": 1 + len(SHAPES) + len(available(self.unknown)), "colour": len(COLOURS), "size": len(SIZES)}
+
+    def labelled_picture(self, scene: Scene) -> tuple[Image.Image, LabelMaps]:
+        """The panorama of a scene, and what it shows."""
         around = None
         if scene.panorama is not None:
             file = next(path for path in self.panoramas if Path(path).name == scene.panorama)
             around = _pixels(file, self.width)
-        colour = render_erp(scene, (self.width // 2, self.width), around).colour
-        return Image.fromarray(colour.clamp(0, 1).mul(255).round().byte().numpy())
+        rendered = render_erp(scene, (self.width // 2, self.width), around)
+        picture = Image.fromarray(rendered.colour.clamp(0, 1).mul(255).round().byte().numpy())
+        ids = rendered.ids.numpy().astype(np.int64)  # negative where nothing is
+        names = (*SHAPES, *available(self.unknown))
+        of_things = {
+            "name": [1 + names.index(thing.name) for thing in scene.things],
+            "colour": [-1 if thing.colour is None else list(COLOURS).index(thing.colour) for thing in scene.things],
+            "size": [list(SIZES).index(thing.size) for thing in scene.things],
+        }
+        nothing = {"name": 0, "colour": -1, "size": -1}
+        classes = {name: np.array([*of_each, nothing[name]])[ids] for name, of_each in of_things.items()}
+        return picture, LabelMaps(classes, ids, tuple(thing.place for thing in scene.things))
 
     def ask(self, scene: Scene) -> list[Question]:
         """Its questions."""

@@ -192,7 +192,12 @@ def save_adapters(model: PanoramaVLM, folder: Path, base: str | None, state_dict
     adapters.peft_config["default"].base_model_name_or_path = base
     own = {name.removeprefix(prefix): value for name, value in state_dict.items() if "lora_" in name}
     adapters.save_pretrained(folder, state_dict=own, save_embedding_layers=False)
-    trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name]
+    passing = ("lora_", "label_head.")  # saved as adapters, and of training alone
+    trains = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not any(part in name for part in passing)
+    ]
     save_file({name: state_dict[name].contiguous().cpu() for name in trains}, folder / OTHER_PARTS)
 
 

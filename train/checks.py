@@ -17,6 +17,7 @@ from .build import check_parts
 from .checkpoint import newest_checkpoint
 from .config import TrainConfig
 from .fingerprint import FILE, check_finished, fingerprint
+from .labels import label_fields
 
 
 @dataclass
@@ -57,6 +58,8 @@ def check_run(config: TrainConfig, accelerator: Accelerator) -> Plan:
         sources = config.stage_config(stage).data or config.data
         share = config.validation_share
         data[stage] = open_data(sources, stage=stage, seed=config.seed, validation_share=share)
+        if config.stage_config(stage).label_loss_weight > 0:
+            label_fields(data[stage][0])
     return Plan(start, data, checkpoint, resumed_stage)
 
 

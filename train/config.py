@@ -43,6 +43,14 @@ class StageConfig:
     warmup_ratio: float = _option(0.03, "share of the steps in which the learning rate rises")
     schedule: str = _option("cosine", "linear, cosine, constant_with_warmup, ...: of transformers.get_scheduler")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
+    label_loss_weight: float = _option(
+        0.0, "weight of the loss that teaches each token what its direction shows, where data say it; 1 is usual"
+    )
+    independent_questions: float = _option(
+        0.0,
+        "share of the samples, in [0, 1], whose questions are taught each by itself, in one row in which they do not "
+        "see each other; the others are one conversation. Not for stage vision",
+    )
     data: list[DataSource] = _option([], "the stage's own data; without it that of the run")
 
 
@@ -110,6 +118,12 @@ class TrainConfig:
             for name in ("batch_size", "accumulation", "learning_rate", "max_grad_norm"):
                 _require(getattr(options, name) > 0, f"{stage}.{name}", getattr(options, name), "positive")
             _require(options.weight_decay >= 0, f"{stage}.weight_decay", options.weight_decay, "at least 0")
+            weight, share = options.label_loss_weight, options.independent_questions
+            _require(weight >= 0, f"{stage}.label_loss_weight", weight, "at least 0")
+            _require(0 <= share <= 1, f"{stage}.independent_questions", share, "in [0, 1]")
+            _require(
+                not share or stage != "vision", f"{stage}.independent_questions", share, "0: stage vision asks nothing"
+            )
             _require(0 <= options.warmup_ratio < 1, f"{stage}.warmup_ratio", options.warmup_ratio, "in [0, 1)")
             _require(
                 options.epochs > 0 if options.max_steps is None else options.max_steps > 0,

@@ -52,7 +52,7 @@ class Evaluator:
                 batch = dict(made.micro_batches[0]) if made.micro_batches else None
                 inputs = self.step.on_device(batch)
                 if self.stage.name == "vision":
-                    weight, loss = self.step.pairs(inputs), self.model(**inputs, stage=self.stage.name).loss
+                    weight, loss = self.step.weight(inputs), self.model(**inputs, stage=self.stage.name).loss
                 else:
                     weight = supervised_tokens(inputs)
                     loss = self.model(**inputs, stage=self.stage.name, return_logits=False).ar_loss

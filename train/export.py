@@ -17,6 +17,7 @@ from ..processing_panorama import PanoramaProcessor
 from .card import read_history, write_model_card
 from .checkpoint import save_adapters, whole_folder, write_whole
 from .fingerprint import FILE
+from .labels import PREFIX, save_label_head
 from .metrics import METRICS, SAMPLES, read_lines
 from .stage import Stage
 
@@ -46,6 +47,7 @@ class Exporter:
         if self.stage.is_main:
             with whole_folder(self.stage.folder) as folder:
                 self.export(folder, summary, gathered)
+                save_label_head(gathered or self.plain.state_dict(), folder)
                 (folder / FILE).write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
             logger.info("Saved %s.", self.stage.folder)
         accelerator.wait_for_everyone()
@@ -75,7 +77,7 @@ class Exporter:
         if self.plain.has_lora:
             model.add_lora()
         model.set_stage(self.stage.name)  # type: ignore[arg-type]
-        model.load_state_dict(weights)
+        model.load_state_dict({name: value for name, value in weights.items() if not name.startswith(PREFIX)})
         model.generation_config = self.plain.generation_config
         return model
 

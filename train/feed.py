@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from ..data.collators import ConversationCollator, VisionCollator
+from ..data.collators import ConversationCollator, Labelled, VisionCollator
 from ..data.samples import Samples
 from ..data.stream import BatchStream, Step
 from ..processing_panorama import PanoramaProcessor
@@ -26,12 +26,19 @@ class Feed:
         train: samples to train on.
         validation: samples to validate on.
         compares: whether the overlap loss is part of a later stage.
+        labelled: where tokens are taught what they show.
     """
 
     def __init__(
-        self, stage: Stage, processor: PanoramaProcessor, train: Samples, validation: Samples | None, compares: bool
+        self,
+        stage: Stage,
+        processor: PanoramaProcessor,
+        train: Samples,
+        validation: Samples | None,
+        compares: bool,
+        labelled: Labelled | None = None,
     ):
-        self.stage, self.processor, self.compares = stage, processor, compares
+        self.stage, self.processor, self.compares, self.labelled = stage, processor, compares, labelled
         self.train, self.validation = train, validation
         self.stream = self._batches(train)
 
@@ -81,9 +88,12 @@ class Feed:
         collate: Any
         if self.stage.name == "vision":
             heading = training and config.random_heading
-            collate = VisionCollator(self.processor, config.seed, config.cache_dir, heading)
+            collate = VisionCollator(self.processor, config.seed, config.cache_dir, heading, self.labelled)
         else:
-            collate = ConversationCollator(self.processor, config.cache_dir, self.compares)
+            independent = options.independent_questions
+            collate = ConversationCollator(
+                self.processor, config.cache_dir, self.compares, self.labelled, independent, config.seed
+            )
         return BatchStream(
             samples,
             collate,

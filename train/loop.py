@@ -28,6 +28,7 @@ from .evaluate import Evaluator
 from .export import Exporter
 from .feed import Feed
 from .hub import HubPusher
+from .labels import add_label_head
 from .metrics import Metrics
 from .signals import Preempted, asked_to_stop
 from .stage import Stage
@@ -104,9 +105,10 @@ class _StageRun:
         self.stage, self.config, self.pusher, self.asked = stage, stage.config, pusher, asked
         set_seed(self.config.seed)
         model, self.processor = load_start(self.config, stage.start)
+        labelled = add_label_head(stage, model, train)
         self._set_stage(model)
         compares = model.config.overlap_loss_weight_finetune > 0
-        self.feed = Feed(stage, self.processor, train, validation, compares)
+        self.feed = Feed(stage, self.processor, train, validation, compares, labelled)
         self.total = self.feed.stream.steps
         self.model, self.optimizer = prepare(stage, model)
         warmup = int(self.total * stage.options.warmup_ratio)

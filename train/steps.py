@@ -13,6 +13,7 @@ from ..data.skipped import SkippedSamples
 from ..data.stream import Step
 from ..modeling_panorama import PanoramaVLM
 from ..processing_panorama import IGNORE_INDEX, PanoramaProcessor
+from ..token_labels_panorama import count_labelled
 from .stage import Stage
 
 Batch = dict[str, torch.Tensor]
@@ -61,11 +62,14 @@ class OptimizerStep:
         """
         batches: list[Batch] = [dict(batch) for batch in made.micro_batches]
         pairs = [self.pairs(batch) for batch in batches]
-        everyone = self._gather(batches, pairs, made, stop)
-        supervised, all_pairs, panoramas, _, bad, tokens, stops = everyone.sum(0).tolist()
+        labelled = [labelled_panoramas(batch) for batch in batches]
+        everyone = self._gather(batches, pairs, labelled, made, stop)
+        supervised, all_pairs, panoramas, _, bad, tokens, stops, all_labelled = everyone.sum(0).tolist()
         passes = max(1, int(everyone[:, 3].max()))
         self.skipped.add(gather_object(made.skipped) if bad else [], made.seen)
         shares = self._shares(pairs, passes, all_pairs)
+        labelled += [0] * (passes - len(labelled))
+        label_shares = [own * self.accelerator.num_processes / max(all_labelled, 1) for own in labelled]
         totals: dict[str, torch.Tensor] = {}
         output, batch = None, None
         for number in range(passes):
@@ -73,7 +77,7 @@ class OptimizerStep:
             batch = self.on_device(None if is_filler else batches[number])
             self.accelerator.sync_gradients = number == passes - 1  # DeepSpeed makes its step in the last backward
             with nullcontext() if number == passes - 1 else self.accelerator.no_sync(self.model):
-                output, loss, parts = self._forward(batch, shares[number], supervised, is_filler)
+                output, loss, parts = self._forward(batch, shares[number], label_shares[number], supervised, is_filler)
                 self.accelerator.backward(loss)
             for name, value in {"loss": loss, **parts}.items():
                 value = value.detach().to(self.wide) / self.accelerator.num_processes
@@ -81,7 +85,10 @@ class OptimizerStep:
         figures = self._update(made, totals)
         if self.stage.name == "vision" and log and batches and passes == len(batches):
             assert output is not None and batch is not None
-            figures |= self.plain.overlap.metrics(output.hidden_states.detach(), batch.get("view_mask"))
+            if self.plain.config.vicreg_loss_weight > 0:
+                figures |= self.plain.overlap.metrics(output.hidden_states.detach(), batch.get("view_mask"))
+        if log and output is not None and output.label_figures:
+            figures |= {name: float(value) for name, value in output.label_figures.items()}
         return {**figures, "panoramas": panoramas, "tokens": tokens, "stop": float(stops)}
 
     def pairs(self, batch: Batch) -> int:
@@ -93,22 +100,30 @@ class OptimizerStep:
         panoramas, views = batch["pixel_values"].shape[:2]
         return self.plain.overlap.count_pairs(panoramas, views, batch.get("view_mask"))
 
+    def weight(self, batch: Batch) -> int:
+        """What a batch of stage vision counts for in an evaluation: its pairs, or where labels alone are learned its
+        panoramas with labels."""
+        return self.pairs(batch) if self.plain.config.vicreg_loss_weight > 0 else labelled_panoramas(batch)
+
     def on_device(self, batch: Batch | None) -> Batch:
         """A batch where the model is; a stand-in where there is none."""
         batch = self._stand_in() if batch is None else batch
         return {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
 
-    def _gather(self, batches: list[Batch], pairs: list[int], made: Step, stop: bool) -> torch.Tensor:
+    def _gather(
+        self, batches: list[Batch], pairs: list[int], labelled: list[int], made: Step, stop: bool
+    ) -> torch.Tensor:
         """What each process has: supervised tokens, pairs, panoramas, micro-batches, bad samples, all tokens, whether
-        it is to stop; [processes, 7]."""
+        it is to stop, panoramas with token labels; [processes, 8]."""
         own = [
             sum(supervised_tokens(batch) for batch in batches),
             sum(pairs),
             sum(len(batch["pixel_values"]) for batch in batches if "pixel_values" in batch),
             len(batches),
             len(made.skipped),
-            sum(int(batch["attention_mask"].sum()) for batch in batches if "attention_mask" in batch),
+            sum(count_tokens(batch) for batch in batches if "attention_mask" in batch),
             stop,
+            sum(labelled),
         ]
         return self.accelerator.gather(torch.tensor(own, dtype=self.wide, device=self.accelerator.device)[None])
 
@@ -123,13 +138,14 @@ class OptimizerStep:
         return (own * self.accelerator.num_processes / max(all_pairs, 1)).tolist()
 
     def _forward(
-        self, batch: Batch, share: float, supervised: float, is_filler: bool
+        self, batch: Batch, share: float, label_share: float, supervised: float, is_filler: bool
     ) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
         """The output, the loss and its parts, which add up over passes and processes to those of the step."""
         if self.stage.name == "vision":
             output = self.model(**batch, stage=self.stage.name)
-            names = [name for name in ("invariance", "variance", "covariance") if name in output]
-            return output, output.loss * share, {name: output[name] * share for name in names}
+            names = [name for name in ("vicreg_loss", "invariance", "variance", "covariance") if name in output]
+            parts = {name: output[name] * share for name in names}
+            return output, self._with_labels(parts["vicreg_loss"], output, label_share, parts), parts
         items = max(supervised, 1) / self.accelerator.num_processes
         output = self.model(**batch, stage=self.stage.name, num_items_in_batch=items)
         loss = output.ar_loss * (0.0 if is_filler else 1.0)
@@ -137,7 +153,16 @@ class OptimizerStep:
         if output.overlap_loss is not None:
             parts["overlap_loss"] = output.overlap_loss * share
             loss = loss + self.plain.config.overlap_loss_weight_finetune * parts["overlap_loss"]
-        return output, loss, parts
+        return output, self._with_labels(loss, output, label_share, parts), parts
+
+    def _with_labels(
+        self, loss: torch.Tensor, output: Any, share: float, parts: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The loss and the weighted one of token labels, which is put among the parts."""
+        if output.label_loss is None:
+            return loss
+        parts["label_loss"] = output.label_loss * share
+        return loss + self.stage.options.label_loss_weight * parts["label_loss"]
 
     def _update(self, made: Step, totals: dict[str, torch.Tensor]) -> dict[str, float]:
         """Change the weights; the sums over all processes, and the norm of the gradient.
@@ -179,6 +204,17 @@ class OptimizerStep:
                 inputs = {**inputs, "pixel_values": images["pixel_values"], "view_mask": shown}
             self._filler = dict(inputs)
         return self._filler
+
+
+def count_tokens(batch: Batch) -> int:
+    """Tokens that are not padding; of a mask [B, 1, T, T], in which padding sees itself alone, about."""
+    mask = batch["attention_mask"]
+    return int(mask.sum()) if mask.ndim == 2 else batch["input_ids"].numel()
+
+
+def labelled_panoramas(batch: Batch) -> int:
+    """Panoramas with token labels."""
+    return count_labelled(batch["token_classes"], batch["token_places"]) if "token_classes" in batch else 0
 
 
 def supervised_tokens(batch: Batch) -> int:

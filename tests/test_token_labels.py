@@ -1,0 +1,143 @@
+"""Token labels: each token learns what its direction shows."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from panorama_vlm.geometry_panorama import ViewOptions, ray_angles
+from panorama_vlm.places_panorama import BFoV, bfov_of_mask
+from panorama_vlm.synthetic.write import World
+from panorama_vlm.token_labels_panorama import LabelMaps, TokenLabelHead, count_labelled, token_labels
+
+GRID = (8, 8)
+PLAN = ViewOptions(view_strategy="anyres_e2p", image_size=128, pole_caps=True).plan
+
+
+def erp(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    yaw = ((np.arange(width) + 0.5) / width - 0.5) * 360
+    pitch = (0.5 - (np.arange(height) + 0.5) / height) * 180
+    return np.meshgrid(yaw, pitch)
+
+
+def test_a_token_has_the_class_of_its_ray():
+    yaw, pitch = erp(256, 512)
+    sectors = (np.floor((yaw + 180) / 30) + 12 * (pitch > 0)).astype(int)
+    classes, places = token_labels(PLAN, GRID, LabelMaps({"sector": sectors}), ("sector", "lacking"))
+    assert classes.shape == (PLAN.num_views, 64, 2) and places.isnan().all()
+    assert (classes[..., 1] == -100).all()
+    sure = 0
+    generator = np.random.default_rng(0)
+    for view, labels in zip(PLAN.views, classes[..., 0].numpy(), strict=True):
+        for token, label in enumerate(labels):
+            row, column = divmod(token, 8)
+            aside = generator.uniform(-0.5, 0.5, (2, 200))
+            yaw, pitch = ray_angles(view.rays_at(row + aside[0], column + aside[1], GRID))
+            shown = (np.floor((yaw + 180) / 30) % 12 + 12 * (pitch > 0)).astype(int)
+            share = (shown == label).mean()
+            most = np.bincount(shown).max() / 200
+            assert share > most - 0.2
+            sure += most > 0.9
+    assert sure > 50
+
+
+@pytest.mark.parametrize("offset", [0.0, 45.0, -90.0, 37.0])
+def test_places_lie_where_the_token_says_by_brute_force(offset):
+    """The token and its offset name the ray of the middle: through the view's own geometry, from cell to ray."""
+    yaw, pitch = erp(360, 720)
+    wanted = [BFoV(20, 10, 30, 20), BFoV(175, -30, 24, 30), BFoV(-100, 70, 60, 16)]
+    things = np.full(yaw.shape, -1)
+    for number, place in enumerate(wanted):
+        inside = (abs((yaw - place.yaw + 180) % 360 - 180) < place.x_fov / 2) & (
+            abs(pitch - place.pitch) < place.y_fov / 2
+        )
+        things[inside] = number
+    places = [bfov_of_mask(things == number) for number in range(3)]
+    maps = LabelMaps({"which": things}, things, places)
+    classes, shifts = token_labels(PLAN, GRID, maps, ("which",), offset)
+    seen = set()
+    for view, labels, values in zip(PLAN.views, classes[..., 0], shifts, strict=True):
+        for token in np.flatnonzero(values.isfinite().all(-1)):
+            which = int(labels[token])
+            row, column = divmod(token, 8)
+            down, across, width, height = values[token].tolist()
+            ray = view.rays_at(np.array(row + down), np.array(column + across), GRID)
+            found_yaw, found_pitch = ray_angles(ray)
+            place = places[which]
+            assert abs((float(found_yaw) + offset - place.yaw + 180) % 360 - 180) < 0.01
+            assert float(found_pitch) == pytest.approx(place.pitch, abs=0.01)
+            assert 10 * math.exp(height) == pytest.approx(place.y_fov, abs=0.01)
+            assert 10 * math.exp(width) == pytest.approx(place.x_fov * math.cos(math.radians(place.pitch)), abs=0.01)
+            seen.add(which)
+    assert seen == {0, 1, 2}
+
+
+def test_a_thing_that_fills_an_eighth_wins_over_its_surroundings_and_less_does_not():
+    things = np.full((256, 512), -1)
+    maps = {"kind": np.zeros((256, 512), int)}
+    yaw, pitch = erp(256, 512)
+    for number, size in enumerate((9.0, 2.0)):
+        middle = (0.0, 0.0) if number == 0 else (90.0, 0.0)
+        inside = (abs(yaw - middle[0]) < size / 2) & (abs(pitch) < size / 2)
+        things[inside], maps["kind"][inside] = number, number + 1
+    classes, _ = token_labels(PLAN, GRID, LabelMaps(maps, things, [None, None]), ("kind",))
+    tiles = [index for index, view in enumerate(PLAN.views) if not view.is_global]
+    assert 1 in classes[tiles] and 2 not in classes
+
+
+def test_maps_of_different_sizes_are_refused():
+    maps = LabelMaps({"a": np.zeros((4, 8), int), "b": np.zeros((8, 16), int)})
+    with pytest.raises(ValueError, match="one size"):
+        token_labels(PLAN, GRID, maps, ("a", "b"))
+
+
+def test_the_loss_is_the_mean_over_panoramas_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    head = TokenLabelHead(12, {"kind": 4, "colour": 3}).double()
+    tokens = torch.randn(3, 2, 5, 12, generator=generator, dtype=torch.float64)
+    classes = torch.randint(0, 3, (3, 2, 5, 2), generator=generator)
+    places = torch.randn(3, 2, 5, 4, generator=generator)
+    classes[0, 0], places[0, 0] = -100, math.nan
+    classes[1], places[1] = -100, math.nan
+    loss, figures = head(tokens, classes, places)
+    output = head.layer(head.norm(tokens))
+    total = 0.0
+    for panorama in (0, 2):
+        for field, part in ((0, slice(0, 4)), (1, slice(4, 7))):
+            terms = []
+            for view in range(2):
+                for token in range(5):
+                    if (wanted := int(classes[panorama, view, token, field])) >= 0:
+                        scores = output[panorama, view, token, part]
+                        terms.append(float(scores.logsumexp(0) - scores[wanted]))
+            total += sum(terms) / len(terms)
+        terms = []
+        for away in (output[panorama, ..., 7:] - places[panorama]).reshape(-1, 4).tolist():
+            if not math.isnan(away[0]):
+                terms.append(sum(abs(a) - 0.05 if abs(a) > 0.1 else a * a / 0.2 for a in away))
+        total += sum(terms) / len(terms)
+    assert count_labelled(classes, places) == 2
+    assert float(loss) == pytest.approx(total / 2, rel=1e-5)
+    assert 0 <= float(figures["accuracy_kind"]) <= 1
+    nothing, _ = head(tokens[1:2], classes[1:2], places[1:2])
+    nothing.backward()
+    assert float(nothing) == 0 and all((p.grad == 0).all() for p in head.parameters())
+
+
+def test_scenes_label_what_they_show():
+    """Against the place and name of each thing that the scene itself knows."""
+    world = World(seed=3, width=512)
+    scene = world.scene(0)
+    _, maps = world.labelled_picture(scene)
+    for number, thing in enumerate(scene.things):
+        shown = maps.things == number
+        if thing.seen < 0.5 or shown.sum() < 50:
+            continue
+        assert len(set(maps.classes["name"][shown])) == 1 and maps.classes["name"][shown][0] > 0
+        if thing.colour is None:
+            assert (maps.classes["colour"][shown] == -1).all()
+        found = bfov_of_mask(shown)
+        assert abs((found.yaw - thing.place.yaw + 180) % 360 - 180) < 1.5
+        assert abs(found.pitch - thing.place.pitch) < 1.5
