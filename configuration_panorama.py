@@ -59,6 +59,9 @@ class PanoramaConfig(PretrainedConfig):
         latent_dimension: width D_latent of the resampled tokens.
         resampler_type: `"mlp"`, `"avg_pool"` or `"perceiver"`.
         resampler_depth: linear layers of the MLPs, or layers of the perceiver.
+        resampler_skip: whether the resampler starts by keeping what the tower says: a layer that leads past the MLP (of
+            `"perceiver"` its own skips), orthogonal at the start, when the rest adds nothing. Where it is not given,
+            `True`; a file that does not say is from before there was one.
         resampler_pool: side of the block of tokens that `"avg_pool"` averages.
         resampler_queries, resampler_heads: queries a view (a square number) and attention heads of `"perceiver"`.
         view_strategy, fov_deg, overlap_ratio, pitch_rows, pole_caps, image_size: what is cut out of a panorama, see
@@ -111,6 +114,7 @@ class PanoramaConfig(PretrainedConfig):
         latent_dimension: int = 768,
         resampler_type: str = "mlp",
         resampler_depth: int = 2,
+        resampler_skip: bool | None = None,
         resampler_pool: int = 2,
         resampler_queries: int = 64,
         resampler_heads: int = 8,
@@ -157,6 +161,7 @@ class PanoramaConfig(PretrainedConfig):
         self.latent_dimension = _positive("latent_dimension", latent_dimension, 768)
         self.resampler_type = _one_of("resampler_type", resampler_type, sorted(RESAMPLERS))
         self.resampler_depth = _positive("resampler_depth", resampler_depth, 2)
+        self.resampler_skip = "transformers_version" not in kwargs if resampler_skip is None else resampler_skip
         self.resampler_pool = _positive("resampler_pool", resampler_pool, 2)
         self.resampler_queries = _positive("resampler_queries", resampler_queries, 64)
         self.resampler_heads = _positive("resampler_heads", resampler_heads, 8)

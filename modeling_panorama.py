@@ -22,11 +22,13 @@ from .language_loss_panorama import CHUNK_BYTES, IGNORED, chunked_cross_entropy,
 from .options_panorama import check_option_names
 from .outputs_panorama import PanoramaModelOutput, TrainingStageOutput, VisionStageOutput
 from .overlap_panorama import OverlapLoss, VICRegProjector, VICRegTerms
-from .resampler_panorama import RESAMPLERS
+from .resampler_panorama import RESAMPLERS, initialize_start, start_at
 from .stages_panorama import TRAINED_PARTS, Stage, StagesMixin
 from .token_labels_panorama import TokenLabelHead
 from .tokens_panorama import image_tokens
 from .towers_panorama import tower_of
+
+RAY_SCALE = 0.5  # deviation of the ray code at the start, beside tokens of deviation 1
 
 
 class PanoramaProjection(nn.Module):
@@ -36,6 +38,8 @@ class PanoramaProjection(nn.Module):
         super().__init__()
         width = config.text_config.hidden_size
         self.ray = nn.Linear(3 + 6 * config.ray_frequencies, config.latent_dimension, bias=False)
+        # The squares of a code add up to 1 (the ray) and 3 for each octave (sine and cosine of three coordinates).
+        start_at(self.ray, RAY_SCALE / (1 + 3 * config.ray_frequencies) ** 0.5)
         self.layers = nn.Sequential(nn.Linear(config.latent_dimension, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, tokens: torch.Tensor, ray_codes: torch.Tensor) -> torch.Tensor:
@@ -57,6 +61,11 @@ class PanoramaPreTrainedModel(CheckedLoading, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As transformers does, but for layers that say how they start."""
+        if not initialize_start(module):
+            super()._init_weights(module)
 
 
 class PanoramaModel(PanoramaPreTrainedModel):

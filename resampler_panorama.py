@@ -10,7 +10,48 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 from transformers.configuration_utils import PretrainedConfig
+
+
+def start_at(layer: nn.Linear, start: float | str) -> nn.Linear:
+    """Says how a linear layer [out, in] starts, for :func:`initialize_start`; gives the layer back.
+
+    Args:
+        start: a standard deviation >= 0 of normal weights (0 for a branch that adds nothing yet), or `"isometry"`:
+            orthogonal weights (Saxe, McClelland, Ganguli 2014, arXiv:1312.6120), scaled so that features of mean 0 and
+            deviation 1 stay so, and a norm behind them changes nothing. They keep all angles where out >= in; where
+            the layer narrows, they project onto a random subspace, which keeps them approximately (Johnson,
+            Lindenstrauss 1984).
+    """
+    layer.panorama_start = start  # type: ignore[assignment]  # any attribute of a module is a tensor to mypy
+    return layer
+
+
+def initialize_start(layer: nn.Module) -> bool:
+    """Gives a layer marked by :func:`start_at` its weights, and tells whether it is one. As all of `init`, it leaves
+    alone what was loaded."""
+    start = getattr(layer, "panorama_start", None)
+    if start is None or not isinstance(layer, nn.Linear):
+        return False
+    if start == "isometry":
+        init.copy_(layer.weight, _isometry_like(layer.weight).to(layer.weight.dtype))
+    else:
+        init.normal_(layer.weight, std=start)
+    if layer.bias is not None:
+        init.zeros_(layer.bias)
+    return True
+
+
+def _isometry_like(weight: torch.Tensor) -> torch.Tensor:
+    """Random orthogonal weights [rows, columns], float32, that give a mean of 0 to what has one."""
+    rows, columns = weight.shape
+    result = torch.empty_like(weight, dtype=torch.float32)  # there is no QR in half precision
+    init.orthogonal_(result, gain=max(1.0, rows / columns) ** 0.5)
+    # What all inputs have in common goes where all outputs have it: Householder's reflection of the one onto the other.
+    normal = F.normalize(result.sum(1), dim=0) - torch.full_like(result[:, 0], rows**-0.5)
+    normal = F.normalize(normal, dim=0)
+    return result - 2 * torch.outer(normal, normal @ result)
 
 
 class Resampler(nn.Module):
@@ -35,12 +76,33 @@ class Resampler(nn.Module):
         raise NotImplementedError
 
 
-def _feed_forward(input_dimension: int, output_dimension: int, depth: int) -> nn.Sequential:
-    """`depth` linear layers with GELU between them, and a norm before and after: towers differ in scale."""
-    layers: list[nn.Module] = [nn.LayerNorm(input_dimension), nn.Linear(input_dimension, output_dimension)]
-    for _ in range(depth - 1):
-        layers += [nn.GELU(), nn.Linear(output_dimension, output_dimension)]
-    return nn.Sequential(*layers, nn.LayerNorm(output_dimension))
+class _FeedForward(nn.Sequential):
+    """`resampler_depth` linear layers with GELU between them, and a norm before and after: towers differ in scale.
+
+    With `resampler_skip` a linear layer leads past them, an isometry at the start, when the layers add nothing: what
+    comes out is what came in, normalised and turned, and training can only add to what the tower knows. A single layer
+    needs none, and is an isometry itself.
+    """
+
+    def __init__(self, config: PretrainedConfig, input_dimension: int, depth: int):
+        width = config.latent_dimension
+        linear = [nn.Linear(input_dimension, width), *(nn.Linear(width, width) for _ in range(depth - 1))]
+        layers: list[nn.Module] = [nn.LayerNorm(input_dimension), linear[0]]
+        for layer in linear[1:]:
+            layers += [nn.GELU(), layer]
+        super().__init__(*layers, nn.LayerNorm(width))
+        if config.resampler_skip:
+            start_at(linear[-1], "isometry" if depth == 1 else 0.0)
+        if config.resampler_skip and depth > 1:
+            self.skip = start_at(nn.Linear(input_dimension, width, bias=False), "isometry")
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[..., D_vision] -> [..., D_latent]."""
+        before, *layers, after = (module for name, module in self.named_children() if name != "skip")
+        tokens = hidden = before(tokens)
+        for layer in layers:
+            hidden = layer(hidden)
+        return after(hidden + self.skip(tokens) if hasattr(self, "skip") else hidden)
 
 
 class MLPResampler(Resampler):
@@ -48,7 +110,7 @@ class MLPResampler(Resampler):
 
     def __init__(self, config: PretrainedConfig, input_dimension: int):
         super().__init__(config, input_dimension)
-        self.layers = _feed_forward(input_dimension, config.latent_dimension, config.resampler_depth)
+        self.layers = _FeedForward(config, input_dimension, config.resampler_depth)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """[N, S, D_vision] -> [N, S, D_latent]."""
@@ -61,7 +123,7 @@ class AveragePoolResampler(Resampler):
     def __init__(self, config: PretrainedConfig, input_dimension: int):
         super().__init__(config, input_dimension)
         self.pool = config.resampler_pool
-        self.layers = _feed_forward(input_dimension, config.latent_dimension, config.resampler_depth)
+        self.layers = _FeedForward(config, input_dimension, config.resampler_depth)
 
     @staticmethod
     def output_grid(config: PretrainedConfig) -> tuple[int, int]:
@@ -95,7 +157,7 @@ class PerceiverResampler(Resampler):
 
         super().__init__(config, input_dimension)
         self.query_grid = self.output_grid(config)
-        self.input = _feed_forward(input_dimension, config.latent_dimension, 1)
+        self.input = _FeedForward(config, input_dimension, 1)
         layer_config = Idefics2PerceiverConfig(
             hidden_size=config.latent_dimension,
             resampler_n_latents=config.resampler_queries,
@@ -106,7 +168,12 @@ class PerceiverResampler(Resampler):
             attn_implementation="sdpa",
         )
         self.queries = nn.Embedding(config.resampler_queries, config.latent_dimension)
-        self.layers = nn.ModuleList([Idefics2PerceiverLayer(layer_config, i) for i in range(config.resampler_depth)])
+        layers = [Idefics2PerceiverLayer(layer_config, i) for i in range(config.resampler_depth)]
+        if config.resampler_skip:  # they have skips of their own, and add nothing at the start
+            for layer in layers:
+                start_at(layer.self_attn.o_proj, 0.0)
+                start_at(layer.mlp.down_proj, 0.0)
+        self.layers = nn.ModuleList(layers)
         self.norm = Idefics2RMSNorm(config.latent_dimension)
 
     @staticmethod
