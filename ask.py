@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from .modeling_panorama import PanoramaVLM
-from .processing_panorama import PanoramaProcessor
+from .processing_panorama import PanoramaProcessor, split_steps
 
 
 def answer(
@@ -22,7 +22,7 @@ def answer(
     max_new_tokens: int = 64,
     **options: Any,
 ) -> str:
-    """What the model says next in a conversation, decoded greedily.
+    """What the model says next in a conversation, decoded greedily; the answer without the steps before it.
 
     Args:
         model, processor: that belong together.
@@ -38,7 +38,7 @@ def answer(
     ).to(model.device)
     options = {"do_sample": False, "return_dict_in_generate": True, "tokenizer": processor.tokenizer, **options}
     output: Any = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
-    return output.text[0]
+    return split_steps(output.text[0]).answer
 
 
 def question(panorama: Any, words: str) -> list[dict[str, Any]]:

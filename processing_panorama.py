@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -23,6 +23,7 @@ from .places_panorama import NamedPlace, read_places
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100  # what cross-entropy leaves out
+STEPS = ("<think>", "</think>")  # around what is said before an answer
 _STAND_IN = Image.new("L", (1, 1))  # for a panorama that is not opened yet
 
 # For tokenizers without a chat template of their own.
@@ -59,6 +60,22 @@ _PRELUDE = """\
 
 
 _NO_DEFAULTS: dict[str, Any] = {}
+
+
+class SteppedAnswer(NamedTuple):
+    """An answer, and the steps that were said before it."""
+
+    answer: str
+    steps: str = ""
+
+
+def split_steps(text: str) -> SteppedAnswer:
+    """`<think>steps</think>answer` apart; the last answer where there are several steps, none where steps never end."""
+    opens, closes = STEPS
+    if opens not in text and closes not in text:
+        return SteppedAnswer(text.strip())
+    steps, ends, answer = text.rpartition(closes)
+    return SteppedAnswer(answer.strip() if ends else "", (steps if ends else answer).replace(opens, " ").strip())
 
 
 class PanoramaProcessorKwargs(ProcessingKwargs, total=False):
@@ -321,12 +338,26 @@ class PanoramaProcessor(ProcessorMixin):
             For each answer its `(label, BFoV(yaw, pitch, x_fov, y_fov))` in degrees, in its order; none where it names
             none. See :func:`places_panorama.read_places` for the ways of writing that are understood.
         """
+        return [read_places(split_steps(text).answer) for text in self._texts_of(answers)]
+
+    def post_process_answer(self, answers: Any) -> list[SteppedAnswer]:
+        """Answers apart from the steps that were said before them, as `<think>steps</think>answer`.
+
+        Args:
+            answers: texts, or ids of generated tokens [B, T] (one text or row of ids counts as a batch of one).
+
+        Returns:
+            For each its `(answer, steps)`; steps are empty where there are none, and the answer where it never came.
+        """
+        return [split_steps(text) for text in self._texts_of(answers)]
+
+    def _texts_of(self, answers: Any) -> list[str]:
         if isinstance(answers, str):
             answers = [answers]
-        if not all(isinstance(answer, str) for answer in answers):
-            ids = torch.as_tensor(answers)
-            answers = self.batch_decode(ids[None] if ids.ndim == 1 else ids, skip_special_tokens=True)
-        return [read_places(answer) for answer in answers]
+        if all(isinstance(answer, str) for answer in answers):
+            return list(answers)
+        ids = torch.as_tensor(answers)
+        return self.batch_decode(ids[None] if ids.ndim == 1 else ids, skip_special_tokens=True)
 
     def apply_chat_template(
         self,

@@ -38,6 +38,7 @@ _KNOWN = {  # the columns that are found without being named, the first one ther
     "question": ("query", "question", "prompt", "instruction"),
     "answer": ("annotation", "answer", "response"),
     "conversation": ("conversations", "messages"),
+    "further": ("tables",),
 }
 
 
@@ -142,10 +143,18 @@ class OpenedSource:
                 raise BadSample(f"missing image: none in the column {self.columns['image']!r}")
             if stage == "vision":
                 return {**raw, "image": images[which]}
-            return {**raw, "messages": messages_of(self._turns(row), images)}
+            return {**raw, "messages": messages_of(self._turns(row), images), "further": self._further(row)}
         except BROKEN_ROW as error:
             words = f"broken row: {type(error).__name__}: {error}"
             return {**raw, "error": str(error) if isinstance(error, BadSample) else words[:300]}
+
+    def _further(self, row: dict[str, Any]) -> list[list[dict[str, Any]]]:
+        """Further conversations about the panorama."""
+        found = row.get(self.columns["further"]) if "further" in self.columns else None
+        found = json.loads(found) if isinstance(found, str) else found or []
+        if not isinstance(found, list) or not all(isinstance(turns, list) for turns in found):
+            raise BadSample(f"broken row: {self.columns['further']!r} must be a list of conversations")
+        return [messages_of(turns, []) for turns in found if turns]
 
     def _turns(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         if "conversation" not in self.columns:
@@ -236,6 +245,8 @@ def open_source(source: DataSource, stage: str) -> OpenedSource:
             f"Known names: {names}. A conversation stands for question and answer; "
             "image_column, question_column, answer_column and conversation_column name others"
         )
+    if text and "further" in columns:
+        text = (*text, "further")
     used = {what: columns[what] for what in ("image", *text)}
     if data.column_names is not None:
         data = data.select_columns([name for name in (*used.values(), ERROR) if name in there])
@@ -294,8 +305,9 @@ class SyntheticSource(OpenedSource):
         raw["labels"] = maps
         if stage == "vision":
             return {**raw, "image": picture}
-        turns = row_of(scene, self.world.ask(scene), "")["conversations"]
-        return {**raw, "messages": messages_of(turns, [picture])}
+        row = row_of(scene, self.world.ask(scene), "", self.world.tables_of(scene))
+        further = [messages_of(turns, []) for turns in row["tables"]]
+        return {**raw, "messages": messages_of(row["conversations"], [picture]), "further": further}
 
 
 def try_panoramas(opened: OpenedSource, row: dict[str, Any]) -> list[str | bytes]:

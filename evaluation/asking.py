@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ..ask import question
-from ..processing_panorama import PanoramaProcessor
+from ..processing_panorama import PanoramaProcessor, split_steps
 from ..reading_panorama import open_image, read_panorama
 from ..sampling_panorama import needed_width
 from .items import Item
@@ -46,10 +46,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Said:
-    """An answer, or why there is none."""
+    """An answer with the steps before it, or why there is none."""
 
     answer: str = ""
     error: str | None = None
+    steps: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ class Answerer:
         return None
 
     def _answer(self, ready: _Ready) -> list[Said]:
-        answers = iter([] if ready.inputs is None else self._answers(ready.inputs))
-        return [Said(next(answers)) if error is None else Said(error=error) for error in ready.errors]
+        answers = map(split_steps, [] if ready.inputs is None else self._answers(ready.inputs))
+        return [Said(**next(answers)._asdict()) if error is None else Said(error=error) for error in ready.errors]
 
     def _inputs(self, batch: Sequence[Asked]) -> Any:
         from .prompts import ask_text

@@ -194,7 +194,8 @@ def _from_main(value: Any, accelerator: Accelerator) -> Any:
 
 def _line(asked: Asked, said: Said) -> str:
     fields = {"id": asked.item.id, "variant": asked.variant.name, "answer": said.answer}
-    return json.dumps(fields if said.error is None else {**fields, "error": said.error}) + "\n"
+    more = {"steps": said.steps, "error": said.error}
+    return json.dumps({**fields, **{name: value for name, value in more.items() if value}}) + "\n"
 
 
 def _read(output: Path) -> dict[tuple[str, str], Said]:
@@ -204,5 +205,5 @@ def _read(output: Path) -> dict[tuple[str, str], Said]:
         if path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
-                said[row["id"], row["variant"]] = Said(row["answer"], row.get("error"))
+                said[row["id"], row["variant"]] = Said(row["answer"], row.get("error"), row.get("steps", ""))
     return said
