@@ -163,9 +163,10 @@ class TokenLabelHead(nn.Module):
             classes, places: as :func:`token_labels` gives them, with a leading B; `None` where nothing is known.
 
         Returns:
-            The loss, a scalar: of each panorama the sum over its fields (and places) of the mean over the tokens of
-            which they are known, cross-entropy or smooth L1; the mean over panoramas of which anything is known, 0
-            with a gradient of zero where of none. And scalars without gradient: `accuracy_FIELD` over tokens that show
+            The loss, a scalar: of each panorama the sum over its fields (cross-entropy) and places (smooth L1) of the
+            mean over the tokens of which they are known; of a field the mean over tokens that show a thing and the one
+            over those that show none are added, because most show none. Of a batch it is the mean over panoramas of
+            which anything is known, 0 with a gradient of zero where of none. And scalars without gradient: `accuracy_FIELD` over tokens that show
             a thing (over all of which the field is known where there are no things), and `place_error`, mean
             distance to the middle of what is shown, in cells.
         """
@@ -182,7 +183,8 @@ class TokenLabelHead(nn.Module):
             for name, of_field, wanted in zip(self.fields, scores, classes.flatten(1, 2).unbind(-1), strict=True):
                 losses = F.cross_entropy(of_field.transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
                 known = wanted != IGNORED  # [B, V * S]
-                total = total + losses.sum(1) / known.sum(1).clamp(min=1)
+                for some in (known & placed, known & ~placed):
+                    total = total + (losses * some).sum(1) / some.sum(1).clamp(min=1)
                 counted = known & looked_at
                 right = (of_field.detach().argmax(-1) == wanted) & counted
                 figures[f"accuracy_{name}"] = right.sum() / counted.sum().clamp(min=1)

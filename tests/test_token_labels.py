@@ -101,18 +101,20 @@ def test_the_loss_is_the_mean_over_panoramas_in_float64():
     places = torch.randn(3, 2, 5, 4, generator=generator)
     classes[0, 0], places[0, 0] = -100, math.nan
     classes[1], places[1] = -100, math.nan
+    places[2, :, 3:] = math.nan
     loss, figures = head(tokens, classes, places)
     output = head.layer(head.norm(tokens))
     total = 0.0
     for panorama in (0, 2):
         for field, part in ((0, slice(0, 4)), (1, slice(4, 7))):
-            terms = []
+            terms = {True: [], False: []}
             for view in range(2):
                 for token in range(5):
                     if (wanted := int(classes[panorama, view, token, field])) >= 0:
                         scores = output[panorama, view, token, part]
-                        terms.append(float(scores.logsumexp(0) - scores[wanted]))
-            total += sum(terms) / len(terms)
+                        shows_a_thing = not math.isnan(float(places[panorama, view, token, 0]))
+                        terms[shows_a_thing].append(float(scores.logsumexp(0) - scores[wanted]))
+            total += sum(sum(each) / len(each) for each in terms.values() if each)
         terms = []
         for away in (output[panorama, ..., 7:] - places[panorama]).reshape(-1, 4).tolist():
             if not math.isnan(away[0]):
