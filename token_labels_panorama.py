@@ -166,9 +166,9 @@ class TokenLabelHead(nn.Module):
             The loss, a scalar: of each panorama the sum over its fields (cross-entropy) and places (smooth L1) of the
             mean over the tokens of which they are known; of a field the mean over tokens that show a thing and the one
             over those that show none are added, because most show none. Of a batch it is the mean over panoramas of
-            which anything is known, 0 with a gradient of zero where of none. And scalars without gradient: `accuracy_FIELD` over tokens that show
-            a thing (over all of which the field is known where there are no things), and `place_error`, mean
-            distance to the middle of what is shown, in cells.
+            which anything is known, 0 with a gradient of zero where of none. And scalars without gradient:
+            `accuracy_FIELD` over tokens that show a thing (over all of which the field is known where there are no
+            things), and `place_error`, mean distance to the middle of what is shown, in cells.
         """
         output = self.layer(self.norm(tokens))  # [B, V, S, all classes + 4]
         if classes is None or places is None:
@@ -198,6 +198,6 @@ class TokenLabelHead(nn.Module):
 
 
 def count_labelled(classes: torch.Tensor, places: torch.Tensor) -> int:
-    """Panoramas of which anything is known: the loss is a mean over them, so batches add up by their numbers."""
+    """Panoramas of which anything is known; the loss is a mean over them."""
     known = (classes != IGNORED).flatten(1).any(1) | places.isfinite().all(-1).flatten(1).any(1)
     return int(known.sum())

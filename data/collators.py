@@ -25,6 +25,7 @@ from ..geometry_panorama import Grid
 from ..processing_panorama import IGNORE_INDEX, PanoramaProcessor
 from ..token_labels_panorama import LabelMaps, token_labels
 from .fetching import fetch
+from .label_maps import read_label_maps
 from .rows import BadSample, RawSample, conversation
 
 _BAD_INPUT = (
@@ -78,6 +79,8 @@ class _Collator:
         if self.labelled is None:
             return
         maps = sample.get("labels")
+        if "label_files" in sample:
+            maps = read_label_maps(_images(sample)[0], **sample["label_files"])
         panoramas = len(inputs["pixel_values"])
         if maps is not None and panoramas != 1:
             raise BadSample(f"token labels: they are of one panorama, and the sample has {panoramas}")
@@ -228,7 +231,7 @@ class ConversationCollator(_Collator):
             return None
         start = next(place for place, message in enumerate(messages) if message["role"] == "user")
         first = messages[start]["content"]
-        if [part["type"] for part in first].count("image") != 1 or len(list(_images({"messages": messages}))) != 1:
+        if [part["type"] for part in first].count("image") != 1 or len(_images({"messages": messages})) != 1:
             return None
         if first[0]["type"] != "image":
             return None

@@ -28,6 +28,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
 from ..synthetic.write import SYNTHETIC, World, parse_world, row_of, warn_without_cutouts
+from .label_maps import LabelColumn
 from .rows import ERROR, BadSample, RawSample, messages_of, text_rows, text_table
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _KNOWN = {  # the columns that are found without being named, the first one ther
     "question": ("query", "question", "prompt", "instruction"),
     "answer": ("annotation", "answer", "response"),
     "conversation": ("conversations", "messages"),
-    "further": ("tables",),
+    "tables": ("tables",),
 }
 
 
@@ -57,12 +58,17 @@ class DataSource:
         images: folder that relative image paths start from; the file's own without it. A URL in an image column names
             the file that ends it, in this folder.
         split, subset: of a saved or a Hub dataset; a folder's subfolder of the split's name wins over the folder.
-        image_column, question_column, answer_column, conversation_column: found by their usual names without this.
+        image_column, question_column, answer_column, conversation_column, tables_column: found by their usual names
+            without this. `tables` are further conversations about the panorama, a list of lists of turns.
         weight: how often each sample is seen in an epoch (0.5: a random half of them, a new one in each epoch). With
             a stream among the sources, its share of the samples, relative to the other weights.
         fetch: whether images that rows name by http or https are fetched (once, then they lie in the cache of
             `datasets`): at most 256 MiB each, within a minute, from public addresses alone.
         private_hosts: names of hosts that may have other addresses.
+        labels: what columns say of each pixel, for token labels: field -> `{column, classes, unknown}`, see
+            :class:`LabelColumn`.
+        things_column: of images that hold a number for each single thing, 0 where none is; the places of token labels
+            follow from it.
         allow_outside: whether rows may name images outside the source's own folder (or `images`), by `../`, absolute
             paths or links.
         streaming: read while training instead of before; the number of samples is unknown then.
@@ -76,11 +82,14 @@ class DataSource:
     question_column: str | None = None
     answer_column: str | None = None
     conversation_column: str | None = None
+    tables_column: str | None = None
     weight: float = 1.0
     streaming: bool = False
     allow_outside: bool = False
     fetch: bool = False
     private_hosts: list[str] = field(default_factory=list)
+    labels: dict[str, LabelColumn] = field(default_factory=dict)
+    things_column: str | None = None
 
 
 @dataclass
@@ -96,7 +105,27 @@ class OpenedSource:
     @property
     def label_fields(self) -> dict[str, int]:
         """How many classes each field of token labels has; none where the source knows nothing of directions."""
-        return {}
+        return {name: column.classes for name, column in self.source.labels.items()}
+
+    def _labels(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The files of the token labels of a row, for the collator that needs them."""
+        source = self.source
+        if not source.labels and source.things_column is None:
+            return {}
+        named = {name: (self._file(row, column.column), column) for name, column in source.labels.items()}
+        return {"label_files": {"classes": named, "things": self._file(row, source.things_column)}}
+
+    def _file(self, row: dict[str, Any], column: str | None) -> str | bytes | None:
+        if column is None:
+            return None
+        value = row.get(column)
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str) and value:
+            return self._allowed(os.path.join(self.root or "", value))
+        if isinstance(value, bytes):
+            return value
+        raise BadSample(f"token labels: there is no file in the column {column!r}")
 
     def panoramas(self, row: dict[str, Any]) -> list[str | bytes]:
         """The images of a row: paths, or the bytes of files."""
@@ -141,6 +170,7 @@ class OpenedSource:
             images = self.panoramas(row)
             if not images:
                 raise BadSample(f"missing image: none in the column {self.columns['image']!r}")
+            raw |= self._labels(row)
             if stage == "vision":
                 return {**raw, "image": images[which]}
             return {**raw, "messages": messages_of(self._turns(row), images), "further": self._further(row)}
@@ -150,7 +180,7 @@ class OpenedSource:
 
     def _further(self, row: dict[str, Any]) -> list[list[dict[str, Any]]]:
         """Further conversations about the panorama."""
-        found = row.get(self.columns["further"]) if "further" in self.columns else None
+        found = row.get(self.columns["tables"]) if "tables" in self.columns else None
         found = json.loads(found) if isinstance(found, str) else found or []
         if not isinstance(found, list) or not all(isinstance(turns, list) for turns in found):
             raise BadSample(f"broken row: {self.columns['further']!r} must be a list of conversations")
@@ -245,16 +275,22 @@ def open_source(source: DataSource, stage: str) -> OpenedSource:
             f"Known names: {names}. A conversation stands for question and answer; "
             "image_column, question_column, answer_column and conversation_column name others"
         )
-    if text and "further" in columns:
-        text = (*text, "further")
+    if text and "tables" in columns:
+        text = (*text, "tables")
     used = {what: columns[what] for what in ("image", *text)}
+    labels = [column.column for column in source.labels.values()] + [source.things_column] * bool(source.things_column)
+    if missing := [name for name in labels if name not in there]:
+        raise ValueError(f"{source.path!r} has no columns {missing} of token labels, its columns are {there}")
     if data.column_names is not None:
-        data = data.select_columns([name for name in (*used.values(), ERROR) if name in there])
+        data = data.select_columns([name for name in (*used.values(), *labels, ERROR) if name in there])
     kind = (data.features or {}).get(used["image"])
     if isinstance(kind, Image):
         data = data.cast_column(used["image"], Image(decode=False))
     elif isinstance(getattr(kind, "feature", None), Image):
         data = data.cast_column(used["image"], List(Image(decode=False)))
+    for name in labels:
+        if isinstance((data.features or {}).get(name), Image):
+            data = data.cast_column(name, Image(decode=False))
     folders = tuple(folder for folder in (source.images, root) if folder)
     opened = OpenedSource(source, data, used, source.images or root, folders)
     if isinstance(data, Dataset):
@@ -305,8 +341,8 @@ class SyntheticSource(OpenedSource):
         raw["labels"] = maps
         if stage == "vision":
             return {**raw, "image": picture}
-        row = row_of(scene, self.world.ask(scene), "", self.world.tables_of(scene))
-        further = [messages_of(turns, []) for turns in row["tables"]]
+        row = row_of(scene, self.world.ask(scene), "")
+        further = [messages_of(turns, []) for turns in row.get("tables", [])]
         return {**raw, "messages": messages_of(row["conversations"], [picture]), "further": further}
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from panorama_vlm.data.collators import Labelled, VisionCollator
+from panorama_vlm.data.label_maps import LabelColumn
+from panorama_vlm.data.samples import open_data
+from panorama_vlm.data.sources import DataSource
 from panorama_vlm.geometry_panorama import ViewOptions, ray_angles
 from panorama_vlm.places_panorama import BFoV, bfov_of_mask
 from panorama_vlm.synthetic.write import World
 from panorama_vlm.token_labels_panorama import LabelMaps, TokenLabelHead, count_labelled, token_labels
+from panorama_vlm.train.labels import label_fields
+from PIL import Image
 
 GRID = (8, 8)
 PLAN = ViewOptions(view_strategy="anyres_e2p", image_size=128, pole_caps=True).plan
@@ -143,3 +150,87 @@ def test_scenes_label_what_they_show():
         found = bfov_of_mask(shown)
         assert abs((found.yaw - thing.place.yaw + 180) % 360 - 180) < 1.5
         assert abs(found.pitch - thing.place.pitch) < 1.5
+
+
+@pytest.fixture
+def labelled_folder(tmp_path, panoramas):
+    """Two panoramas with a class map and a map of things, which turn with them."""
+    yaw, _ = erp(256, 512)
+    semantic = (np.floor((yaw + 180) / 90)).astype(np.uint8)
+    semantic[:20] = 255
+    things = np.zeros((256, 512), np.uint8)
+    things[100:140, 300:360] = 7
+    rows = []
+    for number in range(2):
+        panoramas[number].save(tmp_path / f"{number}.png")
+        Image.fromarray(semantic).save(tmp_path / f"semantic{number}.png")
+        Image.fromarray(things).save(tmp_path / f"things{number}.png")
+        rows.append({"file_name": f"{number}.png", "classes": f"semantic{number}.png", "things": f"things{number}.png"})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def source_of(folder):
+    return DataSource(str(folder), labels={"semantic": LabelColumn("classes", 4)}, things_column="things")
+
+
+def test_a_folder_of_class_maps_labels_tokens(make, labelled_folder):
+    model, processor = make()
+    train, _ = open_data([source_of(labelled_folder)], stage="vision", seed=0)
+    assert label_fields(train) == {"semantic": 4}
+    grid = model.config.token_grid
+    collate = VisionCollator(processor, seed=1, random_heading=True, labelled=Labelled(grid, ("semantic",)))
+    batch = collate([train[0], train[1]])
+    assert batch["token_classes"].shape == (2, 9, grid[0] * grid[1], 1)
+    places = batch["token_places"].isfinite().all(-1)
+    assert places.any(2).any(1).all()  # of both, in whatever way they were turned
+    model.add_label_head({"semantic": 4})
+    model.set_stage("vision")
+    output = model(**batch, stage="vision")
+    assert float(output.label_loss) > 0
+    assert float(output.loss) == pytest.approx(float(output.vicreg_loss + output.label_loss), rel=1e-5)
+    output.loss.backward()
+    assert model.label_head.layer.weight.grad.abs().sum() > 0
+    assert any(parameter.grad.abs().sum() > 0 for parameter in model.model.resampler.parameters())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (
+            lambda folder: Image.new("L", (512, 256), 9).save(folder / "semantic0.png"),
+            "the class 9, allowed are 0 to 3",
+        ),
+        (lambda folder: Image.new("RGB", (512, 256)).save(folder / "semantic0.png"), "mode RGB"),
+        (lambda folder: Image.new("L", (512, 128)).save(folder / "semantic0.png"), "twice as wide"),
+        (lambda folder: Image.new("RGB", (512, 200)).save(folder / "0.png"), "whole sphere"),
+        (lambda folder: (folder / "semantic0.png").unlink(), "semantic0.png"),
+    ],
+)
+def test_what_is_no_class_map_is_a_bad_sample(make, labelled_folder, spoil, words):
+    model, processor = make()
+    spoil(labelled_folder)
+    train, _ = open_data([source_of(labelled_folder)], stage="vision", seed=0)
+    first = next(sample for sample in train if sample["image"].endswith("0.png"))
+    skipped = []
+    labelled = Labelled(model.config.token_grid, ("semantic",))
+    assert VisionCollator(processor, seed=1, labelled=labelled)([first], skipped) is None
+    assert words in skipped[0]["reason"]
+    assert VisionCollator(processor, seed=1)([first], skipped) is not None or "whole sphere" in words
+
+
+def test_columns_that_are_not_there_are_named(labelled_folder):
+    source = DataSource(str(labelled_folder), labels={"semantic": LabelColumn("depth", 4)})
+    with pytest.raises(ValueError, match=r"no columns \['depth'\] of token labels"):
+        open_data([source], stage="vision", seed=0)
+
+
+def test_the_head_is_not_saved_and_goes_on_in_the_next_stage(make, tmp_path):
+    model, _ = make()
+    model.add_label_head({"a": 3})
+    model.save_pretrained(tmp_path)
+    assert model.label_head is not None
+    again = type(model).from_pretrained(tmp_path)
+    assert again.label_head is None
+    with pytest.raises(ValueError, match="add_label_head"):
+        again(torch.zeros(1, 9, 3, 64, 64), stage="vision", token_classes=torch.zeros(1), token_places=torch.zeros(1))

@@ -88,6 +88,10 @@ class TrainConfig:
         "keeps prepared views for later epochs; headings are then multiples of 45 degrees, not 1",
     )
     max_bad_share: float = _option(0.1, "the run fails when more samples than this share cannot be used")
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = _option(
+        "auto",
+        "how attention is computed; auto: flash attention where it can be, else sdpa. On CPUs in bf16 eager is fast",
+    )
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, more time")
     resume: str = _option("auto", "auto: from the newest whole checkpoint in output; never; or a checkpoint")
     save_every: int = _option(500, "steps between two checkpoints; there is one at the end of a stage, too")
@@ -121,6 +125,12 @@ class TrainConfig:
             weight, share = options.label_loss_weight, options.independent_questions
             _require(weight >= 0, f"{stage}.label_loss_weight", weight, "at least 0")
             _require(0 <= share <= 1, f"{stage}.independent_questions", share, "in [0, 1]")
+            _require(
+                not share or self.attention != "flash_attention_2",
+                f"{stage}.independent_questions",
+                share,
+                "0 with flash_attention_2, which takes no mask of this kind",
+            )
             _require(
                 not share or stage != "vision", f"{stage}.independent_questions", share, "0: stage vision asks nothing"
             )

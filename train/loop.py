@@ -131,7 +131,15 @@ class _StageRun:
         """Say which parts train, and how attention and memory are handled."""
         accelerator = self.stage.accelerator
         precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
-        if (attention := choose_attention(accelerator.device, precision)) != "sdpa":
+        attention = self.config.attention
+        if attention == "auto":
+            attention = choose_attention(accelerator.device, precision)
+            if attention != "sdpa" and self.stage.options.independent_questions > 0:
+                logger.info(
+                    "Questions that do not see each other need a mask of their own: sdpa instead of %s.", attention
+                )
+                attention = "sdpa"
+        if attention != "sdpa":
             model.set_attn_implementation(attention)
         trained = model.set_stage(self.stage.name)  # type: ignore[arg-type]
         if self.config.gradient_checkpointing:
