@@ -119,6 +119,18 @@ def test_a_folder_that_no_stage_has_left_is_refused(tmp_path):
         run_here(tmp_path, "--stage", "resampler")
 
 
+def test_a_run_with_muon_that_was_stopped_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch):
+    options = ["--resampler.optimizer", "muon", "--resampler.learning_rates.projection", "3e-3"]
+    whole = run_here(tmp_path / "whole", "--stage", "resampler", *options)["resampler"]
+    stopped_at(tmp_path / "stopped", 3, monkeypatch, *options)
+    assert run_here(tmp_path / "stopped", "--stage", "resampler", *options)["resampler"] == whole[3:]
+    files = [tmp_path / run / "resampler/model.safetensors" for run in ("whole", "stopped")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert len(set(whole)) > 1
+    with pytest.raises(ValueError, match="resampler.optimizer was muon and is adamw"):
+        run_here(tmp_path / "stopped", "--stage", "resampler", *options[2:])
+
+
 # 11: stages one at a time
 
 

@@ -133,6 +133,22 @@ def test_two_machines_with_fsdp_stopped_and_resumed_train_what_data_parallel_tra
 
 
 @pytest.mark.slow
+@pytest.mark.soak
+def test_muon_with_fsdp_trains_what_it_trains_data_parallel(tmp_path):
+    options = [*OPTIONS, "--stage", "finetune", "--finetune.optimizer", "muon", "--options.use_lora", "false"]
+    losses, weights = [], []
+    for config in (None, FSDP):
+        log, output = tmp_path / f"log-{len(losses)}", tmp_path / f"run-{len(losses)}"
+        command = launcher(config, free_port(), *options, "--output", output)
+        assert start(command, log).wait() == 0, log.read_text()[-3000:]
+        losses.append([line["loss"] for line in lines(output, "finetune") if "loss" in line])
+        weights.append(load_file(output / "finetune/model.safetensors"))
+    assert losses[0][-1] < losses[0][0] and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for name, weight in weights[0].items():  # of steps of 2e-3, rounded to bfloat16
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=2e-3, msg=name)
+
+
+@pytest.mark.slow
 def test_deepspeed_trains_what_data_parallel_trains(data_parallel, tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is optional: pip install deepspeed")
     log, output = tmp_path / "log", tmp_path / "run"

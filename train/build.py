@@ -16,8 +16,8 @@ from ..composing_panorama import public_name
 from ..configuration_panorama import PanoramaConfig
 from ..modeling_panorama import PanoramaVLM
 from ..processing_panorama import IMAGE_TOKEN, PanoramaProcessor
-from ..stages_panorama import PARTS, part_of
-from .config import ComposeConfig, StageConfig, TrainConfig
+from .config import ComposeConfig, TrainConfig
+from .optimizers import make_optimizer
 from .stage import Stage
 
 
@@ -133,7 +133,7 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 def prepare(stage: Stage, model: PanoramaVLM) -> tuple[Any, Any]:
     """A model whose stage is set and its optimizer, spread over the processes."""
     accelerator, options = stage.accelerator, stage.options
-    optimizer = torch.optim.AdamW(parameter_groups(model, options), lr=options.learning_rate)
+    optimizer = make_optimizer(model, options)
     deepspeed = accelerator.state.deepspeed_plugin
     if deepspeed is not None:
         batch = {"train_micro_batch_size_per_gpu": options.batch_size}
@@ -148,20 +148,6 @@ def prepare(stage: Stage, model: PanoramaVLM) -> tuple[Any, Any]:
 
         register_fsdp_forward_method(prepared, "generate")  # gathers weights as forward does
     return prepared, optimizer
-
-
-def parameter_groups(model: PanoramaVLM, options: StageConfig) -> list[dict[str, Any]]:
-    """Parameters by part of the model, matrices apart from vectors, which do not decay."""
-    groups = []
-    for part in PARTS:
-        rate = options.learning_rates.get(part, options.learning_rate)
-        trained = [p for n, p in model.named_parameters() if part_of(n) == part and p.requires_grad]
-        for decays in (True, False):
-            chosen = [parameter for parameter in trained if (parameter.ndim > 1) == decays]
-            decay = options.weight_decay if decays else 0.0
-            if chosen:
-                groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "name": part})
-    return groups
 
 
 def set_up_sharding(plugin: FullyShardedDataParallelPlugin, model: PanoramaVLM) -> None:

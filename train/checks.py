@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
 
 from ..checkpoint_panorama import read_state
@@ -75,6 +75,12 @@ def _check_launch(config: TrainConfig, accelerator: Accelerator) -> None:
         raise ValueError(
             f"gradient_accumulation_steps={accelerator.gradient_accumulation_steps} of accelerate launch would divide "
             "the gradients once more: leave it out, and use --STAGE.accumulation"
+        )
+    by_muon = [stage for stage in config.stages if config.stage_config(stage).optimizer == "muon"]
+    if by_muon and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"{by_muon[0]}.optimizer is 'muon', which works on whole matrices, and DeepSpeed lays what a "
+            f"process trains in one vector: use data parallel or FSDP2, or --{by_muon[0]}.optimizer adamw"
         )
 
 

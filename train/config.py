@@ -39,7 +39,12 @@ class StageConfig:
     accumulation: int = _option(1, "micro-batches an optimizer step")
     learning_rate: float = _option(2e-4, "peak of the schedule")
     learning_rates: dict[str, float] = _option({}, f"peaks for parts of the model, of {', '.join(PARTS)}")
-    weight_decay: float = _option(0.01, "of AdamW, for matrices")
+    optimizer: Literal["adamw", "muon"] = _option(
+        "adamw",
+        "muon: torch's Muon for the hidden matrices, at AdamW's rates, and AdamW for vectors, embeddings, heads, "
+        "convolutions and LoRA; not with DeepSpeed",
+    )
+    weight_decay: float = _option(0.01, "of matrices")
     warmup_ratio: float = _option(0.03, "share of the steps in which the learning rate rises")
     schedule: str = _option("cosine", "linear, cosine, constant_with_warmup, ...: of transformers.get_scheduler")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
