@@ -25,6 +25,7 @@ class PanoramaGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         view_mask: torch.Tensor | None = None,
+        further_views: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | GenerationOutput:
         """Answer.
@@ -35,7 +36,7 @@ class PanoramaGenerationMixin(GenerationMixin):
                 warning.
             attention_mask: [B, T].
             tokenizer: decodes the answer into `GenerationOutput.text`; also for `stop_strings`.
-            view_mask: [panoramas, V], as in :meth:`forward`.
+            view_mask, further_views: [panoramas, V] and [panoramas, E, 3], as in :meth:`forward`.
             kwargs: as in `GenerationMixin.generate`: `max_new_tokens`, `do_sample`, `streamer`,
                 `return_dict_in_generate`, ... A `temperature` outside [0.1, 1.0] is clamped, with a warning.
 
@@ -44,19 +45,21 @@ class PanoramaGenerationMixin(GenerationMixin):
             :class:`GenerationOutput`.
         """
         given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
-        _check_arguments({**given, "view_mask": view_mask}, kwargs)
+        _check_arguments({**given, "view_mask": view_mask, "further_views": further_views}, kwargs)
         if tokenizer is not None and kwargs.get("stop_strings") is not None:
             kwargs["tokenizer"] = tokenizer
         if input_ids is None and "inputs" in kwargs:
             input_ids = kwargs.pop("inputs")
         if input_ids is None and kwargs.get("inputs_embeds") is None:
+            if further_views is not None:
+                raise ValueError("further_views need input_ids with their placeholders: use the processor")
             input_ids, attention_mask = self._default_prompt(pixel_values, tokenizer, view_mask)
 
         prompt = input_ids
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
             image_features = None
             if pixel_values is not None:
-                image_features = self.get_image_features(pixel_values, view_mask).pooler_output
+                image_features = self.get_image_features(pixel_values, view_mask, further_views).pooler_output
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
             # The panoramas are embedded once, here. Everything that looks at ids while generating (penalties,

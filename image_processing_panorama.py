@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -21,7 +22,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
-from .geometry_panorama import ViewOptions, ViewPlan
+from .geometry_panorama import View, ViewOptions, ViewPlan
 from .options_panorama import IMAGE_MEAN, IMAGE_STD, check_option_names, check_resembling_names
 from .reading_panorama import ImageSource, content_digest, load_file_bytes, read_panorama
 from .sampling_panorama import erp_to_views, needed_width, use_one_thread_in_a_worker, view_mask
@@ -29,7 +30,7 @@ from .sampling_panorama import erp_to_views, needed_width, use_one_thread_in_a_w
 logger = logging.getLogger(__name__)
 
 _READ_OPTIONS = ("strict_aspect", "align_heading")
-_CALL_OPTIONS = ("device", "yaw_offsets")
+_CALL_OPTIONS = ("device", "yaw_offsets", "further_views")
 # What transformers writes into the file of a processor, or hands over with it; and the options of image processors that
 # resize, crop and rescale, which have no effect here.
 _TRANSFORMERS_OPTIONS = (
@@ -55,6 +56,7 @@ class PanoramaImagesKwargs(ImagesKwargs, total=False):
     strict_aspect: bool
     align_heading: bool
     yaw_offsets: list[float]
+    further_views: list[Any]
     cache_dir: str
 
 
@@ -162,12 +164,14 @@ class PanoramaImageProcessor(BaseImageProcessor):
                 [3, H, W] or [H, W] (with alpha, too), of uint8, uint16, or float in [0, 1]. Sizes may differ.
             return_tensors: `"pt"` or `"np"`; without it lists of B tensors.
             kwargs: any option of the constructor, for this call alone (`None` for that of the processor);
-                `yaw_offsets`, degrees to the right of the front of each panorama that become its front; `device`, where
-                the views are made and returned.
+                `yaw_offsets`, degrees to the right of the front of each panorama that become its front;
+                `further_views`, for each panorama a list of `(yaw, pitch, fov)` in degrees of perspective views beside
+                those of the plan, such as a closer look; `device`, where the views are made and returned.
 
         Returns:
             `pixel_values` [B, V, 3, image_size, image_size], and where a panorama is partial `view_mask` [B, V], false
-            for a view that shows nothing the camera saw.
+            for a view that shows nothing the camera saw. With `further_views` there are E more, the most that a
+            panorama has, and `further_views` [B, E, 3] says where they look, NaN where a panorama has fewer.
 
         Raises:
             ValueError: for a panorama that cannot be read or is not what an option asks for, it is named; for an option
@@ -184,30 +188,45 @@ class PanoramaImageProcessor(BaseImageProcessor):
         if len(yaw_offsets) != len(sources):
             raise ValueError(f"yaw_offsets must name one angle a panorama, got {len(yaw_offsets)} for {len(sources)}")
 
+        further = check_further_views(kwargs.get("further_views"), len(sources))
+
         size = view_options.image_size
         device = torch.device(kwargs.get("device") or "cpu")
-        pixel_values = _empty((len(sources), view_options.plan.num_views, 3, size, size), device)
+        planned, most = view_options.plan.num_views, max(map(len, further), default=0)
+        pixel_values = _empty((len(sources), planned + most, 3, size, size), device)
         masks = [
-            self._make_views(self.fetch_images(source), view_options, options, float(yaw_offset), views)
-            for source, yaw_offset, views in zip(sources, yaw_offsets, pixel_values, strict=True)
+            self._make_views(self.fetch_images(source), view_options, options, float(yaw_offset), own, views)
+            for source, yaw_offset, own, views in zip(sources, yaw_offsets, further, pixel_values, strict=True)
         ]
         mean, std = (
             255 * torch.tensor(options[name], device=device).view(3, 1, 1) for name in ("image_mean", "image_std")
         )
         for views in pixel_values:  # a few MB at a time, which fit into a cache
             views.sub_(mean).div_(std)
+        for own, views in zip(further, pixel_values, strict=True):
+            views[planned + len(own) :] = 0
         data: dict[str, Any] = {"pixel_values": pixel_values if return_tensors else list(pixel_values)}
         if not all(bool(mask.all()) for mask in masks):
             data["view_mask"] = masks
+        if most:
+            absent = [(float("nan"),) * 3]
+            rows = [torch.tensor(own + absent * (most - len(own)), device=device) for own in further]
+            data["further_views"] = torch.stack(rows) if return_tensors else rows
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _make_views(
-        self, source: Any, views: ViewOptions, options: dict[str, Any], yaw_offset: float, out: torch.Tensor
+        self,
+        source: Any,
+        views: ViewOptions,
+        options: dict[str, Any],
+        yaw_offset: float,
+        further: list[tuple[float, float, float]],
+        out: torch.Tensor,
     ) -> torch.Tensor:
-        """Write the views of one panorama, in [0, 255], into `out` [V, 3, image_size, image_size]; from the cache where
-        there is one. Returns its mask [V]."""
-        if options["cache_dir"] is None:
-            return _sample_views(source, views, options, yaw_offset, out)
+        """Write the views of one panorama, in [0, 255], into `out` [V or more, 3, image_size, image_size]; from the
+        cache where there is one, and no further views. Returns its mask [V]."""
+        if options["cache_dir"] is None or further:
+            return _sample_views(source, views, options, yaw_offset, further, out)
         source = load_file_bytes(source)
         kept_out = ("cache_dir", "image_std")
         key = {name: value for name, value in options.items() if name not in kept_out} | asdict(views)
@@ -216,30 +235,60 @@ class PanoramaImageProcessor(BaseImageProcessor):
         file = Path(options["cache_dir"], name[:2], f"{name}.safetensors")
         stored = _read_prepared(file)
         if stored is None:
-            mask = _sample_views(source, views, options, yaw_offset, out)
+            out = out[: views.plan.num_views]
+            mask = _sample_views(source, views, options, yaw_offset, [], out)
             stored = {"views": out.round().to("cpu", torch.uint8), "mask": mask}
             file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as unfinished:
                 pass
             save_file(stored, unfinished.name)
             os.replace(unfinished.name, file)
-        out.copy_(stored["views"])
+        out[: len(stored["views"])].copy_(stored["views"])
         return stored["mask"]
 
 
+def check_further_views(further: Any, panoramas: int) -> list[list[tuple[float, float, float]]]:
+    """The further views of each panorama.
+
+    Raises:
+        ValueError: for lists that are not one a panorama, or a view that cannot be.
+    """
+    if further is None:
+        return [[]] * panoramas
+    if len(further) != panoramas:
+        raise ValueError(f"further_views must be a list for each panorama, got {len(further)} for {panoramas}")
+    for of_one in further:
+        for view in of_one:
+            yaw, pitch, fov = view if isinstance(view, list | tuple) and len(view) == 3 else (math.nan,) * 3
+            if not (math.isfinite(yaw) and -90 <= pitch <= 90 and 0 < fov < 180):
+                raise ValueError(
+                    "a further view must be (yaw, pitch, fov) in degrees, the pitch in [-90, 90] and the field of view "
+                    f"in (0, 180), got {view!r}. Typical value: (30, -10, 40)"
+                )
+    return [[(float(yaw), float(pitch), float(fov)) for yaw, pitch, fov in of_one] for of_one in further]
+
+
 def _sample_views(
-    source: Any, views: ViewOptions, options: dict[str, Any], yaw_offset: float, out: torch.Tensor
+    source: Any,
+    views: ViewOptions,
+    options: dict[str, Any],
+    yaw_offset: float,
+    further: list[tuple[float, float, float]],
+    out: torch.Tensor,
 ) -> torch.Tensor:
-    """Read one panorama and write its views, in [0, 255], into `out`. Returns its mask [V]."""
+    """Read one panorama and write its views, and the further ones, in [0, 255], into the first of `out`. Returns the
+    mask [V] of the views of the plan."""
+    plan = ViewPlan((*views.plan.views, *(View("perspective", *each) for each in further)))
+    out = out[: plan.num_views]
     panorama = read_panorama(
         source,
-        needed_width(views.plan, views.image_size),
+        needed_width(plan, views.image_size),
         fill=options["image_mean"],
         yaw_offset=yaw_offset,
         **{name: options[name] for name in _READ_OPTIONS},
     )
     pixels = panorama.pixels.to(out.device)
-    erp_to_views(pixels.permute(2, 0, 1), views.plan, views.image_size, out=out)
+    erp_to_views(pixels.permute(2, 0, 1), plan, views.image_size, out=out)
     if pixels.is_floating_point():
         out.mul_(255)
     return view_mask(views.plan, panorama.covered)

@@ -25,7 +25,7 @@ from .overlap_panorama import OverlapLoss, VICRegProjector, VICRegTerms
 from .resampler_panorama import RESAMPLERS, initialize_start, start_at
 from .stages_panorama import TRAINED_PARTS, Stage, StagesMixin
 from .token_labels_panorama import TokenLabelHead
-from .tokens_panorama import image_tokens
+from .tokens_panorama import further_codes, image_tokens
 from .towers_panorama import tower_of
 
 RAY_SCALE = 0.5  # deviation of the ray code at the start, beside tokens of deviation 1
@@ -163,22 +163,61 @@ class PanoramaModel(PanoramaPreTrainedModel):
         features = self.projection(tokens.flatten(1, 2)[:, indices], codes)
         return features if view_mask is None else features[view_mask[:, indices // tokens.shape[2]]]
 
+    def project_further(
+        self, features: torch.Tensor, tokens: torch.Tensor, further_views: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The features of panoramas [B, num_image_tokens, D_lm], each with those of its further views behind, in one
+        row: [tokens of all panoramas, D_lm].
+
+        Args:
+            features: of the views of the plan.
+            tokens: of the further views, [B, E, S, D_latent].
+            further_views: [B, E, 3], NaN where there is none.
+            mask: bool [B, V] of the views of the plan that show something.
+        """
+        codes = further_codes(further_views, self.token_grid, self.config.ray_frequencies)
+        further = self.projection(tokens, codes).flatten(1, 2)  # [B, E * S, D_lm]
+        indices, _ = image_tokens(
+            self.view_plan, self.token_grid, self.config.token_selection, self.config.ray_frequencies, tokens.device
+        )
+        there = further_views[..., 0].isfinite().repeat_interleave(tokens.shape[2], dim=1).to(tokens.device)
+        shown = torch.ones(features.shape[:2], dtype=torch.bool, device=tokens.device)
+        if mask is not None:
+            shown = mask[:, indices // tokens.shape[2]]
+        return torch.cat([features, further], 1)[torch.cat([shown, there], 1)]
+
     def get_image_features(
-        self, pixel_values: torch.Tensor, view_mask: torch.Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor,
+        view_mask: torch.Tensor | None = None,
+        further_views: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Panoramas as the language model sees them.
 
         Args:
-            pixel_values: [B, V, 3, H, W], or [B, 3, H, W] where a panorama is one view.
+            pixel_values: [B, V, 3, H, W], or [B, 3, H, W] where a panorama is one view; with E further views
+                [B, V + E, 3, H, W].
             view_mask: [B, V], false for views that show nothing.
+            further_views: [B, E, 3], yaw, pitch and field of view in degrees of views beside those of the plan, NaN
+                where a panorama has fewer. All of their tokens are shown, behind those of the panorama.
 
         Returns:
             `last_hidden_state` [B, V, S, D_latent], the resampled tokens, and `pooler_output`
-            [B, num_image_tokens, D_lm], what takes the place of the `<image>` tokens; with `view_mask` it is
-            [tokens of all panoramas, D_lm].
+            [B, num_image_tokens, D_lm], what takes the place of the `<image>` tokens; with `view_mask` or
+            `further_views` it is [tokens of all panoramas, D_lm].
         """
-        tokens = self.encode_views(self.check_pixels(pixel_values, self.view_plan.num_views))
-        features = self.project_tokens(tokens, self.check_view_mask(view_mask, tokens))
+        views = self.view_plan.num_views
+        further = 0 if further_views is None else further_views.shape[1]
+        tokens = self.encode_views(self.check_pixels(pixel_values, views + further))
+        tokens, of_further = tokens[:, :views], tokens[:, views:]
+        mask = self.check_view_mask(view_mask, tokens)
+        if further_views is None:
+            features = self.project_tokens(tokens, mask)
+        else:
+            if further_views.shape[::2] != (len(tokens), 3):
+                raise ValueError(f"further_views must be [{len(tokens)}, E, 3], got {list(further_views.shape)}")
+            features = self.project_further(self.project_tokens(tokens), of_further, further_views, mask)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
 
     def is_placeholder(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -258,6 +297,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         view_mask: torch.Tensor | None = None,
+        further_views: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> PanoramaModelOutput:
         """Hidden states of text with panoramas.
@@ -269,6 +309,8 @@ class PanoramaModel(PanoramaPreTrainedModel):
             inputs_embeds: [B, T, D_lm] instead of `input_ids` and `pixel_values`.
             view_mask: [panoramas, V], false for views of a partial panorama that show nothing the camera saw; their
                 tokens are not shown to the language model.
+            further_views: [panoramas, E, 3], see :meth:`get_image_features`; `pixel_values` then has V + E views, and
+                each further view S more placeholders.
             position_ids, past_key_values, kwargs: as in any language model of transformers.
 
         Raises:
@@ -283,7 +325,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
                     "pixel_values take the place of <image> tokens in input_ids; with inputs_embeds put "
                     "get_image_features(...).pooler_output into them and leave pixel_values out"
                 )
-            image = self.get_image_features(pixel_values, view_mask)
+            image = self.get_image_features(pixel_values, view_mask, further_views)
             image_features, tokens = image.pooler_output, image.last_hidden_state
         if input_ids is not None:
             # A token that was just generated is no placeholder; to look would cost a synchronisation a token.
@@ -389,10 +431,14 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         self.lm_head = new_embeddings
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, view_mask: torch.Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor,
+        view_mask: torch.Tensor | None = None,
+        further_views: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """See :meth:`PanoramaModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, view_mask, **kwargs)
+        return self.model.get_image_features(pixel_values, view_mask, further_views, **kwargs)
 
     # Composing, loading and saving
 
@@ -570,6 +616,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         shift_labels: torch.Tensor | None = None,
         token_classes: torch.Tensor | None = None,
         token_places: torch.Tensor | None = None,
+        further_views: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> VisionStageOutput | TrainingStageOutput:
         """One step of a stage.
@@ -594,6 +641,8 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
                 `model.loss_function` was set to one that needs them.
             token_classes, token_places: what the tokens show, [panoramas, V, S, fields] and [panoramas, V, S, 4], as
                 :func:`token_labels_panorama.token_labels` makes them, for a model with a `label_head`.
+            further_views: [panoramas, E, 3], views beside those of the plan, see
+                :meth:`PanoramaModel.get_image_features`; not in stage `vision`.
 
         Raises:
             ValueError: for a shape, a number of views or a number of placeholders that does not fit.
@@ -614,6 +663,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             view_mask=view_mask,
+            further_views=further_views,
             use_cache=bool(use_cache) if supervised and not return_logits else use_cache,
             **kwargs,
         )

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100  # what cross-entropy leaves out
 STEPS = ("<think>", "</think>")  # around what is said before an answer
+_IMAGE_KEYS = ("image", "url", "path")
 _STAND_IN = Image.new("L", (1, 1))  # for a panorama that is not opened yet
 
 # For tokenizers without a chat template of their own.
@@ -108,6 +109,7 @@ class PanoramaProcessor(ProcessorMixin):
             panorama expands to those of the views that show something.
         max_text_length, default_generation_prompt, vision_token_fallback_position: as in :class:`PanoramaConfig`.
         image_token: the placeholder in texts.
+        tokens_per_view: placeholders that a further view of a panorama costs; `PanoramaConfig.tokens_per_view`.
     """
 
     valid_processor_kwargs = PanoramaProcessorKwargs
@@ -123,6 +125,7 @@ class PanoramaProcessor(ProcessorMixin):
         default_generation_prompt: str = DEFAULT_PROMPT,
         vision_token_fallback_position: str = "start",
         image_token: str = IMAGE_TOKEN,
+        tokens_per_view: int | None = None,
     ):
         if tokenizer is None or image_processor is None:
             raise ValueError("PanoramaProcessor needs an image_processor and a tokenizer, one of them is None")
@@ -140,6 +143,7 @@ class PanoramaProcessor(ProcessorMixin):
             )
         self.num_image_tokens = num_image_tokens
         self.image_tokens_per_view = None if image_tokens_per_view is None else list(image_tokens_per_view)
+        self.tokens_per_view = tokens_per_view
         self.max_text_length = max_text_length
         self.default_generation_prompt = default_generation_prompt
         self.vision_token_fallback_position = vision_token_fallback_position
@@ -184,6 +188,7 @@ class PanoramaProcessor(ProcessorMixin):
             chat_template=cls.teach_template(tokenizer.chat_template, config.system_prompt),
             num_image_tokens=config.num_image_tokens,
             image_tokens_per_view=config.image_tokens_per_view,
+            tokens_per_view=config.tokens_per_view,
             max_text_length=config.max_text_length,
             default_generation_prompt=config.default_generation_prompt,
             vision_token_fallback_position=config.vision_token_fallback_position,
@@ -315,7 +320,19 @@ class PanoramaProcessor(ProcessorMixin):
         return self.image_token * self._image_token_counts(image_inputs)[image_idx]
 
     def _image_token_counts(self, image_inputs: Mapping[str, Any]) -> list[int]:
-        """What each panorama expands to, from `pixel_values` and `view_mask`."""
+        """What each panorama expands to, from `pixel_values`, `view_mask` and `further_views`."""
+        counts = self._plan_token_counts(image_inputs)
+        if "further_views" not in image_inputs:
+            return counts
+        if self.tokens_per_view is None:
+            raise ValueError(
+                "further views need tokens_per_view to know what they cost; make the processor with "
+                "PanoramaProcessor.from_config, or set it to PanoramaConfig.tokens_per_view"
+            )
+        further = (torch.as_tensor(views)[:, 0].isfinite().sum() for views in image_inputs["further_views"])
+        return [own + self.tokens_per_view * int(more) for own, more in zip(counts, further, strict=True)]
+
+    def _plan_token_counts(self, image_inputs: Mapping[str, Any]) -> list[int]:
         if "view_mask" not in image_inputs:
             return [self.num_image_tokens] * len(image_inputs["pixel_values"])
         if self.image_tokens_per_view is None:
@@ -370,7 +387,8 @@ class PanoramaProcessor(ProcessorMixin):
 
         Args:
             conversation: messages, or a list of conversations. The content of a message is a string, or a list of
-                parts: `{"type": "text", "text": ...}`, `{"type": "image", "image": panorama}` (or `url`, `path`).
+                parts: `{"type": "text", "text": ...}`, `{"type": "image", "image": panorama}` (or `url`, `path`), with
+                `"further_views": [(yaw, pitch, fov), ...]` where parts of it are to be looked at more closely.
             chat_template: instead of the processor's own.
             return_labels: make training inputs: padding on the right, and `labels` [B, T] which repeat `input_ids`
                 where the assistant speaks (its end-of-turn token included) and are -100 elsewhere. A text longer
@@ -382,6 +400,11 @@ class PanoramaProcessor(ProcessorMixin):
         conversations = [self._fill_in(messages) for messages in batch]
         if return_labels:
             return self._training_inputs(conversations, chat_template)
+        further = [views for messages in conversations for views in _further_views_of(messages)]
+        if any(further) and kwargs.get("tokenize"):
+            own = dict(kwargs.get("processor_kwargs") or {})
+            own["images_kwargs"] = {**own.get("images_kwargs", {}), "further_views": further}
+            kwargs["processor_kwargs"] = own
         return super().apply_chat_template(
             conversations if batched else conversations[0], chat_template=chat_template, **kwargs
         )
@@ -410,12 +433,14 @@ class PanoramaProcessor(ProcessorMixin):
             for messages, text in zip(conversations, rendered, strict=True)
         ]
         images = [_images_of(messages) for messages in conversations]
+        further = [views for messages in conversations for views in _further_views_of(messages)]
         inputs = self(
             images=images if any(images) else None,
             text=rendered,
             padding=False,
             add_special_tokens=False,
             return_offsets_mapping=True,
+            **({"further_views": further} if any(further) else {}),
         )
         counts = iter(self._image_token_counts(inputs) if "pixel_values" in inputs else [])
         rows, labels = [], []
@@ -444,6 +469,8 @@ class PanoramaProcessor(ProcessorMixin):
             data["pixel_values"] = torch.stack(list(inputs["pixel_values"]))
         if "view_mask" in inputs:
             data["view_mask"] = torch.stack(list(inputs["view_mask"]))
+        if "further_views" in inputs:
+            data["further_views"] = torch.stack(list(inputs["further_views"]))
         return BatchFeature(data)
 
     def pack_conversations(
@@ -476,7 +503,8 @@ class PanoramaProcessor(ProcessorMixin):
         images = _images_of(conversations[0])
         if len(shared) > 1 or len(images) != 1 or any(text.count(self.image_token) != 1 for text in rendered):
             raise ValueError("conversations that are packed must each begin with the same panorama and have no other")
-        inputs = self.image_processor(images, return_tensors="pt")
+        further = _further_views_of(conversations[0])
+        inputs = self.image_processor(images, return_tensors="pt", further_views=further if any(further) else None)
         (count,) = self._image_token_counts(inputs)
         encoded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
         rows, labels = [], []
@@ -546,12 +574,18 @@ def _supervised(
 
 def _images_of(messages: list[dict[str, Any]]) -> list[Any]:
     """The panoramas of a conversation, in reading order."""
-    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    return [
-        next(part[key] for key in ("image", "url", "path") if key in part)
-        for part in parts
-        if part["type"] == "image" and any(key in part for key in ("image", "url", "path"))
-    ]
+    return [next(part[key] for key in _IMAGE_KEYS if key in part) for part in _image_parts(messages)]
+
+
+def _further_views_of(messages: Sequence[dict[str, Any]]) -> list[list[Any]]:
+    """The further views of each panorama of a conversation, in reading order."""
+    return [list(part.get("further_views") or []) for part in _image_parts(messages)]
+
+
+def _image_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    contents = (message.get("content") for message in messages)
+    parts = [part for content in contents if content and not isinstance(content, str) for part in content]
+    return [part for part in parts if part.get("type") == "image" and any(key in part for key in _IMAGE_KEYS)]
 
 
 PanoramaProcessor.register_for_auto_class("AutoProcessor")

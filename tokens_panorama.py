@@ -13,6 +13,7 @@ import torch
 
 from .geometry_panorama import (
     Grid,
+    View,
     ViewPlan,
     owned_tokens,
     plan_rays,
@@ -47,6 +48,17 @@ def image_tokens(
     indices = owned_tokens(plan, grid).reshape(-1).nonzero()[0] if selection == "owned" else range(len(rays))
     codes = ray_code(rays[indices], frequencies)
     return torch.tensor(indices, device=device), torch.tensor(codes, dtype=torch.float32, device=device)
+
+
+def further_codes(further_views: torch.Tensor, grid: Grid, frequencies: int) -> torch.Tensor:
+    """Ray codes [B, E, S, 3 + 6K] of the tokens of perspective views [B, E, 3] of yaw, pitch and field of view in
+    degrees; zero for a view that is not there (NaN)."""
+    codes = torch.zeros(*further_views.shape[:2], grid[0] * grid[1], 3 + 6 * frequencies)
+    for place in further_views[..., 0].isfinite().nonzero().tolist():
+        yaw, pitch, fov = further_views[tuple(place)].tolist()
+        rays = View("perspective", yaw, pitch, fov).rays(grid).reshape(-1, 3)
+        codes[tuple(place)] = torch.from_numpy(ray_code(rays, frequencies)).float()
+    return codes.to(further_views.device)
 
 
 @_constant

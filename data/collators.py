@@ -114,11 +114,9 @@ class _Collator:
                 skipped.append({"sample": sample.get("name"), "source": sample.get("source"), "reason": reason})
         if not good:
             return None
-        batch = {"pixel_values": torch.cat([each["pixel_values"] for each in good])}  # [panoramas, V, 3, H, W]
+        batch = _with_further_views(good)
         if any("view_mask" in each for each in good):
-            masks = [
-                each.get("view_mask", torch.ones(each["pixel_values"].shape[:2], dtype=torch.bool)) for each in good
-            ]
+            masks = [each.get("view_mask", torch.ones(_planned(each), dtype=torch.bool)) for each in good]
             batch["view_mask"] = torch.cat(masks)  # [panoramas, V]
         for name in ("token_classes", "token_places"):
             if name in good[0]:
@@ -194,6 +192,7 @@ class ConversationCollator(_Collator):
             conversations that a sample may have about its panorama) sees the panorama and itself alone; the others are
             one conversation. Which ones follows from the seed, the epoch and the sample.
         seed: of that.
+        further_view: share of the samples, in [0, 1], that see one further, narrower view in some direction.
     """
 
     def __init__(
@@ -204,13 +203,16 @@ class ConversationCollator(_Collator):
         labelled: Labelled | None = None,
         independent: float = 0.0,
         seed: int = 0,
+        further_view: float = 0.0,
     ):
         super().__init__(processor, cache_dir, labelled)
         self.compares, self.independent, self.seed = compares, independent, seed
+        self.further_view = further_view
 
     def prepare(self, sample: RawSample) -> dict[str, torch.Tensor]:
         messages = self._checked(sample["messages"] if "messages" in sample else conversation(**sample), sample)
         further = [self._checked(each, sample) for each in sample.get("further", [])]
+        self._look_closer(messages, sample)
         inputs = self._packed(messages, further, sample)
         if inputs is None:
             inputs = self.processor.apply_chat_template([[*messages, *chain(*further)]], return_labels=True)
@@ -218,6 +220,16 @@ class ConversationCollator(_Collator):
             self.check_comparable(inputs)
         self.add_labels(inputs, sample)
         return inputs
+
+    def _look_closer(self, messages: list[dict[str, Any]], sample: RawSample) -> None:
+        """Give some samples a further view of their panorama: uniform over the sphere, 30 to 60 degrees wide."""
+        if self.further_view == 0:
+            return
+        generator = np.random.default_rng((self.seed, sample.get("epoch", 0), sample.get("index", 0), 3))
+        share, yaw, height, fov = generator.uniform((0, -180, -1, 30), (1, 180, 1, 60))
+        image = next((part for message in messages for part in message["content"] if part["type"] == "image"), None)
+        if share < self.further_view and image is not None:
+            image["further_views"] = [(yaw, float(np.degrees(np.arcsin(height))), fov)]
 
     def _packed(
         self, messages: list[dict[str, Any]], further: list[list[dict[str, Any]]], sample: RawSample
@@ -258,6 +270,27 @@ class ConversationCollator(_Collator):
         if not any(message["role"] == "assistant" for message in messages):
             raise BadSample("no answer: there is no turn of the assistant to learn from")
         return messages
+
+
+def _planned(inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """Panoramas, and views of each without further ones."""
+    panoramas, views = inputs["pixel_values"].shape[:2]
+    return panoramas, views - (inputs["further_views"].shape[1] if "further_views" in inputs else 0)
+
+
+def _with_further_views(good: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """`pixel_values` [panoramas, V + E, 3, H, W]; where any has a further view, `further_views` [panoramas, E, 3]."""
+    if not any("further_views" in each for each in good):
+        return {"pixel_values": torch.cat([each["pixel_values"] for each in good])}
+    most = max(each["pixel_values"].shape[1] for each in good)
+    pixels, further = [], []
+    for each in good:
+        views = each["pixel_values"]
+        own = each.get("further_views", torch.full((len(views), 0, 3), torch.nan))
+        missing = most - views.shape[1]
+        pixels.append(torch.nn.functional.pad(views, (0, 0, 0, 0, 0, 0, 0, missing)))
+        further.append(torch.nn.functional.pad(own, (0, 0, 0, missing), value=torch.nan))
+    return {"pixel_values": torch.cat(pixels), "further_views": torch.cat(further)}
 
 
 def _seen_by_each(good: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

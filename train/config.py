@@ -56,6 +56,10 @@ class StageConfig:
         "share of the samples, in [0, 1], whose questions are taught each by itself, in one row in which they do not "
         "see each other; the others are one conversation. Not for stage vision",
     )
+    further_view: float = _option(
+        0.0,
+        "share of the samples, in [0, 1], that see one further, narrower view in some direction; not in stage vision",
+    )
     data: list[DataSource] = _option([], "the stage's own data; without it that of the run")
 
 
@@ -130,6 +134,8 @@ class TrainConfig:
             weight, share = options.label_loss_weight, options.independent_questions
             _require(weight >= 0, f"{stage}.label_loss_weight", weight, "at least 0")
             _require(0 <= share <= 1, f"{stage}.independent_questions", share, "in [0, 1]")
+            _require(0 <= options.further_view <= 1, f"{stage}.further_view", options.further_view, "in [0, 1]")
+            _require(not options.further_view or stage != "vision", f"{stage}.further_view", options.further_view, "0")
             _require(
                 not share or self.attention != "flash_attention_2",
                 f"{stage}.independent_questions",

@@ -90,9 +90,14 @@ class Feed:
             heading = training and config.random_heading
             collate = VisionCollator(self.processor, config.seed, config.cache_dir, heading, self.labelled)
         else:
-            independent = options.independent_questions
             collate = ConversationCollator(
-                self.processor, config.cache_dir, self.compares, self.labelled, independent, config.seed
+                self.processor,
+                config.cache_dir,
+                self.compares,
+                self.labelled,
+                independent=options.independent_questions,
+                seed=config.seed,
+                further_view=options.further_view if training else 0.0,
             )
         return BatchStream(
             samples,

@@ -98,6 +98,7 @@ class OptimizerStep:
         if "pixel_values" not in batch:
             return 0
         panoramas, views = batch["pixel_values"].shape[:2]
+        views -= batch["further_views"].shape[1] if "further_views" in batch else 0
         return self.plain.overlap.count_pairs(panoramas, views, batch.get("view_mask"))
 
     def weight(self, batch: Batch) -> int:
