@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import get_scheduler
 
 from ..checkpoint_panorama import choose_attention
 from ..data.samples import Samples
@@ -29,6 +28,7 @@ from .export import Exporter
 from .feed import Feed
 from .hub import HubPusher
 from .metrics import Metrics
+from .optimizers import make_schedule
 from .signals import Preempted, asked_to_stop
 from .stage import Stage
 from .steps import OptimizerStep
@@ -109,8 +109,7 @@ class _StageRun:
         self.feed = Feed(stage, self.processor, train, validation, compares)
         self.total = self.feed.stream.steps
         self.model, self.optimizer = prepare(stage, model)
-        warmup = int(self.total * stage.options.warmup_ratio)
-        self.schedule = get_scheduler(stage.options.schedule, self.optimizer, warmup, self.total)
+        self.schedule = make_schedule(self.optimizer, stage.options, self.total)
         self.skipped = SkippedSamples(
             stage.logs / "skipped.jsonl",
             self.config.max_bad_share,
