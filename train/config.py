@@ -56,8 +56,8 @@ class StageConfig:
     schedule: str = _option("cosine", f"of the learning rate, by transformers.get_scheduler: {', '.join(SCHEDULES)}")
     decay_ratio: float | None = _option(
         None,
-        f"share of the steps, the last ones, in which the learning rate of {STABLE} falls in a line to 0; only with that "
-        f"schedule, and {DECAY_RATIO} where it is not given",
+        f"share of the steps, the last ones, in which the learning rate of {STABLE} falls in a line to 0; only with "
+        f"that schedule, and {DECAY_RATIO} where it is not given",
     )
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
     data: list[DataSource] = _option([], "the stage's own data; without it that of the run")
