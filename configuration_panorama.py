@@ -68,8 +68,11 @@ class PanoramaConfig(PretrainedConfig):
             :class:`ViewOptions`; `image_size` is the vision tower's own where it is not given.
         token_selection: `"owned"` sends each direction seen by tiles to the language model once, `"all"` every token.
         ray_frequencies: octaves of the ray position code; 0 leaves the bare ray.
-        vision_trainable_blocks: how many of the last blocks of the vision tower train in stage `vision`.
-        finetune_vision_tower: whether the vision tower trains in stage `finetune`.
+        vision_trainable_blocks: how many of the last blocks of the vision tower train in stage `vision`; `"all"` for
+            the whole tower, its embeddings and last norm too.
+        resampler_vision_tower, finetune_vision_tower: whether the vision tower trains in stage `resampler`, `finetune`.
+        resampler_language_model: whether the language model trains, whole, in stage `resampler`: one with random
+            weights has nothing yet that the resampler could be aligned with.
         vicreg_loss_weight: weight of the overlap loss in stage `vision`.
         vicreg_similarity_weight, vicreg_variance_weight, vicreg_covariance_weight: weights of VICReg's three terms.
         vicreg_gamma: the standard deviation that the variance term asks of each dimension.
@@ -120,7 +123,9 @@ class PanoramaConfig(PretrainedConfig):
         resampler_heads: int = 8,
         token_selection: str = "owned",
         ray_frequencies: int = 6,
-        vision_trainable_blocks: int = 0,
+        vision_trainable_blocks: int | str = 0,
+        resampler_vision_tower: bool = False,
+        resampler_language_model: bool = False,
         finetune_vision_tower: bool = False,
         vicreg_loss_weight: float = 1.0,
         vicreg_similarity_weight: float = 25.0,
@@ -174,8 +179,17 @@ class PanoramaConfig(PretrainedConfig):
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
         self.token_selection = _one_of("token_selection", token_selection, ["owned", "all"])
         self.ray_frequencies = _at_least_zero("ray_frequencies", ray_frequencies, 6)
-        self.vision_trainable_blocks = _at_least_zero("vision_trainable_blocks", vision_trainable_blocks, 0)
-        self.finetune_vision_tower = finetune_vision_tower
+        if vision_trainable_blocks != "all" and not (
+            type(vision_trainable_blocks) is int and vision_trainable_blocks >= 0
+        ):
+            raise ValueError(
+                "vision_trainable_blocks must be a number of blocks, at least 0, or 'all', got "
+                f"{vision_trainable_blocks!r}. Typical value: 0"
+            )
+        self.vision_trainable_blocks = vision_trainable_blocks
+        self.resampler_vision_tower = _flag("resampler_vision_tower", resampler_vision_tower)
+        self.resampler_language_model = _flag("resampler_language_model", resampler_language_model)
+        self.finetune_vision_tower = _flag("finetune_vision_tower", finetune_vision_tower)
 
         self.vicreg_loss_weight = _at_least_zero("vicreg_loss_weight", vicreg_loss_weight, 1.0)
         self.vicreg_similarity_weight = _at_least_zero("vicreg_similarity_weight", vicreg_similarity_weight, 25.0)
@@ -399,6 +413,12 @@ def _positive(name: str, value: Any, typical: float) -> Any:
 def _at_least_zero(name: str, value: Any, typical: float) -> Any:
     if not value >= 0:
         raise ValueError(f"{name} must be at least 0, got {value}. Typical value: {typical}")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
     return value
 
 

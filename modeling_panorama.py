@@ -365,12 +365,13 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
      └───────────────────────┘                              ▼
                                               language_model, lm_head -> loss, logits, text
 
-    module             vision                      resampler      finetune
-    vision_tower       frozen (last n blocks: option)  frozen     frozen (option: trains)
-    resampler          trains                      trains         trains
-    vicreg_projector   trains                      frozen         frozen
-    projection         unused                      trains         trains
-    language_model     not run                     frozen         LoRA (default) or whole, with its head
+    module             vision                      resampler                finetune
+    vision_tower       frozen (option: the last    frozen (option: trains)  frozen (option: trains)
+                       n blocks or all train)
+    resampler          trains                      trains                   trains
+    vicreg_projector   trains                      frozen                   frozen
+    projection         unused                      trains                   trains
+    language_model     not run                     frozen (option: whole)   LoRA (default) or whole, with its head
     ```
 
     Every token knows the direction it looks in (`geometry_panorama.py`). The overlap loss compares tokens of

@@ -13,12 +13,18 @@ Stage = Literal["vision", "resampler", "finetune"]
 
 PARTS = ("vision_tower", "resampler", "vicreg_projector", "projection", "language_model", "label_head")
 # What trains in which stage; everything else is frozen. Of the vision tower, `blocks` are the last
-# `vision_trainable_blocks`, and `tower` is all of it where `finetune_vision_tower` is set; of a language model with
-# LoRA only the adapters train. A model has a `label_head` while it is taught token labels.
+# `vision_trainable_blocks`; of a language model with LoRA only the adapters train. A model has a `label_head` while it is
+# taught token labels.
 TRAINED_PARTS: dict[str, tuple[str, ...]] = {
     "vision": ("blocks", "resampler", "vicreg_projector", "label_head"),
-    "resampler": ("resampler", "projection", "label_head"),
-    "finetune": ("tower", "resampler", "projection", "language_model", "label_head"),
+    "resampler": ("vision_tower", "resampler", "projection", "language_model", "label_head"),
+    "finetune": ("vision_tower", "resampler", "projection", "language_model", "label_head"),
+}
+# Of these, what trains only where an option says so.
+OPTIONAL_PARTS = {
+    ("resampler", "vision_tower"): "resampler_vision_tower",
+    ("resampler", "language_model"): "resampler_language_model",
+    ("finetune", "vision_tower"): "finetune_vision_tower",
 }
 STAGES = tuple(TRAINED_PARTS)  # in order
 
@@ -67,7 +73,8 @@ class StagesMixin:
             self.model.language_model = self.model.language_model.merge_and_unload()
 
     def set_stage(self, stage: Stage) -> list[str]:
-        """Set what trains, from the table `TRAINED_PARTS`, and put everything frozen into evaluation mode.
+        """Set what trains, from the tables `TRAINED_PARTS` and `OPTIONAL_PARTS`, and put everything frozen into
+        evaluation mode.
 
         What no output of the stage depends on, such as the pooling head of a tower, is frozen too.
 
@@ -89,6 +96,9 @@ class StagesMixin:
             self.add_lora()
         self.requires_grad_(False)
         for part in TRAINED_PARTS[stage]:
+            option = OPTIONAL_PARTS.get((stage, part))
+            if option is not None and not getattr(self.config, option):
+                continue
             for parameter in self._trained_parameters(part):
                 parameter.requires_grad_(True)
         parts = [*self.model.children(), self.lm_head, self.vicreg_projector, self.label_head]
@@ -99,13 +109,12 @@ class StagesMixin:
 
     def _trained_parameters(self, part: str) -> list[nn.Parameter]:
         """The parameters of an entry of `TRAINED_PARTS`."""
-        config, tower = self.config, self.model.vision_tower
-        if part == "blocks":
-            return [p for block in self._last_blocks(config.vision_trainable_blocks) for p in block.parameters()]
-        if part == "tower":
-            unused = tower_of(config.vision_config).unused
-            used = [p for name, p in tower.named_parameters() if not name.startswith(unused)]
-            return used if config.finetune_vision_tower else []
+        blocks = self.config.vision_trainable_blocks
+        if part == "blocks" and isinstance(blocks, int):
+            return [p for block in self._last_blocks(blocks) for p in block.parameters()]
+        if part in ("blocks", "vision_tower"):
+            unused = tower_of(self.config.vision_config).unused
+            return [p for name, p in self.model.vision_tower.named_parameters() if not name.startswith(unused)]
         if part == "language_model" and self.has_lora:
             return [p for name, p in self.model.language_model.named_parameters() if "lora_" in name]
         return [p for name, p in self.named_parameters() if part_of(name) == part]

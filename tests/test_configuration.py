@@ -11,6 +11,12 @@ from transformers import CLIPConfig, Dinov2Config, LlamaConfig
     [
         ({"overlap_ratio": 1.5}, r"^overlap_ratio must be in \(0, 1\), got 1.5. Typical range: \[0.3, 0.7\]$"),
         ({"overlap_ratio": 0.0}, r"overlap_ratio must be in \(0, 1\), got 0.0"),
+        ({"vision_trainable_blocks": "some"}, "vision_trainable_blocks must be .* at least 0, or 'all', got 'some'"),
+        ({"vision_trainable_blocks": -1}, "vision_trainable_blocks must be .* at least 0, or 'all', got -1"),
+        ({"vision_trainable_blocks": True}, "vision_trainable_blocks must be .* at least 0, or 'all', got True"),
+        ({"resampler_vision_tower": "all"}, "resampler_vision_tower must be true or false, got 'all'"),
+        ({"resampler_language_model": 1}, "resampler_language_model must be true or false, got 1"),
+        ({"finetune_vision_tower": "yes"}, "finetune_vision_tower must be true or false, got 'yes'"),
         ({"vicreg_projector_dim": 0}, "^vicreg_projector_dim must be positive, got 0"),
         ({"vicreg_projector_dim": -3}, "^vicreg_projector_dim must be positive, got -3"),
         ({"vicreg_projector_depth": 0}, "vicreg_projector_depth must be positive, got 0"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from panorama_vlm import PanoramaConfig, PanoramaVLM, TrainingStageOutput, VisionStageOutput, checkpoint_panorama
 from panorama_vlm.checkpoint_panorama import choose_attention
-from panorama_vlm.stages_panorama import TRAINED_PARTS, part_of
+from panorama_vlm.stages_panorama import PARTS, TRAINED_PARTS, part_of
 from panorama_vlm.towers_panorama import tower_of
 from transformers import AutoModelForCausalLM
 
@@ -126,18 +126,28 @@ def test_the_table_of_stages_says_what_trains(make):
         assert sorted(trained) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
     blocks = {name.split(".layers.")[1][0] for name in model.set_stage("vision") if "vision_tower" in name}
     assert blocks == {"1"}
+    model, _ = make(vision_trainable_blocks="all", resampler_vision_tower=True, resampler_language_model=True)
+    every = {part: {n for n, _ in model.named_parameters() if part_of(n) == part} for part in PARTS}
+    tower, rest = every["vision_tower"], every["resampler"]
+    assert set(model.set_stage("vision")) == tower | rest | every["vicreg_projector"]
+    assert set(model.set_stage("resampler")) == tower | rest | every["projection"] | every["language_model"]
+    assert model.model.vision_tower.training and model.model.language_model.training
+    finetuned = {part_of(name) for name in model.set_stage("finetune")}
+    assert finetuned == {"resampler", "projection", "language_model"} and not model.model.vision_tower.training
     with pytest.raises(ValueError, match="stage must be one of"):
         model.set_stage("warmup")
 
 
+@pytest.mark.parametrize("stage", ["vision", "resampler", "finetune"])
 @pytest.mark.parametrize("tower", TOWERS)
-def test_what_no_token_depends_on_is_known_and_does_not_train(make, panoramas, tower):
+def test_what_no_token_depends_on_is_known_and_does_not_train(make, panoramas, tower, stage):
     """Processes that wait for all gradients would wait for it forever."""
     vision = {**SMALL, "image_size": 64, **TOWERS[tower], "vision_use_head": True, "use_mask_token": True}
     if tower == "siglip2":
         del vision["image_size"]
-    model, processor = make(vision=vision, finetune_vision_tower=True, use_lora=False)
-    trained = model.set_stage("finetune")
+    trains = {"vision_trainable_blocks": "all", "resampler_vision_tower": True, "finetune_vision_tower": True}
+    model, processor = make(vision=vision, use_lora=False, **trains)
+    trained = model.set_stage(stage)
     pixels = processor(images=panoramas[0], return_tensors="pt")["pixel_values"]
     parameters = dict(model.model.vision_tower.named_parameters())
     for parameter in parameters.values():

@@ -7,8 +7,8 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from panorama_vlm.train.checks import check_run
-from panorama_vlm.train.config import StageConfig, load_config
-from panorama_vlm.train.optimizers import MuonAndAdamW, hidden_matrices, make_optimizer
+from panorama_vlm.train.config import SCHEDULES, StageConfig, load_config
+from panorama_vlm.train.optimizers import MuonAndAdamW, hidden_matrices, make_optimizer, make_schedule
 
 
 def orthogonalised(matrix):
@@ -132,3 +132,38 @@ def test_muon_with_deepspeed_is_refused_before_anything_is_loaded():
     deepspeed.distributed_type = DistributedType.DEEPSPEED
     with pytest.raises(ValueError, match="resampler.optimizer is 'muon'.*use data parallel or FSDP2"):
         check_run(load_config(["tiny.yaml", "--resampler.optimizer", "muon"]), deepspeed)
+
+
+def rates(options, steps, peaks=(1.0,)):
+    """Rates of each step, by the groups of an optimizer."""
+    groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": peak} for peak in peaks]
+    optimizer = torch.optim.AdamW(groups)
+    schedule = make_schedule(optimizer, options, steps)
+    found = []
+    for _ in range(steps):
+        found.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup_ratio", "decay_ratio"), [(100, 0.05, None), (100, 0.0, 0.5), (37, 0.1, 0.2), (10, 0.5, 0.5)]
+)
+def test_a_rate_rises_stays_and_falls_in_a_line_over_the_last_share(steps, warmup_ratio, decay_ratio):
+    options = StageConfig(schedule="warmup_stable_decay", warmup_ratio=warmup_ratio, decay_ratio=decay_ratio)
+    rise, fall = int(steps * warmup_ratio), int(steps * (0.3 if decay_ratio is None else decay_ratio))
+    expected = [min(1.0, step / rise if rise else 1.0, (steps - step) / fall) for step in range(steps)]
+    for found, factor in zip(rates(options, steps, peaks=(2e-3, 5e-4)), expected, strict=True):
+        assert found == pytest.approx([2e-3 * factor, 5e-4 * factor])
+    assert 1.0 in expected and expected[-1] == pytest.approx(1 / fall)
+
+
+def test_the_shortest_stages_have_a_schedule_too():
+    options = StageConfig(schedule="warmup_stable_decay", warmup_ratio=0.1, decay_ratio=0.1)
+    assert rates(options, 1) == [[1.0]] and rates(options, 2) == [[1.0], [1.0]]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_that_is_allowed_works(schedule):
+    assert len(rates(StageConfig(schedule=schedule, warmup_ratio=0.1), 20)) == 20

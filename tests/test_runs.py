@@ -121,6 +121,7 @@ def test_a_folder_that_no_stage_has_left_is_refused(tmp_path):
 
 def test_a_run_with_muon_that_was_stopped_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch):
     options = ["--resampler.optimizer", "muon", "--resampler.learning_rates.projection", "3e-3"]
+    options += ["--resampler.schedule", "warmup_stable_decay", "--resampler.decay_ratio", "0.7"]
     whole = run_here(tmp_path / "whole", "--stage", "resampler", *options)["resampler"]
     stopped_at(tmp_path / "stopped", 3, monkeypatch, *options)
     assert run_here(tmp_path / "stopped", "--stage", "resampler", *options)["resampler"] == whole[3:]

@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 
 NO_DROPOUT = "{latent_dimension: 32, lora_dropout: 0.0, overlap_loss_weight_finetune: 0.1}"
 
+STABLE = ["--vision.schedule", "warmup_stable_decay"]
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -342,6 +344,25 @@ def test_the_whole_language_model_and_tower_train_where_lora_is_off(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_model_of_random_weights_trains_whole_where_it_is_asked_and_else_what_stays_frozen_is_named(tmp_path, caplog):
+    run_here(tmp_path / "frozen", "--stage", "resampler", "--resampler.max_steps", 1)
+    assert "language model has random weights and stays frozen in stage 'resampler'" in caplog.text
+    run_here(tmp_path / "vision", "--stage", "vision", "--vision.epochs", 0.1)
+    assert "vision tower has random weights and stays frozen in stage 'vision'" in caplog.text
+    caplog.clear()
+    options = ["--options.vision_trainable_blocks", "all", "--options.resampler_vision_tower", "true"]
+    options += ["--options.resampler_language_model", "true", "--finetune.max_steps", 1]
+    options += ["--vision.optimizer", "muon", "--resampler.optimizer", "muon"]
+    run_here(tmp_path / "whole", *options)
+    assert "random weights" not in caplog.text
+    vision, resampler = (
+        load_file(tmp_path / "whole" / stage / "model.safetensors") for stage in ("vision", "resampler")
+    )
+    changed = {part_of(name) for name, value in resampler.items() if not torch.equal(value, vision[name])}
+    assert changed == {"vision_tower", "resampler", "projection", "language_model"}
+
+
+@pytest.mark.slow
 def test_prepared_views_and_a_stage_of_its_own_rates_train_too(tmp_path):
     options = ["--cache_dir", tmp_path / "views", "--num_workers", 2, "--vision.learning_rates", "{resampler: 0.0}"]
     losses = run_here(tmp_path / "run", "--stage", "vision", *options)
@@ -363,6 +384,16 @@ def test_prepared_views_and_a_stage_of_its_own_rates_train_too(tmp_path):
         (["tiny.yaml", "--stage", "fine"], "Invalid value 'fine', expected one of"),
         (["tiny.yaml", "--vision.batch_size", "0"], "vision.batch_size must be positive, got 0"),
         (["tiny.yaml", "--vision.warmup_ratio", "1"], r"vision.warmup_ratio must be in \[0, 1\), got 1"),
+        (
+            ["tiny.yaml", "--vision.schedule", "cosin"],
+            "vision.schedule must be one of linear, .*stable_decay, got cosin$",
+        ),
+        (["tiny.yaml", "--vision.schedule", "reduce_on_plateau"], "vision.schedule must be one of linear"),
+        (["tiny.yaml", "--vision.decay_ratio", "0.2"], "must be warmup_stable_decay with decay_ratio, got cosine"),
+        (["tiny.yaml", *STABLE, "--vision.decay_ratio", "0"], r"vision.decay_ratio must be in \(0, 1\], got 0"),
+        (["tiny.yaml", *STABLE, "--vision.decay_ratio", "1.1"], r"vision.decay_ratio must be in \(0, 1\], got 1.1"),
+        (["tiny.yaml", *STABLE, "--vision.warmup_ratio", "0.8"], r"vision.decay_ratio must be at most 1, got 1.1"),
+        (["tiny.yaml", "--vision.optimizer", "sgd"], r"Invalid value 'sgd', expected one of \['adamw', 'muon'\]"),
         (["tiny.yaml", "--finetune.learning_rates", "{head: 1}"], "must be one of vision_tower, .*got head"),
         (["tiny.yaml", "--model", "m"], "leave it out with --model"),
         (["--data", "x"], "give --model, or both compose.vision and compose.language"),

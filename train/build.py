@@ -16,6 +16,7 @@ from ..composing_panorama import public_name
 from ..configuration_panorama import PanoramaConfig
 from ..modeling_panorama import PanoramaVLM
 from ..processing_panorama import IMAGE_TOKEN, PanoramaProcessor
+from ..stages_panorama import part_of
 from .config import ComposeConfig, TrainConfig
 from .optimizers import make_optimizer
 from .stage import Stage
@@ -106,6 +107,30 @@ def compose(parts: ComposeConfig, options: dict[str, Any]) -> tuple[PanoramaVLM,
         **options,
     )
     return model, PanoramaProcessor.from_config(model.config, tokenizer, **statistics)
+
+
+def frozen_at_random(config: TrainConfig, model: PanoramaVLM, stage: str) -> list[str]:
+    """In words, which part of a model that the run composes has random weights and stays frozen where it could train.
+
+    Args:
+        config: of the run; of what `model` names it says not whether it was trained.
+        model: whose stage is set.
+        stage: that is set.
+    """
+    first = {
+        "vision": ("vision_tower", config.compose.vision, "vision_trainable_blocks", "all"),
+        "resampler": ("language_model", config.compose.language, "resampler_language_model", "true"),
+    }
+    if stage not in first:
+        return []
+    part, made_of, option, value = first[stage]
+    trains = any(part_of(name) == part and p.requires_grad for name, p in model.named_parameters())
+    if trains or made_of is None or isinstance(made_of, str):
+        return []
+    return [
+        f"The {part.replace('_', ' ')} has random weights and stays frozen in stage {stage!r}: what trains is "
+        f"fitted to them. --options.{option} {value} trains it too."
+    ]
 
 
 def _tokenizer(parts: ComposeConfig) -> Any:

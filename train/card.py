@@ -26,7 +26,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 TAGS = ["panorama", "360-degree", "equirectangular", "vision-language-model", "vicreg", "custom_code"]
 STAGE_AIMS = {
     "vision": "tokens of overlapping views that look the same way become alike",
-    "resampler": "the visual tokens become words for the frozen language model",
+    "resampler": "the visual tokens become words for the language model",
     "finetune": "the language model learns to answer about panoramas",
 }
 # Categorical hues of a palette that colour-blind readers can tell apart, one a stage.

@@ -22,6 +22,13 @@ from ..geometry_panorama import ViewOptions
 from ..stages_panorama import PARTS, STAGES
 
 CONFIGS = Path(__file__).with_name("configs")
+STABLE = "warmup_stable_decay"
+DECAY_RATIO = 0.3
+# Those of transformers that need nothing else: no least rate, no metric.
+SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup"),
+    STABLE,
+)
 
 
 def _option(default: Any, help: str) -> Any:
@@ -46,7 +53,12 @@ class StageConfig:
     )
     weight_decay: float = _option(0.01, "of matrices")
     warmup_ratio: float = _option(0.03, "share of the steps in which the learning rate rises")
-    schedule: str = _option("cosine", "linear, cosine, constant_with_warmup, ...: of transformers.get_scheduler")
+    schedule: str = _option("cosine", f"of the learning rate, by transformers.get_scheduler: {', '.join(SCHEDULES)}")
+    decay_ratio: float | None = _option(
+        None,
+        f"share of the steps, the last ones, in which the learning rate of {STABLE} falls in a line to 0; only with "
+        f"that schedule, and {DECAY_RATIO} where it is not given",
+    )
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
     label_loss_weight: float = _option(
         0.0, "weight of the loss that teaches each token what its direction shows, where data say it; 1 is usual"
@@ -146,6 +158,17 @@ class TrainConfig:
                 not share or stage != "vision", f"{stage}.independent_questions", share, "0: stage vision asks nothing"
             )
             _require(0 <= options.warmup_ratio < 1, f"{stage}.warmup_ratio", options.warmup_ratio, "in [0, 1)")
+            _require(
+                options.schedule in SCHEDULES, f"{stage}.schedule", options.schedule, f"one of {', '.join(SCHEDULES)}"
+            )
+            if (decay := options.decay_ratio) is not None:
+                _require(
+                    options.schedule == STABLE, f"{stage}.schedule", options.schedule, f"{STABLE} with decay_ratio"
+                )
+                _require(0 < decay <= 1, f"{stage}.decay_ratio", decay, "in (0, 1]")
+            if options.schedule == STABLE:
+                share = options.warmup_ratio + (DECAY_RATIO if decay is None else decay)
+                _require(share <= 1, f"{stage}.warmup_ratio + {stage}.decay_ratio", share, "at most 1")
             _require(
                 options.epochs > 0 if options.max_steps is None else options.max_steps > 0,
                 f"{stage}.epochs and {stage}.max_steps",

@@ -14,13 +14,12 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import get_scheduler
 
 from ..checkpoint_panorama import choose_attention
 from ..data.samples import Samples
 from ..data.skipped import SkippedSamples
 from ..modeling_panorama import PanoramaVLM
-from .build import checkpoint_activations, load_start, prepare
+from .build import checkpoint_activations, frozen_at_random, load_start, prepare
 from .checkpoint import Checkpoints, whole_folder
 from .checks import check_run
 from .config import TrainConfig, save_config
@@ -30,6 +29,7 @@ from .feed import Feed
 from .hub import HubPusher
 from .labels import add_label_head
 from .metrics import Metrics
+from .optimizers import make_schedule
 from .signals import Preempted, asked_to_stop
 from .stage import Stage
 from .steps import OptimizerStep
@@ -111,8 +111,7 @@ class _StageRun:
         self.feed = Feed(stage, self.processor, train, validation, compares, labelled)
         self.total = self.feed.stream.steps
         self.model, self.optimizer = prepare(stage, model)
-        warmup = int(self.total * stage.options.warmup_ratio)
-        self.schedule = get_scheduler(stage.options.schedule, self.optimizer, warmup, self.total)
+        self.schedule = make_schedule(self.optimizer, stage.options, self.total)
         self.skipped = SkippedSamples(
             stage.logs / "skipped.jsonl",
             self.config.max_bad_share,
@@ -149,6 +148,8 @@ class _StageRun:
             count = sum(p.numel() for p in model.parameters() if p.requires_grad)
             world = accelerator.num_processes
             where = f"{world} process{'es' * (world > 1)}"
+            for words in frozen_at_random(self.config, model, self.stage.name):
+                logger.warning(words)
             logger.info(
                 "Stage %s trains %s parameters in %d tensors on %s.", self.stage.name, f"{count:,}", len(trained), where
             )

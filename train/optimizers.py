@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
 from transformers.pytorch_utils import Conv1D
 
 from ..modeling_panorama import PanoramaVLM
 from ..stages_panorama import PARTS, part_of
-from .config import StageConfig
+from .config import DECAY_RATIO, STABLE, StageConfig
 
 
 def make_optimizer(model: PanoramaVLM, options: StageConfig) -> Optimizer:
@@ -23,6 +25,15 @@ def make_optimizer(model: PanoramaVLM, options: StageConfig) -> Optimizer:
             raise ValueError("optimizer 'muon', but no hidden matrix trains: use optimizer 'adamw'")
         return AdamW(rest, lr=options.learning_rate)
     return MuonAndAdamW(hidden, rest, lr=options.learning_rate)
+
+
+def make_schedule(optimizer: Optimizer, options: StageConfig, steps: int) -> LRScheduler:
+    """The schedule of the learning rates over all `steps` of a stage."""
+    shape: dict[str, Any] = {}
+    if options.schedule == STABLE:
+        share = DECAY_RATIO if options.decay_ratio is None else options.decay_ratio
+        shape = {"num_decay_steps": max(1, int(steps * share)), "decay_type": "linear"}
+    return get_scheduler(options.schedule, optimizer, int(steps * options.warmup_ratio), steps, shape)
 
 
 def parameter_groups(model: PanoramaVLM, options: StageConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
