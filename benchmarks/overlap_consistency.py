@@ -57,7 +57,7 @@ class Tower(NamedTuple):
 def random_tower(image_size: int) -> Tower:
     """Two random layers of SigLIP's shape, on patches of 8 pixels."""
     torch.manual_seed(0)
-    vision = {"model_type": "siglip_vision_model", "hidden_size": 192, "intermediate_size": 384}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 128, "intermediate_size": 256}
     vision |= {"num_hidden_layers": 2, "num_attention_heads": 4, "image_size": image_size, "patch_size": 8}
     model = PanoramaVLM(_config({**vision, "vision_use_head": False}))
     return Tower("a random tower", PanoramaImageProcessor(image_size=image_size), _tower_of(model))
