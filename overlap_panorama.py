@@ -22,7 +22,8 @@ class VICRegProjector(nn.Module):
     """MLP between the resampler and the overlap loss, [..., D_latent] -> [..., vicreg_projector_dim].
 
     VICReg decorrelates and equalises the dimensions it sees. The projector takes that pressure, so that the
-    resampled tokens stay free to hold what the language model needs; only stage `vision` trains it. Its last layer has
+    resampled tokens stay free to hold what the language model needs, and agree less (`docs/overlap.md`); only stage
+    `vision` trains it, and a model has none unless `use_vicreg_projector` is set. Its last layer has
     no bias, as in the paper's code: VICReg looks at differences and deviations, which a bias does not change.
     """
 
@@ -65,12 +66,14 @@ class OverlapLoss:
     the left columns of the next, row by row: exact for windows slid over the ERP image, several degrees off for
     perspective tiles; they are also the warned fallback where the plan has no rays.
 
-    VICReg then asks three things of the pairs: that both say the same (invariance), that each dimension varies
-    (variance, a hinge at `vicreg_gamma`), and that dimensions do not repeat each other (covariance), weighted by
-    `vicreg_similarity_weight`, `vicreg_variance_weight` and `vicreg_covariance_weight`. Statistics are those of each
-    pair of views (`"pairwise"`) or of all pairs together (`"batchwise"`). `overlap_loss="densecl"` is a contrastive
-    loss on the same pairs. VICReg works through `vicreg_pair_chunk` pairs at a time, DenseCL through pieces of its
-    similarity matrix, which bounds memory and changes no value.
+    DenseCL, the default, is a contrastive loss: each token must find its pair among all of its pair of views.
+
+    VICReg (`overlap_loss="vicreg"`) asks three things of the pairs: that both say the same (invariance), that each
+    dimension varies (variance, a hinge at `vicreg_gamma`), and that dimensions do not repeat each other (covariance),
+    weighted by `vicreg_similarity_weight`, `vicreg_variance_weight` and `vicreg_covariance_weight`. Statistics are
+    those of each pair of views (`"pairwise"`) or of all pairs together (`"batchwise"`). VICReg works through
+    `vicreg_pair_chunk` pairs at a time, DenseCL through pieces of its similarity matrix, which bounds memory and
+    changes no value.
 
     Args:
         config: of the model.

@@ -72,7 +72,7 @@ def compose(folder: Path, samples: list[dict[str, str]]) -> PanoramaProcessor:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    options: dict[str, Any] = {"latent_dimension": 128, "vicreg_projector_dim": 128, "use_lora": False}
+    options: dict[str, Any] = {"latent_dimension": 128, "use_lora": False}
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     model = PanoramaVLM.from_vision_text_pretrained(
         vision, language, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), **options

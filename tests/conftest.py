@@ -82,12 +82,13 @@ def mosaic(panoramas) -> Image.Image:
 
 @pytest.fixture
 def make(tokenizer):
-    """`make(**options)` -> a tiny random model and its processor."""
+    """`make(**options)` -> a tiny random model, with projector and VICReg, and its processor."""
 
     def build(vision=TOWER, language=LANGUAGE, **options):
         torch.manual_seed(0)
         own = copy.deepcopy(tokenizer)  # the processor adds <image>
-        options = {"latent_dimension": 32, "vicreg_projector_dim": 48, **options}
+        projector = {"use_vicreg_projector": True, "vicreg_projector_dim": 48}
+        options = {"latent_dimension": 32, "overlap_loss": "vicreg", **projector, **options}
         config = PanoramaConfig({**vision}, {**language, "vocab_size": len(own)}, **options)
         processor = PanoramaProcessor.from_config(config, own)
         config.image_token_id = processor.image_token_id

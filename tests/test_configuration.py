@@ -53,6 +53,7 @@ def test_what_is_wrong_is_found_on_construction(options, message):
     [
         ({"vision_stage_expected_views": 1}, "VICReg requires at least 2 views"),
         ({"vicreg_loss_weight": 0.0}, "vision stage training will have no effect"),
+        ({"vicreg_projector_dim": 48}, "vicreg_projector_dim=48 has no effect"),
         ({"view_strategy": "resize", "use_anyres_e2p_vicreg": True}, "falling back to sequential VICReg mode"),
     ],
 )
@@ -110,6 +111,18 @@ def test_a_file_with_keys_of_others_is_read_with_a_warning_and_keeps_them(tmp_pa
     loaded.save_pretrained(tmp_path)
     saved = json.loads(file.read_text())
     assert saved["made_by"] == "a converter" and saved["newer_option"] == [1]
+
+
+def test_tokens_are_compared_themselves_and_contrastively_unless_a_file_says_otherwise(tmp_path):
+    """`docs/overlap.md`; what older folders were trained with, they name."""
+    config = PanoramaConfig()
+    assert (config.overlap_loss, config.densecl_temperature, config.use_vicreg_projector) == ("densecl", 0.07, False)
+    assert config.pairs_by_rays and config.resampler_skip
+    PanoramaConfig(overlap_loss="vicreg", use_vicreg_projector=True).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["overlap_loss"] == "vicreg" and written["use_vicreg_projector"] and written["resampler_skip"]
+    loaded = PanoramaConfig.from_pretrained(tmp_path)
+    assert (loaded.overlap_loss, loaded.use_vicreg_projector) == ("vicreg", True)
 
 
 def test_options_beside_a_file_are_checked_as_any(tmp_path):
