@@ -47,13 +47,14 @@ def add_label_head(stage: Stage, model: PanoramaVLM, train: Samples) -> Labelled
         return None
     fields = label_fields(train)
     head = model.add_label_head(fields)
-    path = None if stage.start is None else Path(stage.start, FILE)
+    start = stage.start or stage.config.model
+    path = None if start is None else Path(start, FILE)
     if path is not None and path.is_file():
         weights, own = load_file(path), head.state_dict()
         if {name: value.shape for name, value in weights.items()} == {name: own[name].shape for name in own}:
             head.load_state_dict(weights)
         else:
-            logger.warning("The label head of %s has other classes: a new one is trained.", stage.start)
+            logger.warning("The label head of %s has other classes: a new one is trained.", start)
     return Labelled(model.config.token_grid, tuple(fields))
 
 

@@ -26,8 +26,8 @@ TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-_CODE = r" ?[hpd]-?\d+"  # headings, pitches and distances of the steps: one piece each
-_WORDS = rf"{_CODE}|\d| ?[^\W\d_]+| ?[^\s\w]+|_+|\s+"
+_CODE = r" ?[hpdm]-?\d+"  # headings, pitches, distances and metres of the steps: one piece each
+_WORDS = rf"{_CODE}| ?\d| ?[^\W\d_]+| ?[^\s\w]+|_+|\s+"
 
 
 def train_tokenizer(texts: Iterable[str], pieces: int) -> PreTrainedTokenizerFast:
