@@ -1,7 +1,7 @@
 """Vision towers: how each is run, by its `model_type`.
 
-Any tower of transformers that cuts a view into a grid of patches works; one that differs from most has an entry in
-`TOWERS`.
+Any tower of transformers that cuts a view into a grid of patches works; one that differs from most, as those of
+convolutions do, has an entry in `TOWERS`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ class Tower:
                 "must cut its image into a grid of patches, as SigLIP, SigLIP2, CLIP, DINOv2 and ViT do"
             )
         return size if isinstance(size, int) else min(size)
+
+    def width(self, config: PretrainedConfig) -> int:
+        """D_vision."""
+        return config.hidden_size
 
     def grid(self, config: PretrainedConfig, image_size: int) -> tuple[int, int]:
         """(rows, columns) of the patches of an image of `image_size` pixels a side."""
@@ -83,10 +87,47 @@ class Siglip2Tower(Tower):
         ).last_hidden_state
 
 
+class ConvolutionalTower(Tower):
+    """A network of convolutions in stages, each half as fine as the one before; its last feature map is the patches.
+
+    Trained from random weights it learns shapes from far fewer panoramas than a small transformer.
+    """
+
+    def image_size(self, config: PretrainedConfig) -> int:
+        """Raises `ValueError`: it was made for images of any size."""
+        raise ValueError(
+            f"vision_config of type {config.model_type!r} takes images of any size: image_size must say which. "
+            "Typical value: 256"
+        )
+
+    def width(self, config: PretrainedConfig) -> int:
+        """Channels of the last feature map."""
+        return config.hidden_sizes[-1]
+
+    def grid(self, config: PretrainedConfig, image_size: int) -> tuple[int, int]:
+        """(rows, columns) of the last feature map. Raises `ValueError` where its cells do not divide the image."""
+        first = getattr(config, "patch_size", 4)  # of ResNet a convolution and a pooling of two
+        halvings = len(config.hidden_sizes) - 1 + bool(getattr(config, "downsample_in_first_stage", False))
+        cell = first * 2**halvings
+        if image_size % cell:
+            raise ValueError(
+                f"image_size must be a multiple of {cell}, a cell of the last feature map of {config.model_type!r}, "
+                f"got {image_size}. Typical value: {16 * cell}"
+            )
+        return image_size // cell, image_size // cell
+
+    def hidden_states(self, tower: PreTrainedModel, images: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] -> [N, rows * columns, channels]."""
+        return tower(pixel_values=images).last_hidden_state.flatten(2).transpose(1, 2)
+
+
 TOWERS: dict[str, Tower] = {
     "clip_vision_model": Tower(unused=("post_layernorm.",)),
+    "convnext": ConvolutionalTower(unused=("layernorm.",)),
+    "convnextv2": ConvolutionalTower(unused=("layernorm.",)),
     "dinov2": Tower(unused=("embeddings.mask_token",), resizes=True),
     "dinov2_with_registers": Tower(unused=("embeddings.mask_token",), resizes=True),
+    "resnet": ConvolutionalTower(),
     "siglip_vision_model": Tower(unused=("head.",)),
     "siglip2_vision_model": Siglip2Tower(unused=("head.",)),
     "vit": Tower(unused=("pooler.", "embeddings.mask_token")),
