@@ -87,7 +87,9 @@ class PanoramaModel(PanoramaPreTrainedModel):
     ):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower
-        self.resampler = RESAMPLERS[config.resampler_type](config, tower_of(config.vision_config).width(config.vision_config))
+        self.resampler = RESAMPLERS[config.resampler_type](
+            config, tower_of(config.vision_config).width(config.vision_config)
+        )
         self.projection = PanoramaProjection(config)
         self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
         self.view_plan = config.view_plan

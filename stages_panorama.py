@@ -13,8 +13,8 @@ Stage = Literal["vision", "resampler", "finetune"]
 
 PARTS = ("vision_tower", "resampler", "vicreg_projector", "projection", "language_model", "label_head")
 # What trains in which stage; everything else is frozen. Of the vision tower, `blocks` are the last
-# `vision_trainable_blocks`; of a language model with LoRA only the adapters train. A model has a `label_head` while it is
-# taught token labels.
+# `vision_trainable_blocks`; of a language model with LoRA only the adapters train. A model has a `label_head` while it
+# is taught token labels.
 TRAINED_PARTS: dict[str, tuple[str, ...]] = {
     "vision": ("blocks", "resampler", "vicreg_projector", "label_head"),
     "resampler": ("vision_tower", "resampler", "projection", "language_model", "label_head"),
