@@ -67,6 +67,7 @@ class PanoramaConfig(PretrainedConfig):
         view_strategy, fov_deg, overlap_ratio, pitch_rows, pole_caps, image_size: what is cut out of a panorama, see
             :class:`ViewOptions`; `image_size` is the vision tower's own where it is not given.
         token_selection: `"owned"` sends each direction seen by tiles to the language model once, `"all"` every token.
+        use_ray_code: whether the language model is told where each token looks.
         ray_frequencies: octaves of the ray position code; 0 leaves the bare ray.
         vision_trainable_blocks: how many of the last blocks of the vision tower train in stage `vision`; `"all"` for
             the whole tower, its embeddings and last norm too.
@@ -123,6 +124,7 @@ class PanoramaConfig(PretrainedConfig):
         resampler_queries: int = 64,
         resampler_heads: int = 8,
         token_selection: str = "owned",
+        use_ray_code: bool = True,
         ray_frequencies: int = 6,
         vision_trainable_blocks: int | str = 0,
         resampler_vision_tower: bool = False,
@@ -179,6 +181,7 @@ class PanoramaConfig(PretrainedConfig):
         for name, value in asdict(ViewOptions(**views)).items():
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
         self.token_selection = _one_of("token_selection", token_selection, ["owned", "all"])
+        self.use_ray_code = _flag("use_ray_code", use_ray_code)
         self.ray_frequencies = _at_least_zero("ray_frequencies", ray_frequencies, 6)
         if vision_trainable_blocks != "all" and not (
             type(vision_trainable_blocks) is int and vision_trainable_blocks >= 0

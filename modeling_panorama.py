@@ -32,19 +32,21 @@ RAY_SCALE = 0.5  # deviation of the ray code at the start, beside tokens of devi
 
 
 class PanoramaProjection(nn.Module):
-    """Adds the ray code and goes to the language model's width, [..., D_latent] -> [..., D_lm]."""
+    """Adds the ray code, where it is used, and goes to the language model's width, [..., D_latent] -> [..., D_lm]."""
 
     def __init__(self, config: PanoramaConfig):
         super().__init__()
         width = config.text_config.hidden_size
-        self.ray = nn.Linear(3 + 6 * config.ray_frequencies, config.latent_dimension, bias=False)
-        # The squares of a code add up to 1 (the ray) and 3 for each octave (sine and cosine of three coordinates).
-        start_at(self.ray, RAY_SCALE / (1 + 3 * config.ray_frequencies) ** 0.5)
+        self.ray: nn.Linear | None = None
+        if config.use_ray_code:
+            self.ray = nn.Linear(3 + 6 * config.ray_frequencies, config.latent_dimension, bias=False)
+            # The squares of a code add up to 1 (the ray) and 3 for each octave (sine and cosine of three coordinates).
+            start_at(self.ray, RAY_SCALE / (1 + 3 * config.ray_frequencies) ** 0.5)
         self.layers = nn.Sequential(nn.Linear(config.latent_dimension, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, tokens: torch.Tensor, ray_codes: torch.Tensor) -> torch.Tensor:
         """[..., D_latent] and codes [..., 3 + 6K] -> [..., D_lm]."""
-        return self.layers(tokens + self.ray(ray_codes.to(tokens.dtype)))
+        return self.layers(tokens if self.ray is None else tokens + self.ray(ray_codes.to(tokens.dtype)))
 
 
 class PanoramaPreTrainedModel(CheckedLoading, PreTrainedModel):

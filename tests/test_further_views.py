@@ -108,3 +108,13 @@ def test_a_list_for_each_panorama_is_needed(make, panoramas):
     _, processor = make()
     with pytest.raises(ValueError, match="a list for each panorama, got 1 for 2"):
         processor.image_processor(panoramas[:2], return_tensors="pt", further_views=[[(0, 0, 40)]])
+
+
+def test_without_the_ray_code_nothing_says_where_a_token_looks(make, panoramas):
+    model, processor = make(use_ray_code=False)
+    with_code, _ = make()
+    assert model.model.projection.ray is None and with_code.model.projection.ray is not None
+    tokens = torch.rand(1, 1, 16, 32).expand(1, 9, 16, 32)
+    with torch.no_grad():
+        same, different = (m.model.project_tokens(tokens) for m in (model, with_code))
+    assert len(same[0].unique(dim=0)) == 16 and len(different[0].unique(dim=0)) == same.shape[1]
