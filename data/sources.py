@@ -27,7 +27,7 @@ from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
-from ..synthetic.write import SYNTHETIC, World, parse_world, row_of, warn_without_cutouts
+from ..synthetic.write import SYNTHETIC, World, parse_world, warn_without_cutouts
 from .label_maps import LabelColumn
 from .rows import ERROR, BadSample, RawSample, messages_of, text_rows, text_table
 
@@ -341,9 +341,9 @@ class SyntheticSource(OpenedSource):
         raw["labels"] = maps
         if stage == "vision":
             return {**raw, "image": picture}
-        row = row_of(scene, self.world.ask(scene), "")
-        further = [messages_of(turns, []) for turns in row.get("tables", [])]
-        return {**raw, "messages": messages_of(row["conversations"], [picture]), "further": further}
+        said = self.world.row(scene)
+        further = [messages_of(turns, []) for turns in said.get("tables", [])]
+        return {**raw, "messages": messages_of(said["conversations"], [picture]), "further": further}
 
 
 def try_panoramas(opened: OpenedSource, row: dict[str, Any]) -> list[str | bytes]:

@@ -7,6 +7,7 @@ import logging
 import sys
 
 from .questions import KINDS
+from .tables import TABLES
 from .write import SAMPLES, World, write_scenes
 
 
@@ -21,7 +22,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
     parser.add_argument("--size", default="1024x512", help="of the panoramas in pixels (default: 1024x512)")
     parser.add_argument("--questions", type=int, default=8, help="a scene, at most (default: 8)")
-    parser.add_argument("--kinds", nargs="+", default=[], metavar="KIND", help=f"of questions: {', '.join(KINDS)}")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        default=[],
+        metavar="KIND",
+        help=f"of questions, count:2 twice as often as others: {', '.join(KINDS)}; all are those not named",
+    )
+    parser.add_argument(
+        "--tables", type=int, default=0, help="a scene, at most: many things a conversation (default: 0)"
+    )
+    parser.add_argument("--table-kinds", nargs="+", default=[], metavar="KIND", help=f"of tables: {', '.join(TABLES)}")
+    parser.add_argument("--steps", action="store_true", help="answers carry their steps: <think>STEPS</think>ANSWER")
     parser.add_argument("--backgrounds", default=str(SAMPLES), help="folder of real panoramas (default: the samples)")
     parser.add_argument("--no-backgrounds", action="store_true", help="drawn surroundings only")
     parser.add_argument("--unknown", action="store_true", help="things that training never has")
@@ -37,6 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
             kinds=tuple(options.kinds),
             backgrounds=None if options.no_backgrounds else options.backgrounds,
             unknown=options.unknown,
+            tables=options.tables,
+            table_kinds=tuple(options.table_kinds),
+            steps=options.steps,
         )
         write_scenes(options.out, world, options.scenes, options.processes, options.contact_sheet)
     except (ValueError, OSError) as error:

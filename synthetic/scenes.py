@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,17 @@ class Thing:
             self.name, 0.71
         )
 
-    @property
+    @cached_property
     def distance(self) -> float:
         """From the eyes to its middle, metres."""
         return math.dist((0, 0, 0), self.position)
 
-    @property
+    @cached_property
     def yaw(self) -> float:
         """Of its middle, degrees."""
         return float(ray_angles(np.array(self.position) / self.distance)[0])
 
-    @property
+    @cached_property
     def pitch(self) -> float:
         """Of its middle, degrees."""
         return float(ray_angles(np.array(self.position) / self.distance)[1])

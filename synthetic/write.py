@@ -22,9 +22,10 @@ from tqdm.auto import tqdm
 from ..options_panorama import check_option_names
 from ..token_labels_panorama import LabelMaps
 from .cutouts import LICENCE, available
-from .questions import KINDS, Question, ask
+from .questions import KINDS, Question, ask, read_weights
 from .render import look, render_erp
 from .scenes import COLOURS, SHAPES, SIZES, Scene, make_scene, seed_of
+from .tables import TABLES, Table, tables
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,12 @@ class World:
         seed: another one gives other scenes throughout.
         width: of the panoramas in pixels; they are half as high.
         questions: a scene, at most.
-        kinds: of questions; all where none is named.
-        backgrounds: folder of real panoramas that every second scene has around it.
+        kinds: of questions; all where none is named. `count:2` is wanted twice as often, `all` is each not named.
+        backgrounds: folder of real panoramas that every second scene has around it; `FOLDER:name,name` names some.
         unknown: whether cut-outs are those that training never has.
+        tables: a scene, at most: conversations that ask the same of many things.
+        table_kinds: of tables, in the same way.
+        steps: whether answers carry the steps that lead to them, `<think>STEPS</think>ANSWER`, where there are any.
     """
 
     seed: int = 0
@@ -55,13 +59,19 @@ class World:
     kinds: tuple[str, ...] = ()
     backgrounds: str | None = None
     unknown: bool = False
+    tables: int = 0
+    table_kinds: tuple[str, ...] = ()
+    steps: bool = False
 
     def __post_init__(self) -> None:
         if self.width < 64 or self.width % 2:
             raise ValueError(f"width must be even and at least 64, got {self.width}. Typical value: 1024")
         if self.questions < 1:
             raise ValueError(f"questions must be at least 1, got {self.questions}. Typical value: 8")
-        check_option_names(self.kinds, KINDS, "the kinds of questions")
+        if self.tables < 0:
+            raise ValueError(f"tables must be at least 0, got {self.tables}. Typical value: 4")
+        read_weights(self.kinds, tuple(KINDS), "the kinds of questions")
+        read_weights(self.table_kinds, tuple(TABLES), "the kinds of tables")
         _panoramas(self.backgrounds)
 
     @property
@@ -77,7 +87,7 @@ class World:
         """
         for attempt in range(_ATTEMPTS):
             scene = look(make_scene(seed_of(self.seed, number, attempt), available(self.unknown), self.panoramas))
-            if self.ask(scene):
+            if ask(scene, 1, self.kinds, self.steps):
                 return scene
         raise ValueError(
             f"there is nothing to ask of kind {', '.join(self.kinds)} in {_ATTEMPTS} scenes: name more kinds"
@@ -113,7 +123,16 @@ class World:
 
     def ask(self, scene: Scene) -> list[Question]:
         """Its questions."""
-        return ask(scene, self.questions, self.kinds)
+        return ask(scene, self.questions, self.kinds, self.steps)
+
+    def tables_of(self, scene: Scene) -> list[Table]:
+        """Its tables: of each the turns, what the user says and what is answered."""
+        return tables(scene, self.tables, self.table_kinds, self.steps) if self.tables else []
+
+    def row(self, scene: Scene, file_name: str = "") -> dict[str, Any]:
+        """A row of `metadata.jsonl`: its questions, and its tables where it has some (`row_of`)."""
+        questions = self.ask(scene)
+        return row_of(scene, questions, file_name, self.tables_of(scene) if self.tables else None, self.steps)
 
 
 SYNTHETIC = "synthetic://"
@@ -131,29 +150,39 @@ def parse_world(url: str) -> tuple[int, World]:
     check_option_names(given, known, f"a source {SYNTHETIC}?...")
     try:
         options: dict[str, Any] = {
-            name: int(given[name]) for name in ("scenes", "seed", "width", "questions") if name in given
+            name: int(given[name]) for name in ("scenes", "seed", "width", "questions", "tables") if name in given
         }
+        options |= {name: _truth(name, given[name]) for name in ("unknown", "steps") if name in given}
     except ValueError as error:
         raise ValueError(f"in {url!r}: {error}") from error
     scenes = options.pop("scenes", 0)
     if scenes < 1:
         raise ValueError(f"{url!r} must say how many scenes there are, such as {SYNTHETIC}?scenes=10000&seed=1")
-    if "unknown" in given:
-        options["unknown"] = given["unknown"] in ("true", "1")
-    if "kinds" in given:
-        options["kinds"] = tuple(given["kinds"].split(","))
+    options |= {name: tuple(given[name].split(",")) for name in ("kinds", "table_kinds") if name in given}
     return scenes, World(backgrounds=given.get("backgrounds", str(SAMPLES)) or None, **options)
 
 
+def _truth(name: str, value: str) -> bool:
+    if value.lower() not in ("true", "1", "false", "0"):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    return value.lower() in ("true", "1")
+
+
 @lru_cache(maxsize=8)
-def _panoramas(folder: str | None) -> tuple[str, ...]:
-    if folder is None:
+def _panoramas(named: str | None) -> tuple[str, ...]:
+    """The panoramas of `FOLDER`, or of `FOLDER:name,name` those that are named, without their endings."""
+    if named is None:
         return ()
+    folder, colon, names = (named, "", "") if Path(named).is_dir() else named.rpartition(":")
     there = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
-    found = tuple(str(file) for file in there if file.suffix.lower() in ENDINGS)
+    found = {file.stem: str(file) for file in there if file.suffix.lower() in ENDINGS}
     if not found:
-        raise ValueError(f"there is no panorama ({', '.join(ENDINGS)}) in {folder!r}")
-    return found
+        raise ValueError(f"there is no panorama ({', '.join(ENDINGS)}) in {folder or named!r}")
+    if not colon:
+        return tuple(found.values())
+    if missing := [name for name in names.split(",") if name not in found]:
+        raise ValueError(f"there are no panoramas {missing} in {folder!r}, only {sorted(found)}")
+    return tuple(found[name] for name in names.split(","))
 
 
 @lru_cache(maxsize=32)
@@ -165,16 +194,32 @@ def _pixels(file: str, width: int) -> torch.Tensor:
     return torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1).float() / 255
 
 
-def row_of(scene: Scene, questions: Sequence[Question], file_name: str) -> dict[str, Any]:
+def row_of(
+    scene: Scene,
+    questions: Sequence[Question],
+    file_name: str,
+    tables: Sequence[Table] | None = None,
+    steps: bool = False,
+) -> dict[str, Any]:
     """A row of `metadata.jsonl`: a conversation, and of each question its kind, options, key, places and what turning
-    does to its answer."""
+    does to its answer.
+
+    Args:
+        scene: they are about.
+        questions: in the order they are asked.
+        file_name: of its picture.
+        tables: further conversations, the column `tables`; without it there is none.
+        steps: whether answers carry their steps, and the column `steps` lists them.
+    """
     turns: list[dict[str, str]] = []
     for place, question in enumerate(questions):
         options = [f"{'ABCDEFGH'[i]}. {text}" for i, text in enumerate(question.options)]
         words = "\n".join([question.words, *options, *[LETTER] * bool(options)])
         turns.append({"from": "human", "value": f"<image>\n{words}" if place == 0 else words})
-        turns.append({"from": "gpt", "value": f"{question.key}. {question.answer}" if options else question.answer})
-    return {
+        answer = f"{question.key}. {question.answer}" if options else question.answer
+        thought = f"<think>{question.steps}</think>" if steps and question.steps else ""
+        turns.append({"from": "gpt", "value": thought + answer})
+    row = {
         "file_name": file_name,
         "conversations": turns,
         "questions": [question.words for question in questions],
@@ -185,6 +230,15 @@ def row_of(scene: Scene, questions: Sequence[Question], file_name: str) -> dict[
         "turns": [question.turns for question in questions],
         "scene": scene.seed,
     }
+    if steps:
+        row["steps"] = [question.steps for question in questions]
+    if tables is not None:
+        who = ("human", "gpt")
+        row["tables"] = [
+            [{"from": name, "value": words} for turn in table for name, words in zip(who, turn, strict=True)]
+            for table in tables
+        ]
+    return row
 
 
 def write_scenes(
@@ -231,6 +285,7 @@ def _begin(out: Path, world: World) -> int:
     settings = {
         **asdict(world),
         "kinds": list(world.kinds),
+        "table_kinds": list(world.table_kinds),
         "things": list(available(world.unknown)),
         "licence": LICENCE,
     }
@@ -238,7 +293,8 @@ def _begin(out: Path, world: World) -> int:
         raise ValueError(f"{str(out)!r} holds something else: choose a folder of its own")
     out.mkdir(parents=True, exist_ok=True)
     if (out / SETTINGS).is_file():
-        then = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+        # What a folder from before an option does not name is what the option does not change.
+        then = {"tables": 0, "table_kinds": [], "steps": False} | json.loads((out / SETTINGS).read_text("utf-8"))
         differ = [name for name, value in settings.items() if then.get(name) != value]
         changed = [f"{name} was {then.get(name)} and is {settings[name]}" for name in differ]
         if changed:
@@ -277,7 +333,7 @@ def _write_one(out: Path, world: World, number: int) -> tuple[dict[str, Any], di
     unfinished = out / f".{name}"
     world.picture(scene).save(unfinished, "JPEG", quality=92, subsampling=0)
     os.replace(unfinished, out / name)
-    return row_of(scene, world.ask(scene), name), {"file_name": name, **scene.to_dict()}
+    return world.row(scene, name), {"file_name": name, **scene.to_dict()}
 
 
 def _write_sheet(out: Path) -> None:
