@@ -140,7 +140,7 @@ SYNTHETIC = "synthetic://"
 
 def parse_world(url: str) -> tuple[int, World]:
     """How many scenes of which world `synthetic://?scenes=N&seed=S&width=W&...` names; without `backgrounds` they
-    are the samples, with nothing after it there are none.
+    are the samples, with `:name,name` after it some of them, with nothing after it there are none.
 
     Raises:
         ValueError: for an option that there is not, or a value that it cannot have.
@@ -159,7 +159,10 @@ def parse_world(url: str) -> tuple[int, World]:
     if scenes < 1:
         raise ValueError(f"{url!r} must say how many scenes there are, such as {SYNTHETIC}?scenes=10000&seed=1")
     options |= {name: tuple(given[name].split(",")) for name in ("kinds", "table_kinds") if name in given}
-    return scenes, World(backgrounds=given.get("backgrounds", str(SAMPLES)) or None, **options)
+    backgrounds = given.get("backgrounds", str(SAMPLES)) or None
+    if backgrounds is not None and backgrounds.startswith(":"):
+        backgrounds = f"{SAMPLES}{backgrounds}"
+    return scenes, World(backgrounds=backgrounds, **options)
 
 
 def _truth(name: str, value: str) -> bool:

@@ -268,6 +268,8 @@ def test_rows_carry_tables_and_steps_where_they_are_asked_for():
 def test_some_panoramas_of_a_folder_can_be_named(tmp_path):
     samples = World(backgrounds=str(_samples()) + ":lab,park").panoramas
     assert [path.rsplit("/", 1)[1] for path in samples] == ["lab.jpg", "park.jpg"]
+    _, world = parse_world("synthetic://?scenes=1&backgrounds=:lab,park")
+    assert world.panoramas == World(backgrounds=f"{_samples()}:lab,park").panoramas
     with pytest.raises(ValueError, match=r"no panoramas \['mars'\]"):
         World(backgrounds=f"{_samples()}:mars")
 
