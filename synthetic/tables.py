@@ -101,7 +101,7 @@ def _existence(seen: Seen) -> Table | None:
     clear = {words for words in present if any(thing in seen.clear for thing in seen.fitting(words))}
     near = [words for words in pool if words not in present and (" " not in words or there & set(words.split()))]
     left = {"yes": seen.shuffled([words for words in present if words in clear]), "no": seen.shuffled(near)}
-    entries = []
+    entries: list[tuple[str, str]] = []
     while len(entries) < MOST and all(left.values()):  # where one is used up the coin would not be fair
         answer = seen.pick(("yes", "no"))
         entries.append((f"{article(left[answer].pop())}?".capitalize(), answer))

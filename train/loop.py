@@ -130,7 +130,7 @@ class _StageRun:
         """Say which parts train, and how attention and memory are handled."""
         accelerator = self.stage.accelerator
         precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
-        attention = self.config.attention
+        attention: str = self.config.attention
         if attention == "auto":
             attention = choose_attention(accelerator.device, precision)
             if attention != "sdpa" and self.stage.options.independent_questions > 0:
