@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
-def main(model_folder: str, samples_folder: str, answers_file: str) -> None:
+def main(model_folder: str, samples_folder: str, answers_file: str, max_new_tokens: int = 64) -> None:
     model = AutoModelForImageTextToText.from_pretrained(model_folder, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(model_folder, trust_remote_code=True)
     if "panorama_vlm" in sys.modules:
@@ -26,7 +26,7 @@ def main(model_folder: str, samples_folder: str, answers_file: str) -> None:
         inputs = processor.apply_chat_template(
             [question], tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
         )
-        output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         words = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
         answers.append(
             {
@@ -43,4 +43,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Ask a saved model its sample questions, without the package.")
     for name in ("model_folder", "samples_folder", "answers_file"):
         parser.add_argument(name)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
     main(**vars(parser.parse_args()))

@@ -61,3 +61,28 @@ def test_the_process_that_asks_needs_only_the_folder(make, tmp_path, samples):
     answers = json.loads((tmp_path / "answers.json").read_text())
     assert [set(answer) for answer in answers] == [{"panorama", "question", "expected", "answer"}] * 2
     assert [answer["expected"] for answer in answers] == [sample["annotation"] for sample in samples[3:5]]
+
+
+@pytest.mark.slow
+def test_a_model_is_asked_about_unseen_scenes_and_its_answers_are_counted(make, tmp_path, capsys):
+    import json
+
+    from panorama_vlm.demo.default_model import main as ask_unseen
+
+    model, processor = make()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    ask_unseen(
+        [*("--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")), "--scenes", "2", "--questions", "4"]
+    )
+    said = capsys.readouterr().out
+    answers = json.loads((tmp_path / "out" / "answers.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "out" / "scenes" / "metadata.jsonl").read_text().splitlines()]
+    assert [a["question"].split("\n")[0] for a in answers] == [q for row in rows for q in row["questions"]]
+    assert [a["kind"] for a in answers] == [kind for row in rows for kind in row["kinds"]]
+    judged = [a["right"] for a in answers if a["right"] is not None]
+    assert f"{sum(judged)} of {len(judged)}" in said
+    assert (tmp_path / "out" / "views.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        ask_unseen(["--model", str(tmp_path), "--output", str(tmp_path / "other")])
+    assert "no model" in capsys.readouterr().err
