@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from ..evaluation.evaluate import EvaluationOptions, evaluate, load_ours
-from ..places_panorama import BFoV, draw_bfov, read_places
+from ..places_panorama import draw_bfov, read_places
 from ..synthetic.questions import KINDS
 from ..synthetic.write import SAMPLES, World, write_scenes
 
@@ -91,20 +91,19 @@ def _answers(output: Path) -> list[dict[str, Any]]:
 
 def _draw(output: Path, answers: list[dict[str, Any]]) -> None:
     """The panoramas one below the other, with the places that were expected and answered."""
-    pictures = {}
+    pictures: dict[str, Image.Image] = {}
     for answer in answers:
         if answer["panorama"] not in pictures:
             with Image.open(output / "scenes" / answer["panorama"]) as image:
                 pictures[answer["panorama"]] = image.convert("RGB")
         if answer["kind"].startswith("grounding"):
             for text, colour in ((answer["expected"], "lime"), (answer["answer"], "red")):
-                for _, place in read_places(text):
-                    picture = pictures[answer["panorama"]]
-                    pictures[answer["panorama"]] = draw_bfov(picture, BFoV(*place), colour)
+                for found in read_places(text):
+                    pictures[answer["panorama"]] = draw_bfov(pictures[answer["panorama"]], found.place, colour)
     width, height = next(iter(pictures.values())).size
     sheet = Image.new("RGB", (2 * width, -(-len(pictures) // 2) * height))
-    for place, picture in enumerate(pictures.values()):
-        sheet.paste(picture, (place % 2 * width, place // 2 * height))
+    for number, picture in enumerate(pictures.values()):
+        sheet.paste(picture, (number % 2 * width, number // 2 * height))
     sheet.save(output / "views.png")
 
 
