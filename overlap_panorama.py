@@ -118,6 +118,8 @@ class OverlapLoss:
         by_rays = self.config.use_anyres_e2p_vicreg and self._has_rays(views)
         pairs = tuple(self.config.overlap_pairs) if by_rays else None
         groups = token_pairs(self.plan, self.grid, pairs, self.config.overlap_ratio, views, torch.device("cpu"))
+        if not groups:
+            return 0
         first, second = (torch.cat([group[side][:, 0] for group in groups]) for side in (0, 1))
         if view_mask is None:
             return panoramas * len(first)

@@ -132,6 +132,53 @@ def test_a_run_with_muon_that_was_stopped_ends_with_the_weights_of_one_that_was_
         run_here(tmp_path / "stopped", "--stage", "resampler", *options[2:])
 
 
+def logged_last(output, stage):
+    lines = (output / "logs" / stage / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if "loss" in line][-1]
+
+
+SCENES = "synthetic://?scenes=40&seed=3&width=128&questions=3&tables=2&steps=true"
+
+
+def test_labels_packed_questions_and_closer_looks_go_on_to_the_bit(tmp_path, monkeypatch):
+    options = ["--data", SCENES, "--resampler.label_loss_weight", 0.5, "--resampler.independent_questions", 0.6]
+    options += ["--resampler.further_view", 0.5, "--options.max_text_length", 8192]
+    whole = run_here(tmp_path / "whole", "--stage", "resampler", *options)["resampler"]
+    stopped_at(tmp_path / "stopped", 3, monkeypatch, *options)
+    assert run_here(tmp_path / "stopped", "--stage", "resampler", *options)["resampler"] == whole[3:]
+    for name in ("model.safetensors", "label_head.safetensors"):
+        assert len({(tmp_path / run / "resampler" / name).read_bytes() for run in ("whole", "stopped")}) == 1
+    assert logged_last(tmp_path / "whole", "resampler")["label_loss"] > 0
+    changed = [*options[:3], 0.25, *options[4:]]
+    with pytest.raises(ValueError, match="resampler.label_loss_weight was 0.5 and is 0.25"):
+        run_here(tmp_path / "stopped", "--stage", "resampler", *changed)
+
+
+def test_labels_alone_train_views_that_have_nothing_in_common_and_their_head_goes_on(tmp_path, recwarn):
+    options = ["--data", SCENES, "--options.view_strategy", "cubemap", "--options.vicreg_loss_weight", 0.0]
+    options += ["--options.overlap_loss_weight_finetune", 0.0, "--options.vision_trainable_blocks", "all"]
+    options += [
+        "--options.max_text_length",
+        8192,
+        "--vision.max_steps",
+        4,
+        "--vision.label_loss_weight",
+        1.0,
+        "--resampler.label_loss_weight",
+        0.5,
+    ]
+    losses = run_here(tmp_path, "--stage", "vision", *options)["vision"]
+    logged = logged_last(tmp_path, "vision")
+    assert logged["loss"] == pytest.approx(logged["label_loss"]) and len(set(losses)) > 1
+    assert {"accuracy_name", "accuracy_colour", "accuracy_size", "place_error"} <= set(logged)
+    assert not [w for w in recwarn if "no effect" in str(w.message)]
+    head = (tmp_path / "vision" / "label_head.safetensors").read_bytes()
+    run_here(tmp_path, "--stage", "resampler", *options)
+    assert (tmp_path / "resampler" / "label_head.safetensors").read_bytes() != head
+    with pytest.raises(ValueError, match="no source of the stage says what directions show"):
+        run_here(tmp_path / "other", "--stage", "vision", *options[2:])
+
+
 # 11: stages one at a time
 
 
