@@ -124,7 +124,9 @@ def test_one_lora_step_changes_only_lora_weights_resampler_and_projection(compos
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Light brown wood."}]
     batch = processor.apply_chat_template([messages], return_labels=True)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-5
+    )  # Adam's first step is as long as the rate says
     first = model(**batch).loss
     first.backward()
     optimizer.step()

@@ -56,6 +56,7 @@ def wheel(tree):
         ("train", "*.py"),
         ("demo", "*.py"),
         ("train", "configs/**/*.yaml"),
+        ("train", "configs/tokenizer/*.json"),
         ("samples", "*.jpg"),
         ("samples", "*.jsonl"),
     ],
@@ -66,8 +67,8 @@ def test_the_wheel_holds_all_of(folder, pattern, wheel):
 
 
 def test_the_wheel_holds_no_weights_and_no_tests(wheel):
-    names = {Path(name).name for name in wheel}
-    assert not names & set(MODEL)
+    assert not {f"panorama_vlm/{name}" for name in MODEL} & set(wheel)
+    assert not [name for name in wheel if name.endswith((".safetensors", ".bin"))]
     assert not [name for name in wheel if name.startswith("panorama_vlm/tests")]
 
 
@@ -77,9 +78,10 @@ def test_the_source_distribution_holds_no_weights(tree):
     assert run.returncode == 0, run.stderr[-3000:]
     (path,) = (tree / "dist").glob("*.tar.gz")
     with tarfile.open(path) as archive:
-        names = {Path(name).name for name in archive.getnames()}
-    assert {"modeling_panorama.py", "bridge.jpg", "tiny.yaml", "setup.cfg", "LICENSE"} <= names
-    assert not names & set(MODEL)
+        paths = [Path(*Path(name).parts[1:]).as_posix() for name in archive.getnames()]
+    assert {"modeling_panorama.py", "bridge.jpg", "tiny.yaml", "setup.cfg", "LICENSE"} <= {Path(p).name for p in paths}
+    assert not set(MODEL) & set(paths)
+    assert not [path for path in paths if path.endswith((".safetensors", ".bin"))]
 
 
 def test_the_files_that_travel_with_a_model_import_one_way_and_little():
