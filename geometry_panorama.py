@@ -182,6 +182,15 @@ class Correspondences:
         return np.take_along_axis(self.corners, self.weights.argmax(-1)[..., None], -1)[..., 0]
 
 
+def camera_rotation(pitch: float, roll: float) -> np.ndarray:
+    """[3, 3]: turns directions as a camera sees them that looks up by `pitch` and leans to the right by `roll` degrees
+    into those of the level world."""
+    b, c = math.radians(pitch), math.radians(roll)
+    up = np.array([[1, 0, 0], [0, math.cos(b), math.sin(b)], [0, -math.sin(b), math.cos(b)]])
+    lean = np.array([[math.cos(c), math.sin(c), 0], [-math.sin(c), math.cos(c), 0], [0, 0, 1]])
+    return up @ lean
+
+
 def ray_angles(rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Yaw in [-180, 180] and pitch in [-90, 90], in degrees, of unit rays [..., 3]."""
     yaw = np.degrees(np.arctan2(rays[..., 0], rays[..., 2]))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,12 +25,12 @@ from transformers.processing_utils import ImagesKwargs
 from .geometry_panorama import View, ViewOptions, ViewPlan
 from .options_panorama import IMAGE_MEAN, IMAGE_STD, check_option_names, check_resembling_names
 from .reading_panorama import ImageSource, content_digest, load_file_bytes, read_panorama
-from .sampling_panorama import erp_to_views, needed_width, use_one_thread_in_a_worker, view_mask
+from .sampling_panorama import erp_to_views, needed_width, tilted_pixels, use_one_thread_in_a_worker, view_mask
 
 logger = logging.getLogger(__name__)
 
 _READ_OPTIONS = ("strict_aspect", "align_heading")
-_CALL_OPTIONS = ("device", "yaw_offsets", "further_views")
+_CALL_OPTIONS = ("device", "yaw_offsets", "mirrored", "tilts", "further_views")
 # What transformers writes into the file of a processor, or hands over with it; and the options of image processors that
 # resize, crop and rescale, which have no effect here.
 _TRANSFORMERS_OPTIONS = (
@@ -42,6 +42,23 @@ _TRANSFORMERS_OPTIONS = (
     *ImagesKwargs.__annotations__,
 )
 _CACHE_VERSION = 1  # to be raised when the same file and options give other views
+
+
+class Shown(NamedTuple):
+    """How a panorama is shown: turned, then mirrored, then tilted.
+
+    Attributes:
+        yaw_offset: degrees to the right of its front that become the front.
+        mirrored: whether left and right are exchanged.
+        tilt: pitch and roll in degrees of a camera that was not level: looking up, and leaning to the right.
+    """
+
+    yaw_offset: float = 0.0
+    mirrored: bool = False
+    tilt: tuple[float, float] = (0.0, 0.0)
+
+
+AS_IT_IS = Shown()
 
 
 class PanoramaImagesKwargs(ImagesKwargs, total=False):
@@ -56,6 +73,8 @@ class PanoramaImagesKwargs(ImagesKwargs, total=False):
     strict_aspect: bool
     align_heading: bool
     yaw_offsets: list[float]
+    mirrored: list[bool]
+    tilts: list[Any]
     further_views: list[Any]
     cache_dir: str
 
@@ -164,7 +183,9 @@ class PanoramaImageProcessor(BaseImageProcessor):
                 [3, H, W] or [H, W] (with alpha, too), of uint8, uint16, or float in [0, 1]. Sizes may differ.
             return_tensors: `"pt"` or `"np"`; without it lists of B tensors.
             kwargs: any option of the constructor, for this call alone (`None` for that of the processor);
-                `yaw_offsets`, degrees to the right of the front of each panorama that become its front;
+                `yaw_offsets`, degrees to the right of the front of each panorama that become its front; `mirrored`,
+                for each panorama whether left and right are exchanged after that, and `tilts`, `(pitch, roll)` in
+                degrees of a camera that was not level (looking up, and leaning to the right), after both;
                 `further_views`, for each panorama a list of `(yaw, pitch, fov)` in degrees of perspective views beside
                 those of the plan, such as a closer look; `device`, where the views are made and returned.
 
@@ -183,11 +204,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         options |= {name: value for name, value in kwargs.items() if value is not None and name in options}
         view_options = ViewOptions(**{name: options[name] for name in ViewOptions.names()})
         sources = flatten_images(images)
-        yaw_offsets = kwargs.get("yaw_offsets")
-        yaw_offsets = [0.0] * len(sources) if yaw_offsets is None else list(yaw_offsets)
-        if len(yaw_offsets) != len(sources):
-            raise ValueError(f"yaw_offsets must name one angle a panorama, got {len(yaw_offsets)} for {len(sources)}")
-
+        shown = check_shown(kwargs, len(sources))
         further = check_further_views(kwargs.get("further_views"), len(sources))
 
         size = view_options.image_size
@@ -195,8 +212,8 @@ class PanoramaImageProcessor(BaseImageProcessor):
         planned, most = view_options.plan.num_views, max(map(len, further), default=0)
         pixel_values = _empty((len(sources), planned + most, 3, size, size), device)
         masks = [
-            self._make_views(self.fetch_images(source), view_options, options, float(yaw_offset), own, views)
-            for source, yaw_offset, own, views in zip(sources, yaw_offsets, further, pixel_values, strict=True)
+            self._make_views(self.fetch_images(source), view_options, options, how, own, views)
+            for source, how, own, views in zip(sources, shown, further, pixel_values, strict=True)
         ]
         mean, std = (
             255 * torch.tensor(options[name], device=device).view(3, 1, 1) for name in ("image_mean", "image_std")
@@ -219,24 +236,25 @@ class PanoramaImageProcessor(BaseImageProcessor):
         source: Any,
         views: ViewOptions,
         options: dict[str, Any],
-        yaw_offset: float,
+        shown: Shown,
         further: list[tuple[float, float, float]],
         out: torch.Tensor,
     ) -> torch.Tensor:
         """Write the views of one panorama, in [0, 255], into `out` [V or more, 3, image_size, image_size]; from the
-        cache where there is one, and no further views. Returns its mask [V]."""
-        if options["cache_dir"] is None or further:
-            return _sample_views(source, views, options, yaw_offset, further, out)
+        cache where there is one, no further views and no tilt. Returns its mask [V]."""
+        if options["cache_dir"] is None or further or any(shown.tilt):
+            return _sample_views(source, views, options, shown, further, out)
         source = load_file_bytes(source)
         kept_out = ("cache_dir", "image_std")
         key = {name: value for name, value in options.items() if name not in kept_out} | asdict(views)
-        text = json.dumps([_CACHE_VERSION, content_digest(source), yaw_offset, key], sort_keys=True)
+        key |= {"mirrored": True} if shown.mirrored else {}
+        text = json.dumps([_CACHE_VERSION, content_digest(source), shown.yaw_offset, key], sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()
         file = Path(options["cache_dir"], name[:2], f"{name}.safetensors")
         stored = _read_prepared(file)
         if stored is None:
             out = out[: views.plan.num_views]
-            mask = _sample_views(source, views, options, yaw_offset, [], out)
+            mask = _sample_views(source, views, options, shown, [], out)
             stored = {"views": out.round().to("cpu", torch.uint8), "mask": mask}
             file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as unfinished:
@@ -245,6 +263,32 @@ class PanoramaImageProcessor(BaseImageProcessor):
             os.replace(unfinished.name, file)
         out[: len(stored["views"])].copy_(stored["views"])
         return stored["mask"]
+
+
+def check_shown(given: dict[str, Any], panoramas: int) -> list[Shown]:
+    """How each panorama is shown, by the options of a call.
+
+    Raises:
+        ValueError: for lists that are not one a panorama, or a tilt that cannot be.
+    """
+    names = ("yaw_offsets", "mirrored", "tilts")
+    values = [given.get(name) for name in names]
+    for name, value in zip(names, values, strict=True):
+        if value is not None and len(value) != panoramas:
+            each = {"yaw_offsets": "one angle", "mirrored": "true or false", "tilts": "(pitch, roll)"}[name]
+            raise ValueError(f"{name} must name {each} a panorama, got {len(value)} for {panoramas}")
+    yaw_offsets, mirrored, tilts = values
+    for tilt in tilts or ():
+        if len(tilt) != 2 or not all(abs(angle) <= 180 for angle in tilt):
+            raise ValueError(f"a tilt must be (pitch, roll) in [-180, 180] degrees, got {tilt!r}. Typical: (3, -2)")
+    return [
+        Shown(
+            0.0 if yaw_offsets is None else float(yaw_offsets[index]),
+            mirrored is not None and bool(mirrored[index]),
+            (0.0, 0.0) if tilts is None else (float(tilts[index][0]), float(tilts[index][1])),
+        )
+        for index in range(panoramas)
+    ]
 
 
 def check_further_views(further: Any, panoramas: int) -> list[list[tuple[float, float, float]]]:
@@ -272,7 +316,7 @@ def _sample_views(
     source: Any,
     views: ViewOptions,
     options: dict[str, Any],
-    yaw_offset: float,
+    shown: Shown,
     further: list[tuple[float, float, float]],
     out: torch.Tensor,
 ) -> torch.Tensor:
@@ -284,14 +328,18 @@ def _sample_views(
         source,
         needed_width(plan, views.image_size),
         fill=options["image_mean"],
-        yaw_offset=yaw_offset,
+        yaw_offset=shown.yaw_offset,
+        mirrored=shown.mirrored,
         **{name: options[name] for name in _READ_OPTIONS},
     )
-    pixels = panorama.pixels.to(out.device)
+    pixels = panorama.pixels
+    if any(shown.tilt):
+        pixels = torch.from_numpy(tilted_pixels(pixels.cpu().numpy(), *shown.tilt))
+    pixels = pixels.to(out.device)
     erp_to_views(pixels.permute(2, 0, 1), plan, views.image_size, out=out)
     if pixels.is_floating_point():
         out.mul_(255)
-    return view_mask(views.plan, panorama.covered)
+    return view_mask(views.plan, panorama.covered, shown.tilt)
 
 
 def _read_prepared(file: Path) -> dict[str, torch.Tensor] | None:

@@ -3,7 +3,7 @@
 A BFoV is `[yaw, pitch, x_fov, y_fov]` in degrees, the convention of 360-Indoor (Chou et al., WACV 2020) and
 PanoSpace-Bench: the rectangle ``yaw - x_fov/2 .. yaw + x_fov/2`` by ``pitch - y_fov/2 .. pitch + y_fov/2`` of the
 sphere, cut off at the poles. Axes as in `geometry_panorama`: yaw in [-180, 180) and to the right, pitch in [-90, 90]
-and up. A point is the centre of one.
+and up. A point is the centre of one. Directions are also named by the words for eight sectors of yaw.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .geometry_panorama import ray_angles
+
+SECTORS = ("front", "front-right", "right", "back-right", "back", "back-left", "left", "front-left")
+_SECTOR = re.compile(r"\b(?:(front|back)([-_ ]?)(left|right)|front|back|left|right)\b", re.IGNORECASE)
+_SIDE = re.compile("left|right", re.IGNORECASE)
+_OTHER_SIDE = {"left": "right", "right": "left"}
 
 
 class BFoV(NamedTuple):
@@ -45,8 +50,9 @@ class BFoV(NamedTuple):
         return math.radians(min(self.x_fov, 360.0)) * (high - low)
 
     def turned(self, heading: float) -> BFoV:
-        """Where it lies for an observer who has turned to the right by `heading` degrees."""
-        return self._replace(yaw=wrap(self.yaw - heading))
+        """Where it lies for an observer who has turned to the right by `heading` degrees; as it was where it goes all
+        around."""
+        return self if self.x_fov >= 360 else self._replace(yaw=wrap(self.yaw - heading))
 
     def mirrored(self) -> BFoV:
         """Where it lies in the panorama whose left and right are exchanged."""
@@ -294,3 +300,80 @@ def write_places(places: Sequence[NamedPlace] | Sequence[BFoV]) -> str:
     plain = [place.place if isinstance(place, NamedPlace) else place for place in places]
     numbers = [place.rounded() for place in plain]
     return json.dumps(numbers[0] if len(numbers) == 1 else numbers)
+
+
+def moved_places(text: str, heading: float = 0.0, mirrored: bool = False) -> str | None:
+    """A text whose places are those for an observer who has turned to the right, and then those in the panorama whose
+    left and right are exchanged. Several are a list from left to right, which they are again.
+
+    Args:
+        text: with places as `[yaw, pitch, x_fov, y_fov]`, any number of them.
+        heading: degrees.
+        mirrored: whether left and right are exchanged.
+
+    Returns:
+        The text; `None` where this cannot be told: places written in another way, several in another order, or of
+        several one on the seam, which may be the first or the last.
+    """
+    found = list(_LIST.finditer(text))
+    if len(found) != len(read_places(text)):
+        return None
+    moved: list[tuple[BFoV, str]] = []
+    for match in found:
+        numbers = match[1].split(",")
+        place = _as_place(numbers)
+        if place is None:
+            return None
+        place = place.turned(heading)
+        place = place.mirrored() if mirrored else place
+        yaw = re.sub(_SPACED, f"{place.yaw:g}", numbers[0], count=1)
+        moved.append((place, match[0].replace(match[1], ",".join([yaw, *numbers[1:]]))))
+    if len(moved) > 1:
+        moved = moved[::-1] if mirrored else moved
+        starts = [i for i, (place, _) in enumerate(moved) if moved[i - 1][0].yaw > place.yaw]
+        if len(starts) > 1 or any(abs(wrap(place.yaw + 180)) <= place.x_fov / 2 + 1 for place, _ in moved):
+            return None
+        start = starts[0] if starts else 0
+        moved = moved[start:] + moved[:start]
+    written = iter(moved)
+    return _LIST.sub(lambda _: next(written)[1], text)
+
+
+# Words of direction
+
+
+def turned_words(text: str, heading: float) -> str:
+    """A text with each of the eight words of direction as an observer says it who has turned to the right by a multiple
+    of 45 degrees; case and hyphens as they were."""
+
+    def turn(match: re.Match[str]) -> str:
+        sector = SECTORS.index(_sector(match))
+        word = SECTORS[(sector - round(heading / 45)) % 8]
+        word = word.replace("-", "-" if match[2] is None else match[2])
+        return _as_written(word, match[0])
+
+    return _SECTOR.sub(turn, text)
+
+
+def _sector(match: re.Match[str]) -> str:
+    return (f"{match[1]}-{match[3]}" if match[1] else match[0]).lower()
+
+
+def mirrored_words(text: str) -> str:
+    """A text with left and right exchanged in each of the eight words of direction; case and hyphens as they were."""
+
+    def mirror(match: re.Match[str]) -> str:
+        return _SIDE.sub(lambda side: _as_written(_OTHER_SIDE[side[0].lower()], side[0]), match[0])
+
+    return _SECTOR.sub(mirror, text)
+
+
+def _as_written(word: str, before: str) -> str:
+    """A word in the case of the one that it stands for."""
+    return word.upper() if before.isupper() else word.capitalize() if before[0].isupper() else word
+
+
+def direction_in_words(text: str) -> float | None:
+    """The yaw of the one word of direction in a text; `None` where there is none, or another one."""
+    found = {_sector(match) for match in _SECTOR.finditer(text)}
+    return wrap(45.0 * SECTORS.index(found.pop())) if len(found) == 1 else None

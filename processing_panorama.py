@@ -388,7 +388,9 @@ class PanoramaProcessor(ProcessorMixin):
         Args:
             conversation: messages, or a list of conversations. The content of a message is a string, or a list of
                 parts: `{"type": "text", "text": ...}`, `{"type": "image", "image": panorama}` (or `url`, `path`), with
-                `"further_views": [(yaw, pitch, fov), ...]` where parts of it are to be looked at more closely.
+                `"further_views": [(yaw, pitch, fov), ...]` where parts of it are to be looked at more closely, and
+                `"yaw_offset"`, `"mirrored"` and `"tilt"` where it is to be shown otherwise (each as one entry of
+                :meth:`PanoramaImageProcessor.preprocess`'s `yaw_offsets`, `mirrored` and `tilts`).
             chat_template: instead of the processor's own.
             return_labels: make training inputs: padding on the right, and `labels` [B, T] which repeat `input_ids`
                 where the assistant speaks (its end-of-turn token included) and are -100 elsewhere. A text longer
@@ -400,10 +402,10 @@ class PanoramaProcessor(ProcessorMixin):
         conversations = [self._fill_in(messages) for messages in batch]
         if return_labels:
             return self._training_inputs(conversations, chat_template)
-        further = [views for messages in conversations for views in _further_views_of(messages)]
-        if any(further) and kwargs.get("tokenize"):
+        shown = _shown_by(conversations)
+        if shown and kwargs.get("tokenize"):
             own = dict(kwargs.get("processor_kwargs") or {})
-            own["images_kwargs"] = {**own.get("images_kwargs", {}), "further_views": further}
+            own["images_kwargs"] = {**own.get("images_kwargs", {}), **shown}
             kwargs["processor_kwargs"] = own
         return super().apply_chat_template(
             conversations if batched else conversations[0], chat_template=chat_template, **kwargs
@@ -433,14 +435,13 @@ class PanoramaProcessor(ProcessorMixin):
             for messages, text in zip(conversations, rendered, strict=True)
         ]
         images = [_images_of(messages) for messages in conversations]
-        further = [views for messages in conversations for views in _further_views_of(messages)]
         inputs = self(
             images=images if any(images) else None,
             text=rendered,
             padding=False,
             add_special_tokens=False,
             return_offsets_mapping=True,
-            **({"further_views": further} if any(further) else {}),
+            **_shown_by(conversations),
         )
         counts = iter(self._image_token_counts(inputs) if "pixel_values" in inputs else [])
         rows, labels = [], []
@@ -503,8 +504,7 @@ class PanoramaProcessor(ProcessorMixin):
         images = _images_of(conversations[0])
         if len(shared) > 1 or len(images) != 1 or any(text.count(self.image_token) != 1 for text in rendered):
             raise ValueError("conversations that are packed must each begin with the same panorama and have no other")
-        further = _further_views_of(conversations[0])
-        inputs = self.image_processor(images, return_tensors="pt", further_views=further if any(further) else None)
+        inputs = self.image_processor(images, return_tensors="pt", **_shown_by(conversations[:1]))
         (count,) = self._image_token_counts(inputs)
         encoded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
         rows, labels = [], []
@@ -577,9 +577,18 @@ def _images_of(messages: list[dict[str, Any]]) -> list[Any]:
     return [next(part[key] for key in _IMAGE_KEYS if key in part) for part in _image_parts(messages)]
 
 
-def _further_views_of(messages: Sequence[dict[str, Any]]) -> list[list[Any]]:
-    """The further views of each panorama of a conversation, in reading order."""
-    return [list(part.get("further_views") or []) for part in _image_parts(messages)]
+def _shown_by(conversations: Sequence[Sequence[dict[str, Any]]]) -> dict[str, list[Any]]:
+    """What the messages say of how their panoramas are shown, as options of the image processor, each in reading
+    order; none where they say nothing."""
+    parts = [part for messages in conversations for part in _image_parts(messages)]
+    said = {
+        "further_views": [list(part.get("further_views") or []) for part in parts],
+        "yaw_offsets": [part.get("yaw_offset") for part in parts],
+        "mirrored": [part.get("mirrored") for part in parts],
+        "tilts": [part.get("tilt") for part in parts],
+    }
+    unsaid = {"further_views": [], "yaw_offsets": 0.0, "mirrored": False, "tilts": (0.0, 0.0)}
+    return {name: [value or unsaid[name] for value in values] for name, values in said.items() if any(values)}
 
 
 def _image_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

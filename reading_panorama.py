@@ -102,6 +102,7 @@ def read_panorama(
     strict_aspect: bool = False,
     align_heading: bool = False,
     yaw_offset: float = 0.0,
+    mirrored: bool = False,
 ) -> Panorama:
     """Decode a panorama, no larger than it has to be, and place it on the sphere.
 
@@ -117,6 +118,7 @@ def read_panorama(
         strict_aspect: raise `ValueError` instead of a guess where nothing says which part of the sphere is shown.
         align_heading: turn the panorama so that its front looks north, where it says where north is.
         yaw_offset: degrees to the right of the front (or of north) that become the front.
+        mirrored: exchange left and right after that.
 
     Raises:
         TypeError: for what is no image.
@@ -148,7 +150,8 @@ def read_panorama(
     panorama = _place(pixels, sphere, needed_width, fill, strict_aspect, name, size)
     if align_heading and sphere is not None and sphere.heading is not None:
         yaw_offset -= sphere.heading
-    return _turn(panorama, yaw_offset) if yaw_offset % 360 else panorama
+    panorama = _turn(panorama, yaw_offset) if yaw_offset % 360 else panorama
+    return _mirror(panorama) if mirrored else panorama
 
 
 def to_erp_tensor(source: ImageSource) -> torch.Tensor:
@@ -462,6 +465,15 @@ def _turn(panorama: Panorama, yaw: float) -> Panorama:
         left = (covered[2] - shift / width) % 1
         covered = (covered[0], covered[1], left, left + covered[3] - covered[2])
     return Panorama(panorama.pixels.roll(-shift, dims=1), covered)
+
+
+def _mirror(panorama: Panorama) -> Panorama:
+    """The panorama with left and right exchanged: what is at a yaw comes to its negative."""
+    covered = panorama.covered
+    if covered is not None and covered[3] - covered[2] < 1:
+        left = (1 - covered[3]) % 1
+        covered = (covered[0], covered[1], left, left + covered[3] - covered[2])
+    return Panorama(panorama.pixels.flip(1), covered)
 
 
 def _is_number(text: str) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .geometry_panorama import View, ViewPlan, ray_angles
+from .geometry_panorama import View, ViewPlan, camera_rotation, ray_angles
 
 try:  # faster on a CPU; without it torch makes the same views
     import cv2
@@ -22,6 +22,7 @@ Backend = Literal["opencv", "torch"]
 # Where a pixel is sampled, from its middle. Two places stand a little closer than evenly (0.25), because a bilinear
 # sample is blurred itself: this is 0.4 dB nearer to the reference of benchmarks/views.py.
 _ASIDE = {1: np.zeros(1), 2: np.array([-0.235, 0.235])}
+_ROWS = 256  # of a panorama that are tilted at a time
 _STEPS = 32  # a place in the source is rounded to 1/32 pixel: OpenCV 4 samples no finer
 _IMPORTED_IN = os.getpid()
 
@@ -69,21 +70,58 @@ def _backend_for(erp: torch.Tensor) -> Backend:
     return "opencv" if fits and cv2 is not None and not erp.requires_grad else "torch"
 
 
-def view_mask(plan: ViewPlan, covered: tuple[float, float, float, float] | None) -> torch.Tensor:
+def view_mask(
+    plan: ViewPlan, covered: tuple[float, float, float, float] | None, tilt: tuple[float, float] = (0.0, 0.0)
+) -> torch.Tensor:
     """Which views show something that the camera saw, bool [V].
 
     Args:
         plan: the views.
         covered: the part of the sphere that the camera saw, as :attr:`Panorama.covered` has it.
+        tilt: pitch and roll, degrees, that the panorama is tilted by after that; see :func:`tilted_pixels`.
     """
     if covered is None:
         return torch.ones(plan.num_views, dtype=torch.bool)
     top, bottom, left, right = covered
     mask = []
     for row, column in (_directions(view, 64, 1) for view in plan.views):  # shares of the sphere's rows and columns
+        if any(tilt):
+            row, column = _tilted(row, column, *tilt)
         inside = (row > top) & (row < bottom) & ((column - left) % 1 < right - left)
         mask.append(bool(inside.any()))
     return torch.tensor(mask)
+
+
+def _tilted(row: np.ndarray, column: np.ndarray, pitch: float, roll: float) -> tuple[np.ndarray, np.ndarray]:
+    """Directions of a camera that is not level in the level world; both as shares of the rows and columns of their
+    spheres, in [0, 1]."""
+    rays = View("erp").rays_at(row - 0.5, column - 0.5, (1, 1))
+    yaw, elevation = ray_angles(rays @ camera_rotation(pitch, roll).T)
+    return 0.5 - elevation / 180, yaw / 360 + 0.5
+
+
+def tilted_pixels(pixels: np.ndarray, pitch: float, roll: float) -> np.ndarray:
+    """An equirectangular image [H, W, C] as a camera that was not level would have written it; bilinear, all around."""
+    height, width = pixels.shape[:2]
+    out = np.empty_like(pixels)
+    for top in range(0, height, _ROWS):
+        rows = np.arange(top, min(top + _ROWS, height))
+        row, column = _tilted((rows[:, None] + 0.5) / height, (np.arange(width) + 0.5) / width, pitch, roll)
+        sampled = _bilinear(pixels, row * height - 0.5, column * width - 0.5)
+        out[top : top + len(rows)] = sampled.round() if pixels.dtype == np.uint8 else sampled
+    return out
+
+
+def _bilinear(pixels: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """Pixels at places of an equirectangular image; it wraps at the seam, and ends at the poles with its last row."""
+    height, width = pixels.shape[:2]
+    row = np.clip(row, 0, height - 1)
+    top, left = np.floor(row).astype(int), np.floor(column).astype(int)
+    down, right = (row - top)[..., None], (column - left)[..., None]
+    below, left, beside = np.minimum(top + 1, height - 1), left % width, (left + 1) % width
+    upper = pixels[top, left] * (1 - right) + pixels[top, beside] * right
+    lower = pixels[below, left] * (1 - right) + pixels[below, beside] * right
+    return upper * (1 - down) + lower * down
 
 
 def views_to_erp(views: torch.Tensor, plan: ViewPlan, height: int) -> tuple[torch.Tensor, torch.Tensor]:

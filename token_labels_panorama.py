@@ -43,6 +43,14 @@ class LabelMaps:
     things: np.ndarray | None = None
     places: Sequence[BFoV | None] = field(default=())
 
+    def mirrored(self) -> LabelMaps:
+        """Of the panorama whose left and right are exchanged."""
+        return LabelMaps(
+            {name: image[:, ::-1] for name, image in self.classes.items()},
+            None if self.things is None else self.things[:, ::-1],
+            tuple(None if place is None else place.mirrored() for place in self.places),
+        )
+
 
 def token_labels(
     plan: ViewPlan, grid: Grid, maps: LabelMaps, fields: Sequence[str], yaw_offset: float = 0.0

@@ -22,8 +22,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.image_processing_utils import BatchFeature
 
 from ..geometry_panorama import Grid
+from ..image_processing_panorama import AS_IT_IS, Shown
 from ..processing_panorama import IGNORE_INDEX, PanoramaProcessor
 from ..token_labels_panorama import LabelMaps, token_labels
+from .augmentation import NO_AUGMENTATION, Augmentation, augmented, heading_step, limited
 from .fetching import fetch
 from .label_maps import read_label_maps
 from .rows import BadSample, RawSample, conversation
@@ -74,16 +76,22 @@ class _Collator:
         if len(masks) and not any(mask[first] and mask[second] for mask in masks for first, second in self.neighbours):
             raise BadSample("nothing to compare: no two neighbouring views show what the camera saw")
 
-    def add_labels(self, inputs: dict[str, Any], sample: RawSample, yaw_offset: float = 0.0) -> None:
-        """Put in what the tokens show, where that is taught; unknown where the sample does not say it."""
+    def add_labels(self, inputs: dict[str, Any], sample: RawSample, shown: Shown = AS_IT_IS) -> None:
+        """Put in what the tokens show, where that is taught; unknown where the sample does not say it, and where it is
+        tilted: extents of places are those of a level camera."""
         if self.labelled is None:
             return
         maps = sample.get("labels")
-        if "label_files" in sample:
+        yaw_offset = shown.yaw_offset
+        if any(shown.tilt):
+            maps = None
+        elif "label_files" in sample:
             maps = read_label_maps(_images(sample)[0], **sample["label_files"])
         panoramas = len(inputs["pixel_values"])
         if maps is not None and panoramas != 1:
             raise BadSample(f"token labels: they are of one panorama, and the sample has {panoramas}")
+        if maps is not None and shown.mirrored:  # first mirrored and then turned the other way is the same
+            maps, yaw_offset = maps.mirrored(), -yaw_offset
         plan = self.processor.image_processor.view_plan
         classes, places = token_labels(
             plan, self.labelled.grid, LabelMaps({}) if maps is None else maps, self.labelled.fields, yaw_offset
@@ -153,6 +161,7 @@ class VisionCollator(_Collator):
         cache_dir: folder for prepared views; headings are multiples of 45 degrees then (else of 1).
         random_heading: turn the panoramas.
         labelled: where tokens are taught what they show.
+        augmentation: which are mirrored and tilted.
     """
 
     def __init__(
@@ -162,20 +171,23 @@ class VisionCollator(_Collator):
         cache_dir: str | os.PathLike[str] | None = None,
         random_heading: bool = True,
         labelled: Labelled | None = None,
+        augmentation: Augmentation = NO_AUGMENTATION,
     ):
         super().__init__(processor, cache_dir, labelled)
-        self.seed, self.random_heading = seed, random_heading
+        self.seed, self.random_heading, self.augmentation = seed, random_heading, augmentation
         self.step_deg = 1 if cache_dir is None else 45
 
     def prepare(self, sample: RawSample) -> dict[str, torch.Tensor]:
-        options = {}
+        place = (self.seed, sample.get("epoch", 0), sample.get("index", 0))
+        shown = self.augmentation.draw(*place, self.step_deg) if self.augmentation else AS_IT_IS
         if self.random_heading:
-            generator = np.random.default_rng((self.seed, sample.get("epoch", 0), sample.get("index", 0)))
-            options["yaw_offsets"] = [float(self.step_deg * generator.integers(360 // self.step_deg))]
+            generator = np.random.default_rng(place)
+            shown = shown._replace(yaw_offset=float(self.step_deg * generator.integers(360 // self.step_deg)))
+        options = {"yaw_offsets": [shown.yaw_offset], "mirrored": [shown.mirrored], "tilts": [shown.tilt]}
         image = _present(sample["image"], sample)
         inputs = self.processor.image_processor(images=[image], return_tensors="pt", **options)
         self.check_comparable(inputs)
-        self.add_labels(inputs, sample, options.get("yaw_offsets", [0.0])[0])
+        self.add_labels(inputs, sample, shown)
         return inputs
 
 
@@ -193,6 +205,9 @@ class ConversationCollator(_Collator):
             one conversation. Which ones follows from the seed, the epoch and the sample.
         seed: of that.
         further_view: share of the samples, in [0, 1], that see one further, narrower view in some direction.
+        augmentation: which are turned, mirrored and tilted, where they know what that does to their questions; the
+            further conversations are left out then. As they are where no question is left, or there is not one
+            panorama in the first question.
     """
 
     def __init__(
@@ -204,22 +219,40 @@ class ConversationCollator(_Collator):
         independent: float = 0.0,
         seed: int = 0,
         further_view: float = 0.0,
+        augmentation: Augmentation = NO_AUGMENTATION,
     ):
         super().__init__(processor, cache_dir, labelled)
         self.compares, self.independent, self.seed = compares, independent, seed
-        self.further_view = further_view
+        self.further_view, self.augmentation = further_view, augmentation
+        self.step_deg = 1 if cache_dir is None else 45
 
     def prepare(self, sample: RawSample) -> dict[str, torch.Tensor]:
         messages = self._checked(sample["messages"] if "messages" in sample else conversation(**sample), sample)
         further = [self._checked(each, sample) for each in sample.get("further", [])]
+        shown = AS_IT_IS
+        if (found := self._augmented(messages, sample)) is not None:
+            messages, shown, further = *found, []
         self._look_closer(messages, sample)
         inputs = self._packed(messages, further, sample)
         if inputs is None:
             inputs = self.processor.apply_chat_template([[*messages, *chain(*further)]], return_labels=True)
         if self.compares:
             self.check_comparable(inputs)
-        self.add_labels(inputs, sample)
+        self.add_labels(inputs, sample, shown)
         return inputs
+
+    def _augmented(
+        self, messages: list[dict[str, Any]], sample: RawSample
+    ) -> tuple[list[dict[str, Any]], Shown] | None:
+        """The sample as it is shown otherwise, and how; `None` where it is not its turn, or not known what is right."""
+        known = sample.get("known")
+        if not self.augmentation or known is None:
+            return None
+        step = max(self.step_deg, heading_step(known))
+        shown = self.augmentation.draw(self.seed, sample.get("epoch", 0), sample.get("index", 0), step)
+        shown = limited(shown, known)
+        changed = None if shown == AS_IT_IS else augmented(messages, known, shown)
+        return None if changed is None else (changed, shown)
 
     def _look_closer(self, messages: list[dict[str, Any]], sample: RawSample) -> None:
         """Give some samples a further view of their panorama: uniform over the sphere, 30 to 60 degrees wide."""

@@ -28,6 +28,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
 from ..synthetic.write import SYNTHETIC, World, parse_world, warn_without_cutouts
+from .augmentation import KNOWLEDGE, RULES, knowledge_of
 from .label_maps import LabelColumn
 from .rows import ERROR, BadSample, RawSample, messages_of, text_rows, text_table
 
@@ -101,6 +102,7 @@ class OpenedSource:
     columns: dict[str, str]  # what -> column
     root: str | None
     folders: tuple[str, ...] = ()  # where rows may name files
+    known: tuple[str, ...] = ()  # columns that say what turning, mirroring and tilting do to each question
 
     @property
     def label_fields(self) -> dict[str, int]:
@@ -173,7 +175,8 @@ class OpenedSource:
             raw |= self._labels(row)
             if stage == "vision":
                 return {**raw, "image": images[which]}
-            return {**raw, "messages": messages_of(self._turns(row), images), "further": self._further(row)}
+            raw |= {"messages": messages_of(self._turns(row), images), "further": self._further(row)}
+            return {**raw, "known": known} if (known := knowledge_of(row)) is not None else raw
         except BROKEN_ROW as error:
             words = f"broken row: {type(error).__name__}: {error}"
             return {**raw, "error": str(error) if isinstance(error, BadSample) else words[:300]}
@@ -282,7 +285,8 @@ def open_source(source: DataSource, stage: str) -> OpenedSource:
     if missing := [name for name in labels if name not in there]:
         raise ValueError(f"{source.path!r} has no columns {missing} of token labels, its columns are {there}")
     if data.column_names is not None:
-        data = data.select_columns([name for name in (*used.values(), *labels, ERROR) if name in there])
+        wanted = dict.fromkeys((*used.values(), *labels, ERROR, *(KNOWLEDGE if text else ())))
+        data = data.select_columns([name for name in wanted if name in there])
     kind = (data.features or {}).get(used["image"])
     if isinstance(kind, Image):
         data = data.cast_column(used["image"], Image(decode=False))
@@ -292,7 +296,8 @@ def open_source(source: DataSource, stage: str) -> OpenedSource:
         if isinstance((data.features or {}).get(name), Image):
             data = data.cast_column(name, Image(decode=False))
     folders = tuple(folder for folder in (source.images, root) if folder)
-    opened = OpenedSource(source, data, used, source.images or root, folders)
+    known = tuple(name for name in RULES if name in there)
+    opened = OpenedSource(source, data, used, source.images or root, folders, known)
     if isinstance(data, Dataset):
         files = [image for row in data.take(100) for image in try_panoramas(opened, row)]
         paths = [file for file in files if isinstance(file, str) and "://" not in file]
@@ -320,7 +325,7 @@ class SyntheticSource(OpenedSource):
         warn_without_cutouts()
         rows = Dataset.from_dict({"image": range(scenes)})
         data = rows.to_iterable_dataset(num_shards=min(scenes, 64)) if source.streaming else rows
-        opened = cls(source, data, {"image": "image"}, None)
+        opened = cls(source, data, {"image": "image"}, None, known=tuple(RULES))
         opened.world = world
         return opened
 
@@ -343,7 +348,8 @@ class SyntheticSource(OpenedSource):
             return {**raw, "image": picture}
         said = self.world.row(scene)
         further = [messages_of(turns, []) for turns in said.get("tables", [])]
-        return {**raw, "messages": messages_of(said["conversations"], [picture]), "further": further}
+        messages = messages_of(said["conversations"], [picture])
+        return {**raw, "messages": messages, "further": further, "known": knowledge_of(said)}
 
 
 def try_panoramas(opened: OpenedSource, row: dict[str, Any]) -> list[str | bytes]:

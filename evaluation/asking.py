@@ -17,9 +17,9 @@ from PIL import Image
 from ..ask import question
 from ..processing_panorama import PanoramaProcessor, split_steps
 from ..reading_panorama import open_image, read_panorama
-from ..sampling_panorama import needed_width
+from ..sampling_panorama import needed_width, tilted_pixels
 from .items import Item
-from .turning import Variant, tilted_pixels, turned_pixels
+from .turning import Variant, turned_pixels
 
 logger = logging.getLogger(__name__)
 

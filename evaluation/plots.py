@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .turning import SECTORS
+from ..places_panorama import SECTORS
 
 _LEFT, _WIDE, _ROW = 190, 340, 24
 

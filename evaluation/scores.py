@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..places_panorama import write_places
+from ..places_panorama import direction_in_words, write_places
 from . import bootstrap
 from .answers import (
     LONGEST,
@@ -27,7 +27,6 @@ from .answers import (
 )
 from .captions import CAPTION_METRICS, caption_scores
 from .items import Item
-from .turning import direction_in_words
 
 METRICS = ("accuracy", "places", *CAPTION_METRICS)
 PREDICTIONS = "predictions.jsonl"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..geometry_panorama import View, ray_angles
-from ..places_panorama import wrap
+from ..places_panorama import turned_words, wrap
 from .answers import compare_places, normalise, places_of
 from .items import Item
-
-SECTORS = ("front", "front-right", "right", "back-right", "back", "back-left", "left", "front-left")
-_SECTOR = re.compile(r"\b(?:(front|back)([-_ ]?)(left|right)|front|back|left|right)\b", re.IGNORECASE)
-_ROWS = 256  # of a panorama that are tilted at a time
 
 
 @dataclass(frozen=True)
@@ -84,29 +78,6 @@ def _turned_options(item: Item, heading: float) -> dict[str, Any]:
     return {"key": item.key if right is None else before[right]}
 
 
-def turned_words(text: str, heading: float) -> str:
-    """A text with each of the eight words of direction as an observer says it who has turned to the right by a multiple
-    of 45 degrees; case and hyphens as they were."""
-
-    def turn(match: re.Match[str]) -> str:
-        sector = SECTORS.index(_sector(match))
-        word = SECTORS[(sector - round(heading / 45)) % 8]
-        word = word.replace("-", "-" if match[2] is None else match[2])
-        return word.upper() if match[0].isupper() else word.capitalize() if match[0][0].isupper() else word
-
-    return _SECTOR.sub(turn, text)
-
-
-def _sector(match: re.Match[str]) -> str:
-    return (f"{match[1]}-{match[3]}" if match[1] else match[0]).lower()
-
-
-def direction_in_words(text: str) -> float | None:
-    """The yaw of the one word of direction in a text; `None` where there is none, or another one."""
-    found = {_sector(match) for match in _SECTOR.finditer(text)}
-    return wrap(45.0 * SECTORS.index(found.pop())) if len(found) == 1 else None
-
-
 def answers_turned(item: Item, first: dict[str, Any], other: dict[str, Any], heading: float) -> bool:
     """Whether an answer turned as the panorama did, right or wrong; what was not understood did not. Places have to
     overlap by an IoU of 0.5, directions to be within 15 degrees of yaw and of pitch.
@@ -136,42 +107,6 @@ def answers_turned(item: Item, first: dict[str, Any], other: dict[str, Any], hea
 def turned_pixels(pixels: np.ndarray, heading: float) -> np.ndarray:
     """An equirectangular image [H, W, C] as an observer sees it who has turned to the right, to the nearest column."""
     return np.roll(pixels, -round(heading / 360 * pixels.shape[1]), axis=1)
-
-
-def camera_rotation(pitch: float, roll: float) -> np.ndarray:
-    """[3, 3]: turns directions as a camera sees them that looks up by `pitch` and leans to the right by `roll` degrees
-    into those of the level world."""
-    b, c = math.radians(pitch), math.radians(roll)
-    up = np.array([[1, 0, 0], [0, math.cos(b), math.sin(b)], [0, -math.sin(b), math.cos(b)]])
-    lean = np.array([[math.cos(c), math.sin(c), 0], [-math.sin(c), math.cos(c), 0], [0, 0, 1]])
-    return up @ lean
-
-
-def tilted_pixels(pixels: np.ndarray, pitch: float, roll: float) -> np.ndarray:
-    """An equirectangular image [H, W, C] as a camera that was not level would have written it; bilinear, all around."""
-    height, width = pixels.shape[:2]
-    rotation = camera_rotation(pitch, roll)
-    out = np.empty_like(pixels)
-    view = View("erp")
-    for top in range(0, height, _ROWS):
-        rows = np.arange(top, min(top + _ROWS, height), dtype=np.float64)
-        rays = view.rays_at(rows[:, None], np.arange(width, dtype=np.float64), (height, width))
-        yaw, elevation = ray_angles(rays @ rotation.T)
-        sampled = _bilinear(pixels, (0.5 - elevation / 180) * height - 0.5, (yaw / 360 + 0.5) * width - 0.5)
-        out[top : top + len(rows)] = sampled.round() if pixels.dtype == np.uint8 else sampled
-    return out
-
-
-def _bilinear(pixels: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """Pixels at places of an equirectangular image; it wraps at the seam, and ends at the poles with its last row."""
-    height, width = pixels.shape[:2]
-    row = np.clip(row, 0, height - 1)
-    top, left = np.floor(row).astype(int), np.floor(column).astype(int)
-    down, right = (row - top)[..., None], (column - left)[..., None]
-    below, left, beside = np.minimum(top + 1, height - 1), left % width, (left + 1) % width
-    upper = pixels[top, left] * (1 - right) + pixels[top, beside] * right
-    lower = pixels[below, left] * (1 - right) + pixels[below, beside] * right
-    return upper * (1 - down) + lower * down
 
 
 def turn_report(

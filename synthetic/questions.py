@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 
 from ..options_panorama import check_option_names
-from ..places_panorama import BFoV, wrap, write_places
+from ..places_panorama import SECTORS, BFoV, wrap, write_places
 from .cutouts import available
 from .scenes import COLOURS, SHAPES, SIZES, Scene, Thing
 
-SECTORS = ("front", "front-right", "right", "back-right", "back", "back-left", "left", "front-left")
 MARGIN = 8.0  # degrees from a border of sectors, and of the relations below
 SEEN = 0.6  # share of a thing that has to be seen for it to be asked about
 LARGE_ENOUGH = 6.0  # degrees of what is seen, in both directions
@@ -71,6 +70,17 @@ class Question:
     places: tuple[BFoV, ...] | None = None
     turns: str = "same"
     steps: str = ""
+
+    @property
+    def mirrors(self) -> str:
+        """What exchanging left and right does: `"same"`, `"direction"` where the words of direction in question and
+        answer are exchanged, `"place"`, or `"no"` where more would have to change."""
+        return MIRRORS.get(self.kind, "no")
+
+    @property
+    def tilts(self) -> str:
+        """`"same"` where nothing that is said depends on a level camera, else `"no"`."""
+        return "same" if self.kind in LEVEL_OR_NOT else "no"
 
     @property
     def key(self) -> str | None:
@@ -666,3 +676,14 @@ STEPPED = (
     *("count", "order", "after_turning", "facing", "nearest_of_four", "higher_or_lower", "relation_3d"),
     *("adjacent_across_seam", "one_or_two_at_seam", "grounding_all"),
 )
+# Kinds that a tilted camera does not change: what is there and what it is like, nothing of directions or horizons.
+LEVEL_OR_NOT = ("existence", "colour", "shape", "size", "count", "nearest_of_four")
+# What exchanging left and right does to a kind, as `Question.mirrors` says it. Not named: the order of a caption and a
+# place in the words of a question would have to change.
+MIRRORS = {
+    **dict.fromkeys((*LEVEL_OR_NOT, "higher_or_lower", "shape_at_pole"), "same"),
+    **dict.fromkeys(("adjacent_across_seam", "one_or_two_at_seam"), "same"),  # of both edges alike
+    **dict.fromkeys(("direction", "what_is_in_direction", "order", "after_turning", "facing"), "direction"),
+    "relation_3d": "direction",
+    **dict.fromkeys(("grounding", "grounding_all"), "place"),
+}

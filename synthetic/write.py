@@ -231,6 +231,8 @@ def row_of(
         "keys": [question.key for question in questions],
         "places": [None if q.places is None else [place.rounded() for place in q.places] for q in questions],
         "turns": [question.turns for question in questions],
+        "mirrors": [question.mirrors for question in questions],
+        "tilts": [question.tilts for question in questions],
         "scene": scene.seed,
     }
     if steps:

@@ -8,17 +8,14 @@ from panorama_vlm.evaluation.captions import caption_scores, tokenise
 from panorama_vlm.evaluation.items import Item
 from panorama_vlm.evaluation.scores import chance_of, judge, most_common_answers, summarise
 from panorama_vlm.evaluation.turning import (
-    SECTORS,
     answers_turned,
-    direction_in_words,
-    tilted_pixels,
     turn_report,
     turned_item,
     turned_pixels,
-    turned_words,
     variants_of,
 )
-from panorama_vlm.places_panorama import BFoV
+from panorama_vlm.places_panorama import SECTORS, BFoV, direction_in_words, turned_words
+from panorama_vlm.sampling_panorama import tilted_pixels
 
 CHOICES = [("A", "cat"), ("B", "dog"), ("C", "Vitamin C"), ("D", "the red car"), ("E", "red car park")]
 BLUE = [("A", "front"), ("B", "front-right"), ("C", "no"), ("D", "2")]

@@ -12,6 +12,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
 
 from ..checkpoint_panorama import read_state
+from ..data.augmentation import missing_knowledge
 from ..data.samples import Samples, open_data
 from ..stages_panorama import STAGES
 from .build import check_parts
@@ -62,6 +63,10 @@ def check_run(config: TrainConfig, accelerator: Accelerator) -> Plan:
         sources = config.stage_config(stage).data or config.data
         share = config.validation_share
         data[stage] = open_data(sources, stage=stage, seed=config.seed, validation_share=share)
+        if stage != "vision":
+            for opened in data[stage][0].opened:
+                for lacks in missing_knowledge(config.stage_config(stage).augmentation, opened.known):
+                    warnings.warn(f"stage {stage}: {opened.source.path!r} has {lacks}", stacklevel=2)
         if config.stage_config(stage).label_loss_weight > 0:
             label_fields(data[stage][0])
     return Plan(start, data, checkpoint, resumed_stage)

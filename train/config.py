@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..configuration_panorama import PanoramaConfig
+from ..data.augmentation import Augmentation
 from ..data.sources import DataSource
 from ..geometry_panorama import ViewOptions
 from ..stages_panorama import PARTS, STAGES
@@ -72,7 +73,28 @@ class StageConfig:
         0.0,
         "share of the samples, in [0, 1], that see one further, narrower view in some direction; not in stage vision",
     )
+    turn: float = _option(
+        0.0,
+        "share of the samples, in [0, 1], that are turned to another heading, with their answers, where data say what "
+        "turning does to them (column turns). In stage vision random_heading turns",
+    )
+    mirror: float = _option(
+        0.0,
+        "share of the samples, in [0, 1], whose left and right are exchanged, with their questions and answers, where "
+        "data say how (column mirrors); in stage vision all of them may be",
+    )
+    tilt: float = _option(
+        0.0,
+        "share of the samples, in [0, 1], that a camera took which was not level, with the questions that this does "
+        "not change (column tilts); in stage vision all of them may be, and token labels are not known then",
+    )
+    tilt_deg: float = _option(5.0, "by so many degrees at most, in (0, 45]")
     data: list[DataSource] = _option([], "the stage's own data; without it that of the run")
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """Which samples are shown otherwise."""
+        return Augmentation(self.turn, self.mirror, self.tilt, self.tilt_deg)
 
 
 @dataclass
@@ -148,6 +170,10 @@ class TrainConfig:
             _require(0 <= share <= 1, f"{stage}.independent_questions", share, "in [0, 1]")
             _require(0 <= options.further_view <= 1, f"{stage}.further_view", options.further_view, "in [0, 1]")
             _require(not options.further_view or stage != "vision", f"{stage}.further_view", options.further_view, "0")
+            for name in ("turn", "mirror", "tilt"):
+                _require(0 <= getattr(options, name) <= 1, f"{stage}.{name}", getattr(options, name), "in [0, 1]")
+            _require(not options.turn or stage != "vision", f"{stage}.turn", options.turn, "0: random_heading turns")
+            _require(0 < options.tilt_deg <= 45, f"{stage}.tilt_deg", options.tilt_deg, "in (0, 45]")
             _require(
                 not share or self.attention != "flash_attention_2",
                 f"{stage}.independent_questions",

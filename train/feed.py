@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from ..data.augmentation import NO_AUGMENTATION
 from ..data.collators import ConversationCollator, Labelled, VisionCollator
 from ..data.samples import Samples
 from ..data.stream import BatchStream, Step
@@ -85,10 +86,13 @@ class Feed:
 
     def _batches(self, samples: Samples, training: bool = True) -> BatchStream:
         config, options = self.stage.config, self.stage.options
+        augmentation = options.augmentation if training else NO_AUGMENTATION
         collate: Any
         if self.stage.name == "vision":
             heading = training and config.random_heading
-            collate = VisionCollator(self.processor, config.seed, config.cache_dir, heading, self.labelled)
+            collate = VisionCollator(
+                self.processor, config.seed, config.cache_dir, heading, self.labelled, augmentation
+            )
         else:
             collate = ConversationCollator(
                 self.processor,
@@ -98,6 +102,7 @@ class Feed:
                 independent=options.independent_questions,
                 seed=config.seed,
                 further_view=options.further_view if training else 0.0,
+                augmentation=augmentation,
             )
         return BatchStream(
             samples,
