@@ -318,12 +318,14 @@ def moved_places(text: str, heading: float = 0.0, mirrored: bool = False) -> str
     found = list(_LIST.finditer(text))
     if len(found) != len(read_places(text)):
         return None
+    before: list[BFoV] = []
     moved: list[tuple[BFoV, str]] = []
     for match in found:
         numbers = match[1].split(",")
         place = _as_place(numbers)
         if place is None:
             return None
+        before.append(place)
         place = place.turned(heading)
         place = place.mirrored() if mirrored else place
         yaw = re.sub(_SPACED, f"{place.yaw:g}", numbers[0], count=1)
@@ -331,12 +333,18 @@ def moved_places(text: str, heading: float = 0.0, mirrored: bool = False) -> str
     if len(moved) > 1:
         moved = moved[::-1] if mirrored else moved
         starts = [i for i, (place, _) in enumerate(moved) if moved[i - 1][0].yaw > place.yaw]
-        if len(starts) > 1 or any(abs(wrap(place.yaw + 180)) <= place.x_fov / 2 + 1 for place, _ in moved):
+        in_order = before == sorted(before, key=lambda place: place.yaw) or any(map(_is_on_seam, before))
+        if not in_order or len(starts) > 1 or any(_is_on_seam(place) for place, _ in moved):
             return None
         start = starts[0] if starts else 0
         moved = moved[start:] + moved[:start]
     written = iter(moved)
     return _LIST.sub(lambda _: next(written)[1], text)
+
+
+def _is_on_seam(place: BFoV) -> bool:
+    """Whether a place in whole degrees may reach the seam."""
+    return abs(wrap(place.yaw + 180)) <= place.x_fov / 2 + 1
 
 
 # Words of direction
