@@ -581,13 +581,13 @@ def _shown_by(conversations: Sequence[Sequence[dict[str, Any]]]) -> dict[str, li
     """What the messages say of how their panoramas are shown, as options of the image processor, each in reading
     order; none where they say nothing."""
     parts = [part for messages in conversations for part in _image_parts(messages)]
-    said = {
+    said: dict[str, list[Any]] = {
         "further_views": [list(part.get("further_views") or []) for part in parts],
         "yaw_offsets": [part.get("yaw_offset") for part in parts],
         "mirrored": [part.get("mirrored") for part in parts],
         "tilts": [part.get("tilt") for part in parts],
     }
-    unsaid = {"further_views": [], "yaw_offsets": 0.0, "mirrored": False, "tilts": (0.0, 0.0)}
+    unsaid: dict[str, Any] = {"further_views": [], "yaw_offsets": 0.0, "mirrored": False, "tilts": (0.0, 0.0)}
     return {name: [value or unsaid[name] for value in values] for name, values in said.items() if any(values)}
 
 

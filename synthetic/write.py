@@ -204,8 +204,8 @@ def row_of(
     tables: Sequence[Table] | None = None,
     steps: bool = False,
 ) -> dict[str, Any]:
-    """A row of `metadata.jsonl`: a conversation, and of each question its kind, options, key, places and what turning
-    does to its answer.
+    """A row of `metadata.jsonl`: a conversation, and of each question its kind, options, key, places and what turning,
+    mirroring and tilting do to its answer.
 
     Args:
         scene: they are about.

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from panorama_vlm.data.augmentation import Augmentation, augmented, knowledge_of
+from accelerate import Accelerator
+from panorama_vlm.data.augmentation import Augmentation, augmented, knowledge_of, missing_knowledge
 from panorama_vlm.data.collators import ConversationCollator, Labelled, VisionCollator
 from panorama_vlm.data.rows import BadSample, messages_of
 from panorama_vlm.data.samples import open_data
@@ -19,6 +20,7 @@ from panorama_vlm.synthetic.questions import KINDS, Question, Seen
 from panorama_vlm.synthetic.render import look
 from panorama_vlm.synthetic.scenes import Scene
 from panorama_vlm.synthetic.write import World, row_of
+from panorama_vlm.train.checks import check_run
 from panorama_vlm.train.config import TrainConfig, load_config
 from panorama_vlm.train.fingerprint import fingerprint
 from PIL import Image
@@ -308,8 +310,6 @@ def test_shares_and_bounds():
 
 
 def test_rows_that_do_not_know_stay_as_they_are(make, panoramas, tmp_path):
-    from panorama_vlm.data.augmentation import missing_knowledge
-
     panoramas[0].save(tmp_path / "p.png")
     rows = [{"image": "p.png", "conversations": conversation()["conversations"]}]
     path = tmp_path / "rows.jsonl"
@@ -335,6 +335,15 @@ def test_tilted_labels_are_not_known(make):
     level = VisionCollator(processor, 0, None, False, labelled)([raw])
     assert bool((tilted["token_classes"] == -100).all()) and bool(tilted["token_places"].isnan().all())
     assert bool((level["token_classes"] != -100).any())
+
+
+def test_the_trainer_says_at_the_start_what_stays_as_it_is(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("url,query,annotation\np.png,Where is it?,left\n")
+    Image.new("RGB", (16, 8)).save(tmp_path / "p.png")
+    options = ["--stage", "finetune", "--data", str(path), "--output", str(tmp_path / "out"), "--finetune.turn", "0.5"]
+    with pytest.warns(UserWarning, match=r"rows.csv' has no column 'turns': not turned, mirrored or tilted"):
+        check_run(load_config(["tiny.yaml", *options]), Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize(
