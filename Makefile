@@ -6,10 +6,11 @@ RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 # A core for each of a few processes: threads that wait for each other on the same cores cost far more than they bring.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-fast test-tools soak lint types bench clean
+.PHONY: help demo train-demo test test-fast test-tools soak lint types bench clean
 
 help:
-	@echo "make demo       train the three stages on real panoramas, save, load elsewhere, ask (minutes)"
+	@echo "make demo       ask the default model about scenes and panoramas it never saw (seconds)"
+	@echo "make train-demo train the three stages on real panoramas, save, load elsewhere, ask (a minute or two)"
 	@echo "make test       the tests;  make test-fast  without those that take more than ten seconds"
 	@echo "make test-tools the tests with other tools (TRL), which it installs"
 	@echo "make soak       the tests that take minutes"
@@ -38,8 +39,12 @@ $(VENV)/.tools: $(VENV)/.ready
 	@touch $@
 
 demo: $(VENV)/.demo
+	@echo "== Asking the default model about what it never saw"
+	@$(RUN) -m panorama_vlm.demo.default_model --output build/demo
+
+train-demo: $(VENV)/.demo
 	@echo "== Composing a small model, training its three stages on samples/, asking it in a new process"
-	@$(RUN) -m panorama_vlm.demo.quickstart --output build/demo
+	@$(RUN) -m panorama_vlm.demo.quickstart --output build/train-demo
 
 test: $(VENV)/.ready
 	@echo "== Running all tests"

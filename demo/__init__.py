@@ -1,1 +1,1 @@
-"""The main job at a small scale: `make demo`."""
+"""What the default model answers (`make demo`), and the main job at a small scale (`make train-demo`)."""
