@@ -33,7 +33,7 @@ def main(model_folder: str, samples_folder: str, answers_file: str, max_new_toke
                 "panorama": sample["file_name"],
                 "question": sample["query"],
                 "expected": sample["annotation"],
-                "answer": words.strip(),
+                "answer": processor.post_process_answer(words)[0].answer,
             }
         )
     Path(answers_file).write_text(json.dumps(answers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
