@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ..places_panorama import bfov_of_mask
 from ..reading_panorama import open_image, read_photo_sphere
 from ..token_labels_panorama import LabelMaps
 from .rows import BadSample
 
+_MOST_THINGS = 10_000
 _MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 
 
@@ -33,34 +34,49 @@ class LabelColumn:
     unknown: int = 255
 
 
-def read_label_maps(panorama: Any, classes: dict[str, tuple[Any, LabelColumn]], things: Any = None) -> LabelMaps:
+def read_label_maps(
+    panorama: Any, classes: dict[str, tuple[Any, LabelColumn]], things: Any = None, align_heading: bool = False
+) -> LabelMaps:
     """The label maps of one panorama.
 
     Args:
-        panorama: the image itself; it must show the whole sphere.
-        classes: field -> file (path or bytes) and what it holds.
+        panorama: the image itself; it must show the whole sphere, as its pixels lie in the file.
+        classes: field -> file (path or bytes) and what it holds; nothing is known of a field without a file.
         things: file of the ids of single things, 0 where none is; their places follow from it.
+        align_heading: whether the panorama is turned to the north by its Photo Sphere data.
 
     Raises:
         BadSample: for files that cannot be this, each named.
     """
-    image = open_image(panorama)
-    if isinstance(image, Image.Image):
-        sphere = read_photo_sphere(image)
-        partial = sphere is not None and sphere.crop is not None and sphere.crop != sphere.full
-        if partial or image.width != 2 * image.height:
-            raise BadSample(
-                f"token labels: the panorama must show the whole sphere, and is {image.width} x {image.height}"
-                f"{' with a cropped area' * partial}"
-            )
-    maps = {name: _class_map(name, file, column) for name, (file, column) in classes.items()}
+    _check_panorama(panorama, align_heading)
+    maps = {name: _class_map(name, file, column) for name, (file, column) in classes.items() if file is not None}
     if things is None:
         return LabelMaps(maps)
-    ids = _pixels("things", things)
-    there = [int(value) for value in np.unique(ids) if value > 0]
-    index = np.full(int(ids.max()) + 1, -1)
-    index[there] = np.arange(len(there))
-    return LabelMaps(maps, index[ids], tuple(bfov_of_mask(ids == value) for value in there))
+    values, which = np.unique(_pixels("things", things), return_inverse=True)
+    if (count := int((values > 0).sum())) > _MOST_THINGS:
+        raise BadSample(f"token labels: 'things' has {count} ids, at most {_MOST_THINGS} are allowed")
+    index = np.where(values > 0, np.cumsum(values > 0) - 1, -1)[which].reshape(which.shape)
+    return LabelMaps(maps, index, tuple(bfov_of_mask(index == number) for number in range(count)))
+
+
+def _check_panorama(panorama: Any, align_heading: bool) -> None:
+    """See that the pixels of a panorama lie as those of its maps do."""
+    image = open_image(panorama)
+    if not isinstance(image, Image.Image):
+        return
+    sphere = read_photo_sphere(image)
+    problems = {
+        f"is {image.width} x {image.height}": image.width != 2 * image.height,
+        "shows a part of the sphere": sphere is not None and sphere.crop not in (None, sphere.full),
+        "is rotated by its EXIF orientation": image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
+        "is turned by its heading (align_heading)": align_heading and sphere is not None and bool(sphere.heading),
+    }
+    if image is not panorama:
+        image.close()
+    if wrong := [words for words, holds in problems.items() if holds]:
+        raise BadSample(
+            f"token labels: the panorama must show the whole sphere as it lies in the file, and it {wrong[0]}"
+        )
 
 
 def _class_map(name: str, file: Any, column: LabelColumn) -> np.ndarray:
@@ -76,6 +92,8 @@ def _class_map(name: str, file: Any, column: LabelColumn) -> np.ndarray:
 
 def _pixels(name: str, file: Any) -> np.ndarray:
     """The ids in an image, int64 [H, W]."""
+    if not isinstance(file, str | bytes):
+        raise BadSample(f"token labels: {name!r} must be a path or bytes, got {type(file).__name__}")
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
         if image.format == "JPEG":
             raise BadSample(f"token labels: {name!r} is a JPEG, which changes ids; use PNG")

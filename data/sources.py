@@ -125,9 +125,7 @@ class OpenedSource:
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and value:
             return self._allowed(os.path.join(self.root or "", value))
-        if isinstance(value, bytes):
-            return value
-        raise BadSample(f"token labels: there is no file in the column {column!r}")
+        return value or None  # of what is no file the reader of labels says so
 
     def panoramas(self, row: dict[str, Any]) -> list[str | bytes]:
         """The images of a row: paths, or the bytes of files."""
@@ -186,7 +184,7 @@ class OpenedSource:
         found = row.get(self.columns["tables"]) if "tables" in self.columns else None
         found = json.loads(found) if isinstance(found, str) else found or []
         if not isinstance(found, list) or not all(isinstance(turns, list) for turns in found):
-            raise BadSample(f"broken row: {self.columns['further']!r} must be a list of conversations")
+            raise BadSample(f"broken row: {self.columns['tables']!r} must be a list of conversations")
         return [messages_of(turns, []) for turns in found if turns]
 
     def _turns(self, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -282,6 +280,8 @@ def open_source(source: DataSource, stage: str) -> OpenedSource:
         text = (*text, "tables")
     used = {what: columns[what] for what in ("image", *text)}
     labels = [column.column for column in source.labels.values()] + [source.things_column] * bool(source.things_column)
+    if source.things_column and not source.labels:
+        raise ValueError(f"{source.path!r} has a things_column and no labels: name what the things are, too")
     if missing := [name for name in labels if name not in there]:
         raise ValueError(f"{source.path!r} has no columns {missing} of token labels, its columns are {there}")
     if data.column_names is not None:

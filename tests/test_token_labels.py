@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from panorama_vlm.data.collators import Labelled, VisionCollator
-from panorama_vlm.data.label_maps import LabelColumn
+from panorama_vlm.data.label_maps import LabelColumn, read_label_maps
+from panorama_vlm.data.rows import BadSample
 from panorama_vlm.data.samples import open_data
 from panorama_vlm.data.sources import DataSource
 from panorama_vlm.geometry_panorama import ViewOptions, ray_angles
@@ -205,6 +206,8 @@ def test_a_folder_of_class_maps_labels_tokens(make, labelled_folder):
         (lambda folder: Image.new("L", (512, 128)).save(folder / "semantic0.png"), "twice as wide"),
         (lambda folder: Image.new("RGB", (512, 200)).save(folder / "0.png"), "whole sphere"),
         (lambda folder: (folder / "semantic0.png").unlink(), "semantic0.png"),
+        (lambda folder: _save_rotated(folder), "EXIF orientation"),
+        (lambda folder: _save_too_many(folder), "at most 10000"),
     ],
 )
 def test_what_is_no_class_map_is_a_bad_sample(make, labelled_folder, spoil, words):
@@ -217,6 +220,54 @@ def test_what_is_no_class_map_is_a_bad_sample(make, labelled_folder, spoil, word
     assert VisionCollator(processor, seed=1, labelled=labelled)([first], skipped) is None
     assert words in skipped[0]["reason"]
     assert VisionCollator(processor, seed=1)([first], skipped) is not None or "whole sphere" in words
+
+
+def _save_rotated(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.new("RGB", (512, 256)).save(folder / "0.png", exif=exif)
+
+
+def _save_too_many(folder):
+    ids = (np.arange(256 * 512) % 60_000).astype(np.uint16).reshape(256, 512)
+    Image.fromarray(ids).save(folder / "things0.png")
+
+
+def test_ids_of_things_may_be_any_numbers(labelled_folder):
+    things = np.zeros((256, 512), np.int32)
+    things[10:20, 10:40], things[100:140, 300:360] = 2_000_000_000, 5
+    Image.fromarray(things).save(labelled_folder / "things0.tiff")
+    maps = read_label_maps(str(labelled_folder / "0.png"), {}, str(labelled_folder / "things0.tiff"))
+    assert len(maps.places) == 2 and set(np.unique(maps.things)) == {-1, 0, 1}
+    for number, value in enumerate((5, 2_000_000_000)):
+        assert maps.places[number] == bfov_of_mask(things == value)
+
+
+def test_a_row_without_a_map_is_a_sample_of_which_nothing_is_known(make, labelled_folder):
+    model, processor = make()
+    rows = [json.loads(line) for line in (labelled_folder / "metadata.jsonl").read_text().splitlines()]
+    rows[0] |= {"classes": None, "things": None}
+    (labelled_folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train, _ = open_data([source_of(labelled_folder)], stage="vision", seed=0)
+    labelled = Labelled(model.config.token_grid, ("semantic",))
+    batch = VisionCollator(processor, seed=1, labelled=labelled)([train[0], train[1]])
+    known = (batch["token_classes"] != -100).flatten(1).any(1)
+    assert sorted(known.tolist()) == [False, True]
+
+
+def test_a_heading_that_turns_the_panorama_is_not_followed_in_silence(tmp_path, labelled_folder):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    xmp += b'<rdf:Description xmlns:GPano="http://ns.google.com/photos/1.0/panorama/" GPano:PoseHeadingDegrees="90"/>'
+    Image.new("RGB", (512, 256)).save(tmp_path / "turned.jpg", xmp=xmp + b"</rdf:RDF></x:xmpmeta>")
+    files = {"semantic": (str(labelled_folder / "semantic0.png"), LabelColumn("classes", 4))}
+    assert read_label_maps(str(tmp_path / "turned.jpg"), files).classes["semantic"].shape == (256, 512)
+    with pytest.raises(BadSample, match="align_heading"):
+        read_label_maps(str(tmp_path / "turned.jpg"), files, align_heading=True)
+
+
+def test_things_without_names_are_refused(labelled_folder):
+    with pytest.raises(ValueError, match="a things_column and no labels"):
+        open_data([DataSource(str(labelled_folder), things_column="things")], stage="vision", seed=0)
 
 
 def test_columns_that_are_not_there_are_named(labelled_folder):

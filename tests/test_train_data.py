@@ -248,3 +248,11 @@ def test_options_that_make_no_sense_are_refused(tmp_path):
         arguments = {"sources": [source], "stage": "vision", **options}
         with pytest.raises(ValueError, match=message):
             open_data(arguments.pop("sources"), seed=0, **arguments)
+
+
+def test_tables_that_are_no_conversations_are_a_broken_row(tmp_path):
+    Image.new("RGB", (16, 8)).save(tmp_path / "a.png")
+    row = {"file_name": "a.png", "query": "What?", "annotation": "That.", "tables": [["no", "turns"], 3]}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    train, _ = open_data([DataSource(str(tmp_path))], stage="finetune", seed=0)
+    assert "'tables' must be a list of conversations" in train[0]["error"]

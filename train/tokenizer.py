@@ -2,12 +2,18 @@
 
 For a language model that starts from random weights: byte-level BPE (Sennrich et al. 2016) trained on the texts of a
 source, so that it spells any text, with digits one by one (numbers are then told digit by digit, and none is unknown).
+That of `default_model.yaml`, in `configs/tokenizer/`, comes from
+
+    python -m panorama_vlm.train.tokenizer "synthetic://?scenes=1000&seed=7&width=64&questions=21&tables=8&steps=true" \
+        --samples 1000 --pieces 1280 --output train/configs/tokenizer
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -67,24 +73,30 @@ def train_tokenizer(texts: Iterable[str], pieces: int) -> PreTrainedTokenizerFas
 
 
 def texts_of(source: DataSource, samples: int) -> Iterator[str]:
-    """The texts of the first samples of a source."""
+    """The texts of the first samples of a source, those of steps and answers apart."""
     train, _ = open_data([source], stage="finetune", seed=0)
     for sample in tqdm(itertools.islice(train, samples), total=samples, desc="texts"):
         for message in itertools.chain(sample.get("messages", []), *sample.get("further", [])):
-            yield from (part["text"] for part in message["content"] if part["type"] == "text")
+            for part in message["content"]:
+                if part["type"] == "text":
+                    yield from filter(None, re.split("|".join(map(re.escape, STEPS)), part["text"]))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train a tokenizer on the texts of a source.")
     parser.add_argument("source", help="as `data` of the trainer")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--pieces", type=int, default=1024, help="of the vocabulary")
     parser.add_argument("--samples", type=int, default=3000, help="of the source that are read")
-    arguments = parser.parse_args()
-    tokenizer = train_tokenizer(texts_of(DataSource(arguments.source), arguments.samples), arguments.pieces)
-    tokenizer.save_pretrained(arguments.output)
-    print(f"{len(tokenizer)} pieces in {arguments.output}")
+    options = parser.parse_args(arguments)
+    try:
+        tokenizer = train_tokenizer(texts_of(DataSource(options.source), options.samples), options.pieces)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    tokenizer.save_pretrained(options.output)
+    print(f"{len(tokenizer)} pieces in {options.output}")
 
 
 if __name__ == "__main__":
