@@ -169,7 +169,8 @@ class PanoramaConfig(PretrainedConfig):
         self.latent_dimension = _positive("latent_dimension", latent_dimension, 768)
         self.resampler_type = _one_of("resampler_type", resampler_type, sorted(RESAMPLERS))
         self.resampler_depth = _positive("resampler_depth", resampler_depth, 2)
-        self.resampler_skip = "transformers_version" not in kwargs if resampler_skip is None else resampler_skip
+        is_new = "transformers_version" not in kwargs  # else it comes from a file
+        self.resampler_skip = is_new if resampler_skip is None else _flag("resampler_skip", resampler_skip)
         self.resampler_pool = _positive("resampler_pool", resampler_pool, 2)
         self.resampler_queries = _positive("resampler_queries", resampler_queries, 64)
         self.resampler_heads = _positive("resampler_heads", resampler_heads, 8)

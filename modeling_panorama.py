@@ -245,12 +245,12 @@ class PanoramaModel(PanoramaPreTrainedModel):
         mask = self.is_placeholder(input_ids)
         wanted = 0 if image_features is None else image_features.shape[:-1].numel()
         if not torch.compiler.is_compiling() and wanted != (found := int(mask.sum())):
-            partial = image_features is not None and image_features.ndim == 2
+            in_one_row = image_features is not None and image_features.ndim == 2
             count = 0 if image_features is None else len(image_features)
-            panoramas = "partial panoramas" if partial else f"{count} panoramas"
+            panoramas = "partial panoramas, or those with further views," if in_one_row else f"{count} panoramas"
             each = self.config.num_image_tokens
             raise ValueError(
-                f"{panoramas} need {wanted} <image> tokens ({each} each{', or fewer' * partial}), but "
+                f"{panoramas} need {wanted} <image> tokens ({each} each{', or others' * in_one_row}), but "
                 f"input_ids holds {found} (image_token_id={self.config.image_token_id}); use the processor saved with "
                 "this model, and hand over all that it returns"
             )

@@ -76,6 +76,8 @@ def split_steps(text: str) -> SteppedAnswer:
     if opens not in text and closes not in text:
         return SteppedAnswer(text.strip())
     steps, ends, answer = text.rpartition(closes)
+    if not ends:
+        warnings.warn("an answer ended before its steps did, and is empty: raise max_new_tokens", stacklevel=2)
     return SteppedAnswer(answer.strip() if ends else "", (steps if ends else answer).replace(opens, " ").strip())
 
 

@@ -123,8 +123,10 @@ class StagesMixin:
         """The last blocks of the vision tower."""
         if count == 0:
             return []
-        depth = self.config.vision_config.num_hidden_layers
+        depth = getattr(self.config.vision_config, "num_hidden_layers", 0)  # of convolutions there is no list of blocks
         lists = [m for m in self.model.vision_tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
         if count > depth or not lists:
-            raise ValueError(f"vision_trainable_blocks must be at most the tower's {depth} blocks, got {count}")
+            raise ValueError(
+                f"vision_trainable_blocks must be 'all', or at most the tower's {depth} blocks, got {count}"
+            )
         return list(lists[0][-count:])

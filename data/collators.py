@@ -277,9 +277,12 @@ class ConversationCollator(_Collator):
             return None
         start = next(place for place, message in enumerate(messages) if message["role"] == "user")
         first = messages[start]["content"]
-        if [part["type"] for part in first].count("image") != 1 or len(_images({"messages": messages})) != 1:
-            return None
-        if first[0]["type"] != "image":
+        if first[0]["type"] != "image" or len(_images({"messages": messages})) != 1:
+            warnings.warn(
+                "independent_questions: a sample whose questions are not about one panorama, which stands before the "
+                f"first of them, is taught as one conversation, such as {sample.get('name')}",
+                stacklevel=2,
+            )
             return None
         before, image, words = messages[:start], first[0], first[1:]
         turns = [{**messages[start], "content": words}, *messages[start + 1 :]]

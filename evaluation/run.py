@@ -124,6 +124,8 @@ def asks_of(items: Sequence[Item], variants: Sequence[Variant]) -> list[Asked]:
 def judged_line(asked: Asked, said: Said) -> dict[str, Any]:
     """A line of `predictions.jsonl`: a judged answer; where there is none, it is wrong, and `error` says why."""
     row = {"variant": asked.variant.name, "item": item_digest(asked.item), **judge(asked.item, said.answer)}
+    if said.steps:
+        row["steps"] = said.steps
     if said.error is not None:
         row |= {"error": said.error, "right": None if row["right"] is None else False}
     return row

@@ -349,3 +349,19 @@ def test_any_other_model_can_be_asked(folder, tokenizer, monkeypatch):
     one, three = (answer_items(_items(), *loaded, batch_size=n, output=folder / str(n), **options) for n in (1, 3))
     assert one == three and len(one) == 11
     assert sum("error" in row for row in one.values()) == 1
+
+
+def test_steps_are_kept_apart_from_what_is_judged(tmp_path):
+    items = [item(id=f"q{index}", references=["left"], panorama=f"p{index}") for index in range(3)]
+    said = [Said("left", steps="h1"), Said("left"), Said("", steps="h1 -")]
+    numbered = dict(zip(("q0", "q1", "q2"), said, strict=True))
+    arguments = (items, [Variant()], _Process(0), 2, tmp_path, {"model": "m"})
+    _Process.num_processes, before = 1, _Process.num_processes
+    try:
+        _Process.barrier = threading.Barrier(1)
+        judged = answer_with(lambda batches: ([numbered[each.item.id] for each in b] for b in batches), *arguments)
+    finally:
+        _Process.num_processes, _Process.barrier = before, threading.Barrier(2, timeout=30)
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert {line["id"]: line.get("steps") for line in lines} == {"q0": "h1", "q1": None, "q2": "h1 -"}
+    assert {key[0]: row["right"] for key, row in judged.items()} == {"q0": True, "q1": True, "q2": False}

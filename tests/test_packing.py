@@ -7,6 +7,8 @@ import torch
 from panorama_vlm.data.collators import ConversationCollator
 from panorama_vlm.data.rows import messages_of
 from panorama_vlm.stages_panorama import STAGES
+from panorama_vlm.tests.test_language_heads import small
+from panorama_vlm.train.build import check_packing
 from PIL import Image
 
 QUESTIONS = [("What is there?", "A red ball."), ("How many?", "two"), ("Where is the cone?", "left")]
@@ -111,3 +113,38 @@ def test_stage_vision_asks_nothing():
         load_config(["tiny.yaml", "--vision.independent_questions", "0.5"])
     with pytest.raises(ValueError, match=r"finetune.independent_questions must be in \[0, 1\], got 1.5"):
         load_config(["tiny.yaml", "--finetune.independent_questions", "1.5"])
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "lfm2", "nemotron_h", "recurrent_gemma"])
+def test_language_models_that_carry_on_more_than_attention_are_refused(make, family):
+    """Their states and convolutions reach from one question into the next, whatever the mask says."""
+    model, _ = make(language=small(family).to_dict())
+    with pytest.raises(ValueError, match=f"of type {family!r} questions of one row would see each other"):
+        check_packing(model)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt2"])
+def test_language_models_of_attention_are_not(make, family, attention):
+    model, _ = make(language=small(family).to_dict())
+    model.set_attn_implementation(attention)
+    check_packing(model)
+
+
+def test_layers_that_see_less_than_a_sample_are_refused(make):
+    config = small("gemma3_text").to_dict() | {"sliding_window": 64}
+    model, _ = make(language=config, max_text_length=32)
+    with pytest.raises(ValueError, match="see 64 positions, where a sample has up to"):
+        check_packing(model)
+
+
+def test_what_cannot_be_packed_is_said_once_and_taught_as_a_conversation(make):
+    _, processor = make()
+    raw, _ = sample()
+    question, *others = raw["messages"]
+    late = {**raw, "messages": [{**question, "content": question["content"][::-1]}, *others]}
+    collate = ConversationCollator(processor, independent=1.0)
+    with pytest.warns(UserWarning, match="taught as one conversation") as caught:
+        batch = collate([late])
+        collate([late])
+    assert batch["attention_mask"].ndim == 2 and len(caught) == 1

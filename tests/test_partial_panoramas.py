@@ -71,7 +71,9 @@ def test_the_language_model_gets_the_tokens_of_seen_views_alone(partial, ask):
     placeholders = processor._image_token_counts({"pixel_values": inputs["pixel_values"], "view_mask": mask})
     assert placeholders == [len(kept)]
     assert processor._image_token_counts({"pixel_values": inputs["pixel_values"]}) == [model.config.num_image_tokens]
-    with pytest.raises(ValueError, match=rf"partial panoramas need {len(kept)} <image> tokens"):
+    with pytest.raises(
+        ValueError, match=rf"partial panoramas, or those with further views, need {len(kept)} <image> tokens"
+    ):
         model(**inputs, view_mask=mask)
     inputs["pixel_values"][:, 3:7] = 50.0  # what masked views hold does not matter
     row, is_image = inputs["input_ids"][0], inputs["input_ids"][0] == processor.image_token_id

@@ -277,3 +277,30 @@ def test_places_are_taken_from_texts_and_from_ids(make):
     decoded = processor.batch_decode(ids, skip_special_tokens=True)[0]
     assert processor.post_process_grounding(ids)[0] == read_places(decoded)
     assert processor.post_process_grounding([]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "steps"),
+    [
+        ("left", "left", ""),
+        ("<think>h1 - h2 = h71</think>left", "left", "h1 - h2 = h71"),
+        ("<think> a </think> b <think>c</think> left ", "left", "a </think> b  c"),
+        ("a</think>left", "left", "a"),  # a chat template may have opened them
+        ("", "", ""),
+    ],
+)
+def test_answers_are_told_apart_from_their_steps(make, text, answer, steps):
+    _, processor = make()
+    assert processor.post_process_answer(text) == [(answer, steps)]
+    assert processor.post_process_answer([text, "x"]) == [(answer, steps), ("x", "")]
+    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert not ids or processor.post_process_answer(torch.tensor(ids)) == [(answer, steps)]
+
+
+def test_steps_that_never_end_give_no_answer_and_that_is_said(make):
+    _, processor = make()
+    with pytest.warns(UserWarning, match="raise max_new_tokens"):
+        assert processor.post_process_answer("<think>h1 - h2 =") == [("", "h1 - h2 =")]
+    places = "<think>[1, 2, 3, 4]</think>[10, 20, 30, 40]"
+    ((found,),) = processor.post_process_grounding(places)
+    assert found.place == (10, 20, 30, 40)

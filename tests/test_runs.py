@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from panorama_vlm import PanoramaVLM
 from panorama_vlm.data.collators import ConversationCollator
 from panorama_vlm.data.samples import open_data
 from panorama_vlm.data.sources import DataSource
@@ -149,6 +150,7 @@ def test_labels_packed_questions_and_closer_looks_go_on_to_the_bit(tmp_path, mon
     for name in ("model.safetensors", "label_head.safetensors"):
         assert len({(tmp_path / run / "resampler" / name).read_bytes() for run in ("whole", "stopped")}) == 1
     assert logged_last(tmp_path / "whole", "resampler")["label_loss"] > 0
+    assert PanoramaVLM.from_checkpoint(newest_checkpoint(tmp_path / "whole" / "checkpoints")).label_head is None
     changed = [*options[:3], 0.25, *options[4:]]
     with pytest.raises(ValueError, match="resampler.label_loss_weight was 0.5 and is 0.25"):
         run_here(tmp_path / "stopped", "--stage", "resampler", *changed)
@@ -173,6 +175,14 @@ def test_labels_alone_train_views_that_have_nothing_in_common_and_their_head_goe
     assert {"accuracy_name", "accuracy_colour", "accuracy_size", "place_error"} <= set(logged)
     assert not [w for w in recwarn if "no effect" in str(w.message)]
     head = (tmp_path / "vision" / "label_head.safetensors").read_bytes()
+    results = []
+    for weight in (1.0, 0.25):  # of the same model: it does not move
+        own = ["--vision.label_loss_weight", weight, "--vision.max_steps", 1, "--vision.learning_rate", 1e-12]
+        own += ["--validation_share", 0.2, "--eval_samples", 0]
+        run_here(tmp_path / f"{weight}", "--stage", "vision", *options, *own)
+        stages = json.loads((tmp_path / f"{weight}" / "stages.json").read_text())
+        results.append(stages["vision"]["results"]["eval_loss"])
+    assert results[1] == pytest.approx(0.25 * results[0], rel=1e-4)
     run_here(tmp_path, "--stage", "resampler", *options)
     assert (tmp_path / "resampler" / "label_head.safetensors").read_bytes() != head
     with pytest.raises(ValueError, match="no source of the stage says what directions show"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from panorama_vlm import PanoramaConfig
 from panorama_vlm.towers_panorama import tower_of
+from panorama_vlm.train.build import batch_statistics
 
 CONVOLUTIONAL = {
     "resnet": {
@@ -80,3 +81,18 @@ def test_it_is_saved_and_loaded_and_answers(make, panoramas, tmp_path):
     )
     first, second = (m.generate(**inputs, max_new_tokens=4, do_sample=False) for m in (model, again))
     assert first.tolist() == second.tolist()
+
+
+def test_a_number_of_blocks_is_refused_where_there_is_no_list_of_them(make):
+    model, _ = make(vision=CONVOLUTIONAL["resnet"], image_size=64, vision_trainable_blocks=1)
+    with pytest.raises(ValueError, match="must be 'all', or at most the tower's 0 blocks, got 1"):
+        model.set_stage("vision")
+
+
+def test_batch_statistics_that_train_are_said_and_frozen_ones_not(make):
+    model, _ = make(vision=CONVOLUTIONAL["resnet"], image_size=64, vision_trainable_blocks="all")
+    model.set_stage("vision")
+    (words,) = batch_statistics(model)
+    assert "BatchNorm" in words and not batch_statistics(make()[0])
+    model.set_stage("finetune")
+    assert not batch_statistics(model)

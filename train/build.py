@@ -155,6 +155,48 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
 
 
+def check_packing(model: PanoramaVLM) -> None:
+    """See that a language model lets no packed question see another: what its layers carry on beside attention (Mamba,
+    convolutions, recurrence) knows no mask.
+
+    Raises:
+        ValueError: for one that does, or whose layers see less than the longest sample.
+    """
+    text, body = model.config.text_config, model.model
+    longest = model.config.num_image_tokens + model.config.max_text_length
+    window, layers = getattr(text, "sliding_window", None), getattr(text, "layer_types", None) or ["sliding_attention"]
+    if window and window < longest and "sliding_attention" in layers:
+        raise ValueError(
+            f"independent_questions needs layers that see the whole sample, and those of {text.model_type!r} see "
+            f"{window} positions, where a sample has up to {longest}: lower max_text_length, or set it to 0"
+        )
+    block = torch.tensor([0, 0, 1, 1, 2, 2])  # what all share, and two questions
+    mask = ((block[:, None] == block) | (block == 0)).tril()[None, None]
+    embeddings = torch.randn(1, len(block), text.hidden_size, device=model.device, dtype=model.dtype).requires_grad_()
+    attended = body._as_attended(mask.to(model.device), embeddings)
+    positions = torch.tensor([[0, 1, 2, 3, 2, 3]], device=model.device)
+    hidden = body.language_model(
+        inputs_embeds=embeddings, attention_mask=attended, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    (gradient,) = torch.autograd.grad(hidden[0, block == 2].float().square().sum(), embeddings)
+    if gradient[0, block == 1].any():
+        raise ValueError(
+            f"independent_questions: in a language model of type {text.model_type!r} questions of one row would see "
+            "each other, because not all of its layers are attention. Set it to 0"
+        )
+
+
+def batch_statistics(model: PanoramaVLM) -> list[str]:
+    """In words, whether parts that train normalise by the micro-batch."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training]
+    if not norms:
+        return []
+    return [
+        f"{len(norms)} layers normalise by the statistics of a micro-batch (BatchNorm): what is learned depends on how "
+        "a step is spread over micro-batches and processes."
+    ]
+
+
 def prepare(stage: Stage, model: PanoramaVLM) -> tuple[Any, Any]:
     """A model whose stage is set and its optimizer, spread over the processes."""
     accelerator, options = stage.accelerator, stage.options

@@ -13,6 +13,7 @@ from accelerate import DistributedType
 
 from ..ask import answer
 from ..data.rows import RawSample
+from ..processing_panorama import split_steps
 from .feed import Feed
 from .steps import OptimizerStep, supervised_tokens
 
@@ -52,7 +53,10 @@ class Evaluator:
                 batch = dict(made.micro_batches[0]) if made.micro_batches else None
                 inputs = self.step.on_device(batch)
                 if self.stage.name == "vision":
-                    weight, loss = self.step.weight(inputs), self.model(**inputs, stage=self.stage.name).loss
+                    output = self.model(**inputs, stage=self.stage.name)
+                    weight, loss = self.step.weight(inputs), output.vicreg_loss
+                    if output.label_loss is not None:
+                        loss = loss + self.stage.options.label_loss_weight * output.label_loss
                 else:
                     weight = supervised_tokens(inputs)
                     loss = self.model(**inputs, stage=self.stage.name, return_logits=False).ar_loss
@@ -84,7 +88,7 @@ class Evaluator:
             "question": _words(prompt[-1]),
             "answer": words,
             "trained": self.feed.validation is None,
-            "reference": _words(reference),
+            "reference": split_steps(_words(reference)).answer,
         }
 
 

@@ -19,7 +19,7 @@ from ..checkpoint_panorama import choose_attention
 from ..data.samples import Samples
 from ..data.skipped import SkippedSamples
 from ..modeling_panorama import PanoramaVLM
-from .build import checkpoint_activations, frozen_at_random, load_start, prepare
+from .build import batch_statistics, check_packing, checkpoint_activations, frozen_at_random, load_start, prepare
 from .checkpoint import Checkpoints, whole_folder
 from .checks import check_run
 from .config import TrainConfig, save_config
@@ -141,6 +141,8 @@ class _StageRun:
         if attention != "sdpa":
             model.set_attn_implementation(attention)
         trained = model.set_stage(self.stage.name)  # type: ignore[arg-type]
+        if self.stage.options.independent_questions > 0:
+            check_packing(model)
         if self.config.gradient_checkpointing:
             checkpoint_activations(model)
         set_seed(self.config.seed, device_specific=True)  # processes drop out other units
@@ -148,7 +150,7 @@ class _StageRun:
             count = sum(p.numel() for p in model.parameters() if p.requires_grad)
             world = accelerator.num_processes
             where = f"{world} process{'es' * (world > 1)}"
-            for words in frozen_at_random(self.config, model, self.stage.name):
+            for words in [*frozen_at_random(self.config, model, self.stage.name), *batch_statistics(model)]:
                 logger.warning(words)
             logger.info(
                 "Stage %s trains %s parameters in %d tensors on %s.", self.stage.name, f"{count:,}", len(trained), where
