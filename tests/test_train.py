@@ -16,6 +16,7 @@ from panorama_vlm.checkpoint_panorama import read_state
 from panorama_vlm.data.skipped import TooManyBadSamples
 from panorama_vlm.stages_panorama import part_of
 from panorama_vlm.tests.launching import ENVIRONMENT, SAMPLES, launch, metrics, run_here
+from panorama_vlm.train.build import check_parts
 from panorama_vlm.train.checkpoint import newest_checkpoint, whole_folder
 from panorama_vlm.train.config import CONFIGS, describe, load_config, save_config
 from panorama_vlm.train.loop import train
@@ -419,6 +420,11 @@ def test_options_of_the_command_line_win_over_the_file_and_the_resolved_ones_are
 def test_ready_files_are_right(file):
     config = load_config([file] if file != "quickstart.yaml" else [file, "--model", "start"])
     assert config.stages == ("vision", "resampler", "finetune")
+
+
+def test_the_parts_of_the_default_model_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_parts(load_config(["default_model.yaml"]))
 
 
 def test_the_command_line_says_in_one_line_what_is_wrong_and_explains_every_option():

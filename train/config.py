@@ -257,7 +257,7 @@ def load_config(arguments: Sequence[str]) -> TrainConfig:
     for stage in STAGES:
         options = config.stage_config(stage)
         options.data = [_resolve(source) for source in options.data]
-    for part in ("vision", "language"):
+    for part in ("vision", "language", "tokenizer"):
         if isinstance(value := getattr(config.compose, part), str):
             setattr(config.compose, part, package_path(value))
     config.check()
