@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -18,14 +18,15 @@ from .checkpoint_panorama import CheckedLoading, load_checkpoint
 from .composing_panorama import language_parts, parts_from_pretrained
 from .configuration_panorama import PanoramaConfig
 from .generation_panorama import PanoramaGenerationMixin
+from .geometry_panorama import View, ViewPlan, check_direction
 from .language_loss_panorama import CHUNK_BYTES, IGNORED, chunked_cross_entropy, is_sharded, logit_transform
 from .options_panorama import check_option_names
-from .outputs_panorama import PanoramaModelOutput, TrainingStageOutput, VisionStageOutput
+from .outputs_panorama import PanoramaFeatures, PanoramaModelOutput, TrainingStageOutput, VisionStageOutput
 from .overlap_panorama import OverlapLoss, VICRegProjector, VICRegTerms
 from .resampler_panorama import RESAMPLERS, initialize_start, start_at
 from .stages_panorama import TRAINED_PARTS, Stage, StagesMixin
 from .token_labels_panorama import TokenLabelHead
-from .tokens_panorama import further_codes, image_tokens
+from .tokens_panorama import further_codes, image_tokens, pooled, pooling_weights
 from .towers_panorama import tower_of
 
 RAY_SCALE = 0.5  # deviation of the ray code at the start, beside tokens of deviation 1
@@ -223,6 +224,48 @@ class PanoramaModel(PanoramaPreTrainedModel):
                 raise ValueError(f"further_views must be [{len(tokens)}, E, 3], got {list(further_views.shape)}")
             features = self.project_further(self.project_tokens(tokens), of_further, further_views, mask)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
+
+    def get_panorama_features(
+        self,
+        pixel_values: torch.Tensor,
+        view_mask: torch.Tensor | None = None,
+        directions: Sequence[Sequence[float]] | None = None,
+    ) -> PanoramaFeatures:
+        """What panoramas look like, one vector a panorama and one a direction: the means of the resampled tokens, each
+        weighted by the solid angle for which it stands, so that every part of the sphere counts once.
+
+        Args:
+            pixel_values: [B, V, 3, H, W], or [B, 3, H, W] where a panorama is one view.
+            view_mask: [B, V], false for views that show nothing.
+            directions: yaw, pitch and field of view in degrees of N square perspective views, any; their vectors
+                cost no vision compute. Not given: those of the plan's tiles (`view_plan.directions`).
+
+        Raises:
+            ValueError: for a direction that cannot be, or that no token looks in.
+        """
+        given = self.view_plan.directions if directions is None else directions
+        wanted = tuple(check_direction(direction, "direction") for direction in given)
+        pixel_values = self.check_pixels(pixel_values, self.view_plan.num_views)
+        weights = pooling_weights(self.view_plan, self.token_grid, wanted, pixel_values.device)  # [1 + N, V, S]
+        tokens = self.encode_views(pixel_values)
+        embeds = pooled(tokens, weights, self.check_view_mask(view_mask, tokens))  # [B, 1 + N, D_latent]
+        looking = torch.tensor(wanted, device=tokens.device).reshape(-1, 3)
+        return PanoramaFeatures(panorama_embeds=embeds[:, 0], direction_embeds=embeds[:, 1:], directions=looking)
+
+    def get_view_features(self, pixel_values: torch.Tensor, fov_deg: float = 60.0) -> torch.Tensor:
+        """What single views look like, such as photographs, to be compared with `direction_embeds` of
+        :meth:`get_panorama_features`.
+
+        Args:
+            pixel_values: [N, 3, H, W], as :meth:`PanoramaImageProcessor.photographs` makes them.
+            fov_deg: their field of view in degrees, in (0, 180).
+
+        Returns:
+            [N, D_latent], of length 1.
+        """
+        view = View("perspective", *check_direction((0.0, 0.0, fov_deg), "view"))
+        tokens = self.encode_views(self.check_pixels(pixel_values, 1))  # [N, 1, S, D_latent]
+        return pooled(tokens, pooling_weights(ViewPlan((view,)), self.token_grid, (), tokens.device))[:, 0]
 
     def is_placeholder(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Where the `<image>` tokens stand, [B, T] -> bool [B, T]."""
@@ -444,6 +487,19 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
     ) -> BaseModelOutputWithPooling:
         """See :meth:`PanoramaModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, view_mask, further_views, **kwargs)
+
+    def get_panorama_features(
+        self,
+        pixel_values: torch.Tensor,
+        view_mask: torch.Tensor | None = None,
+        directions: Sequence[Sequence[float]] | None = None,
+    ) -> PanoramaFeatures:
+        """See :meth:`PanoramaModel.get_panorama_features`."""
+        return self.model.get_panorama_features(pixel_values, view_mask, directions)
+
+    def get_view_features(self, pixel_values: torch.Tensor, fov_deg: float = 60.0) -> torch.Tensor:
+        """See :meth:`PanoramaModel.get_view_features`."""
+        return self.model.get_view_features(pixel_values, fov_deg)
 
     # Composing, loading and saving
 
