@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -20,6 +21,7 @@ from .configuration_panorama import PanoramaConfig
 from .generation_panorama import PanoramaGenerationMixin
 from .geometry_panorama import View, ViewPlan, check_direction
 from .language_loss_panorama import CHUNK_BYTES, IGNORED, chunked_cross_entropy, is_sharded, logit_transform
+from .memory_panorama import InPieces
 from .options_panorama import check_option_names
 from .outputs_panorama import PanoramaFeatures, PanoramaModelOutput, TrainingStageOutput, VisionStageOutput
 from .overlap_panorama import OverlapLoss, VICRegProjector, VICRegTerms
@@ -97,6 +99,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
         self.view_plan = config.view_plan
         self.token_grid = config.token_grid
+        self.in_pieces = InPieces()
         no_split = [module._no_split_modules or [] for module in (self.vision_tower, self.language_model)]
         self._no_split_modules = sorted({name for names in no_split for name in names})
         self.post_init()
@@ -149,13 +152,14 @@ class PanoramaModel(PanoramaPreTrainedModel):
         images = pixel_values.flatten(0, 1).to(self.vision_tower.dtype)  # [B * V, 3, H, W]
         needed = images.requires_grad or any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(needed and torch.is_grad_enabled()):
-            tokens = tower_of(self.config.vision_config)(self.vision_tower, images)  # [B * V, patches, D_vision]
+            run = partial(tower_of(self.config.vision_config), self.vision_tower)
+            tokens = self.in_pieces(run, images, self.vision_tower)  # [B * V, patches, D_vision]
         return tokens.unflatten(0, pixel_values.shape[:2])
 
     def encode_views(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Resampled tokens of the views, [B, V, 3, H, W] -> [B, V, S, D_latent]."""
         tokens = self.tower_tokens(pixel_values)
-        return self.resampler(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+        return self.in_pieces(self.resampler, tokens.flatten(0, 1), self.resampler).unflatten(0, tokens.shape[:2])
 
     def project_tokens(self, tokens: torch.Tensor, view_mask: torch.Tensor | None = None) -> torch.Tensor:
         """What the language model is shown: [B, V, S, D_latent] -> [B, num_image_tokens, D_lm].
