@@ -291,6 +291,7 @@ CLOSING = {
     "gemma4": "<turn|>",
     "gemma": "<end_of_turn>",
     "glm4moe": ("<|user|>", ""),
+    "glm4moe_training": "<|user|>",
     "gptoss": ("<|end|>", "<|return|>"),
     "llama3": "<|eot_id|>",
     "muse": "<|eot|>",
@@ -334,7 +335,7 @@ def test_the_templates_that_language_models_come_with(answer):
             assert found.endswith(answer + end), (file.stem, found)
             before = found[: len(found) - len(answer + end)]
             assert all(word not in before for word in ("user", "?", "there")) or "to=user" in before, (file.stem, found)
+            # What the model was given begins the same, but where what it thought before was shown differently then.
             prompt = render(messages[:place], add_generation_prompt=True)
-            shown = text[: turn.start]
-            assert prompt.endswith(shown[-5:]) or prompt.removesuffix("think>\n").endswith("<"), (file.stem, prompt)
+            assert prompt.startswith(text[: turn.start]) or (place > 1 and "think" in prompt), (file.stem, prompt)
             assert turn.closed == bool(end)
