@@ -108,7 +108,14 @@ class PanoramaConfig(PretrainedConfig):
 
     model_type = "panorama_vlm"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "image_hidden_states",
+        "ar_loss",
+        "overlap_loss",
+        "label_loss",
+        "label_figures",
+    ]
 
     def __init__(
         self,

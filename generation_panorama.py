@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.generation import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+)
 
 from .outputs_panorama import GenerationOutput
 
@@ -44,6 +49,9 @@ class PanoramaGenerationMixin(GenerationMixin):
             `sequences` [B, T + new], the prompt and the new tokens; with `return_dict_in_generate=True` a
             :class:`GenerationOutput`.
         """
+        if isinstance(input_ids, GenerationConfig):  # where GenerationMixin.generate has it
+            kwargs["generation_config"], input_ids = input_ids, None
+        pixel_values, input_ids, attention_mask = sort_inputs(pixel_values, input_ids, attention_mask)
         given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
         _check_arguments({**given, "view_mask": view_mask, "further_views": further_views}, kwargs)
         if tokenizer is not None and kwargs.get("stop_strings") is not None:
@@ -120,6 +128,20 @@ class PanoramaGenerationMixin(GenerationMixin):
         ids = torch.tensor([zeros + tokens + words for zeros, tokens in zip(padded, images, strict=True)])
         mask = torch.tensor([zeros + [1] * (len(row) - len(zeros)) for zeros, row in zip(padded, ids, strict=True)])
         return ids.to(pixel_values.device), mask.to(pixel_values.device)
+
+
+def sort_inputs(
+    pixel_values: Any, input_ids: Any, attention_mask: torch.Tensor | None = None
+) -> tuple[Any, Any, torch.Tensor | None]:
+    """What was given by place, in the order pixels, ids, mask: integers [B, T] in the place of the pixels are ids, and
+    with other integers behind them those are their mask, as any language model of transformers takes them."""
+    if not isinstance(pixel_values, torch.Tensor) or pixel_values.is_floating_point() or pixel_values.ndim > 2:
+        return pixel_values, input_ids, attention_mask
+    if isinstance(input_ids, torch.Tensor) and not input_ids.is_floating_point():
+        if attention_mask is not None:
+            raise TypeError("got input_ids twice: in the place of pixel_values, which are floats, and by name")
+        return None, pixel_values, input_ids
+    return input_ids, pixel_values, attention_mask
 
 
 def _check_arguments(tensors: dict[str, Any], kwargs: dict[str, Any]) -> None:

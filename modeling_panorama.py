@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from .checkpoint_panorama import CheckedLoading, load_checkpoint
 from .composing_panorama import language_parts, parts_from_pretrained
 from .configuration_panorama import PanoramaConfig
-from .generation_panorama import PanoramaGenerationMixin
+from .generation_panorama import PanoramaGenerationMixin, sort_inputs
 from .language_loss_panorama import CHUNK_BYTES, IGNORED, chunked_cross_entropy, is_sharded, logit_transform
 from .options_panorama import check_option_names
 from .outputs_panorama import PanoramaModelOutput, TrainingStageOutput, VisionStageOutput
@@ -112,6 +112,11 @@ class PanoramaModel(PanoramaPreTrainedModel):
         """[B, 3, H, W] or [B, V, 3, H, W] -> [B, V, 3, H, W], with the wanted number of views."""
         if not isinstance(pixel_values, torch.Tensor):
             raise TypeError(f"pixel_values must be a torch.Tensor, got {type(pixel_values).__name__}")
+        if not pixel_values.is_floating_point():
+            raise TypeError(
+                f"pixel_values must be normalised views of floats, got {pixel_values.dtype}: use the processor saved "
+                "with this model"
+            )
         if pixel_values.ndim not in (4, 5):
             raise ValueError(
                 "pixel_values must have 4 dimensions [B, 3, H, W] or 5 dimensions [B, V, 3, H, W], "
@@ -420,6 +425,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         self.loss_type = "ForCausalLM"
         self._no_split_modules = self.model._no_split_modules
         self.post_init()
+        self.freeze_unused()
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:  # looked up, because adapters rename what they wrap
@@ -627,11 +633,15 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
     ) -> VisionStageOutput | TrainingStageOutput:
         """One step of a stage.
 
+        `model(input_ids)` and `model(input_ids, attention_mask)`, as other language models are called, work too:
+        integers are ids.
+
         Args:
             pixel_values: [panoramas, V, 3, H, W], or [panoramas, 3, H, W] where a panorama is one view.
             input_ids: [B, T], with `num_image_tokens` placeholders for each panorama, in reading order.
             attention_mask: [B, T], zero where padded; or bool [B, 1, T, T], true where a position (row) sees another.
-            labels: [B, T], -100 where nothing is supervised; `shift_labels` [B, T] are they, already shifted.
+            labels: [B, T], -100 where nothing is supervised (placeholders never are); `shift_labels` [B, T] are they,
+                already shifted.
             stage: `"vision"` computes the overlap loss of `pixel_values` and does not run the language model; the
                 other two run it.
             inputs_embeds: [B, T, D_lm] instead of `input_ids` and `pixel_values`.
@@ -655,6 +665,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         """
         if stage not in TRAINED_PARTS:
             raise ValueError(f"stage must be one of {sorted(TRAINED_PARTS)}, got {stage!r}")
+        pixel_values, input_ids, attention_mask = sort_inputs(pixel_values, input_ids, attention_mask)
         if stage == "vision":
             return self._vision_stage(pixel_values, view_mask, token_classes, token_places)
         supervised = labels is not None or shift_labels is not None
@@ -678,6 +689,10 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logit_transform(self.lm_head(hidden[:, keep]))
         if supervised:
+            labels, shift_labels = self._without_placeholders(labels), self._without_placeholders(shift_labels)
+            if num_items_in_batch is None:  # none at all, and the loss is 0
+                wanted = labels[..., 1:] if shift_labels is None else shift_labels  # type: ignore[index]
+                num_items_in_batch = wanted.ne(IGNORED).sum().clamp(min=1)
             given: dict[str, Any] = {"labels": labels, "shift_labels": shift_labels}
             given["num_items_in_batch"] = num_items_in_batch
             if logits is None:
@@ -703,6 +718,10 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def _without_placeholders(self, labels: torch.Tensor | None) -> torch.Tensor | None:
+        """Labels in which no placeholder is a target, as it is in a copy of `input_ids`."""
+        return None if labels is None else labels.masked_fill(self.model.is_placeholder(labels), IGNORED)
 
     if TYPE_CHECKING:
         __call__ = forward
