@@ -16,7 +16,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import AudioKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs, VideosKwargs
 
 from .configuration_panorama import IMAGE_TOKEN, PanoramaConfig
-from .image_processing_panorama import PanoramaImageProcessor, PanoramaImagesKwargs, flatten_images
+from .image_processing_panorama import PanoramaImageProcessor, PanoramaImageProcessorKwargs, flatten_images
 from .options_panorama import DEFAULT_PROMPT, IMAGE_MEAN, IMAGE_STD, MAX_TEXT_LENGTH, check_resembling_names
 from .places_panorama import NamedPlace, read_places
 
@@ -60,7 +60,7 @@ _PRELUDE = """\
 """
 
 
-_NO_DEFAULTS: dict[str, Any] = {}
+_DEFAULTS: dict[str, dict[str, Any]] = {"text_kwargs": {"padding": True}}  # where the tokenizer says nothing else
 
 
 class SteppedAnswer(NamedTuple):
@@ -84,13 +84,13 @@ def split_steps(text: str) -> SteppedAnswer:
 class PanoramaProcessorKwargs(ProcessingKwargs, total=False):
     """Options of a call."""
 
-    images_kwargs: PanoramaImagesKwargs
-    _defaults = _NO_DEFAULTS  # transformers before 5.23 reads it
+    images_kwargs: PanoramaImageProcessorKwargs
+    _defaults = _DEFAULTS
 
 
 _CALL_OPTIONS = frozenset().union(
     *(kwargs.__annotations__ for kwargs in (TextKwargs, VideosKwargs, AudioKwargs, PanoramaProcessorKwargs)),
-    PanoramaImagesKwargs.__annotations__,
+    PanoramaImageProcessorKwargs.__annotations__,
 )
 
 
@@ -154,6 +154,7 @@ class PanoramaProcessor(ProcessorMixin):
         if chat_template is None:
             chat_template = self.teach_template(tokenizer.chat_template, image_token=image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.auto_map = {"AutoProcessor": "processing_panorama.PanoramaProcessor"}  # as saved
 
     @staticmethod
     def teach_template(template: str | None, system_prompt: str | None = None, image_token: str = IMAGE_TOKEN) -> str:
@@ -260,8 +261,6 @@ class PanoramaProcessor(ProcessorMixin):
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
             text = self._place_images(text, images)
-        if "padding" not in kwargs.get("text_kwargs", {}):
-            kwargs.setdefault("padding", True)
         return super().__call__(images=images, text=text, **kwargs)
 
     def _place_images(self, text: list[str], images: Any) -> list[str]:
