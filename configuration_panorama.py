@@ -30,8 +30,15 @@ AUTO_MAP = {
 # What may stand in a configuration of transformers beside the fields of its class.
 _TRANSFORMERS_OPTIONS = (
     *(field.name for field in fields(PretrainedConfig)),
-    *("attn_implementation", "auto_map", "custom_pipelines", "experts_implementation", "model_type", "name_or_path"),
-    *("num_labels", "output_attentions", "per_layer_config", "quantization_config", "tie_last_hidden_states"),
+    *("_name_or_path", "attn_implementation", "auto_map", "custom_pipelines", "experts_implementation", "model_type"),
+    *(
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "per_layer_config",
+        "quantization_config",
+        "tie_last_hidden_states",
+    ),
     *("tie_word_embeddings", "torch_dtype"),
 )
 # SigLIP2 base, patch 16, 256 pixels, and Qwen3-0.6B: the shapes where none are given.
@@ -268,6 +275,9 @@ class PanoramaConfig(PretrainedConfig):
         that is not known is kept, with a warning."""
         known = {*cls.option_names(), *_TRANSFORMERS_OPTIONS}
         overrides = {name: kwargs.pop(name) for name in cls.option_names() if name in kwargs}
+        for name in cls.sub_configs:  # `text_config={"vocab_size": 20}` changes this and leaves the rest as it is
+            if isinstance(overrides.get(name), dict) and "model_type" not in overrides[name]:
+                overrides[name] = {**(config_dict.get(name) or {}), **overrides[name]}
         foreign = {name: value for name, value in config_dict.items() if name not in known}
         if named := sorted(name for name in foreign if not name.startswith("_")):
             _warn_of_foreign_keys(tuple(named))

@@ -67,7 +67,8 @@ class PanoramaGenerationMixin(GenerationMixin):
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
             image_features = None
             if pixel_values is not None:
-                image_features = self.get_image_features(pixel_values, view_mask, further_views).pooler_output
+                image = self.get_image_features(pixel_values, view_mask, further_views, return_dict=True)
+                image_features = image.pooler_output
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
             # The panoramas are embedded once, here. Everything that looks at ids while generating (penalties,

@@ -61,7 +61,7 @@ class Shown(NamedTuple):
 AS_IT_IS = Shown()
 
 
-class PanoramaImagesKwargs(ImagesKwargs, total=False):
+class PanoramaImageProcessorKwargs(ImagesKwargs, total=False):
     """Options of a call, beside those of every image processor."""
 
     image_size: int
@@ -95,7 +95,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values", "view_mask"]
-    valid_kwargs = PanoramaImagesKwargs
+    valid_kwargs = PanoramaImageProcessorKwargs
 
     def __init__(
         self,

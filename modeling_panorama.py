@@ -26,7 +26,7 @@ from .resampler_panorama import RESAMPLERS, initialize_start, start_at
 from .stages_panorama import TRAINED_PARTS, Stage, StagesMixin
 from .token_labels_panorama import TokenLabelHead
 from .tokens_panorama import further_codes, image_tokens
-from .towers_panorama import tower_of
+from .towers_panorama import outputs_of, tower_of
 
 RAY_SCALE = 0.5  # deviation of the ray code at the start, beside tokens of deviation 1
 
@@ -195,6 +195,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
             shown = mask[:, indices // tokens.shape[2]]
         return torch.cat([features, further], 1)[torch.cat([shown, there], 1)]
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
@@ -210,15 +211,18 @@ class PanoramaModel(PanoramaPreTrainedModel):
             view_mask: [B, V], false for views that show nothing.
             further_views: [B, E, 3], yaw, pitch and field of view in degrees of views beside those of the plan, NaN
                 where a panorama has fewer. All of their tokens are shown, behind those of the panorama.
+            kwargs: `output_hidden_states` and `output_attentions`, those of the vision tower.
 
         Returns:
             `last_hidden_state` [B, V, S, D_latent], the resampled tokens, and `pooler_output`
             [B, num_image_tokens, D_lm], what takes the place of the `<image>` tokens; with `view_mask` or
-            `further_views` it is [tokens of all panoramas, D_lm].
+            `further_views` it is [tokens of all panoramas, D_lm]. Where asked for `hidden_states` and `attentions` of
+            the tower's layers, as it gives them, for B * V images.
         """
         views = self.view_plan.num_views
         further = 0 if further_views is None else further_views.shape[1]
-        tokens = self.encode_views(self.check_pixels(pixel_values, views + further))
+        with outputs_of(self.vision_tower, ("hidden_states", "attentions"), kwargs) as of_layers:
+            tokens = self.encode_views(self.check_pixels(pixel_values, views + further))
         tokens, of_further = tokens[:, :views], tokens[:, views:]
         mask = self.check_view_mask(view_mask, tokens)
         if further_views is None:
@@ -227,7 +231,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
             if further_views.shape[::2] != (len(tokens), 3):
                 raise ValueError(f"further_views must be [{len(tokens)}, E, 3], got {list(further_views.shape)}")
             features = self.project_further(self.project_tokens(tokens), of_further, further_views, mask)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features, **of_layers)
 
     def is_placeholder(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Where the `<image>` tokens stand, [B, T] -> bool [B, T]."""
@@ -334,7 +338,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
                     "pixel_values take the place of <image> tokens in input_ids; with inputs_embeds put "
                     "get_image_features(...).pooler_output into them and leave pixel_values out"
                 )
-            image = self.get_image_features(pixel_values, view_mask, further_views)
+            image = self.get_image_features(pixel_values, view_mask, further_views, return_dict=True)
             image_features, tokens = image.pooler_output, image.last_hidden_state
         if input_ids is not None:
             # A token that was just generated is no placeholder; to look would cost a synchronisation a token.
@@ -403,6 +407,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
 
     # Of a folder, where it is switched off, and of a checkpoint, where training alone has it.
     _keys_to_ignore_on_load_unexpected = {r"^vicreg_projector\.", r"^label_head\."}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ from .conversations_panorama import (
     turns_of_the_assistant,
     words_of,
 )
-from .image_processing_panorama import PanoramaImageProcessor, PanoramaImagesKwargs, flatten_images
+from .image_processing_panorama import PanoramaImageProcessor, PanoramaImageProcessorKwargs, flatten_images
 from .options_panorama import DEFAULT_PROMPT, IMAGE_MEAN, IMAGE_STD, MAX_TEXT_LENGTH, check_resembling_names
 from .places_panorama import NamedPlace, read_places
 
@@ -78,7 +78,7 @@ _PRELUDE = """\
 """
 
 
-_NO_DEFAULTS: dict[str, Any] = {}
+_DEFAULTS: dict[str, dict[str, Any]] = {"text_kwargs": {"padding": True}}  # where the tokenizer says nothing else
 
 
 class SteppedAnswer(NamedTuple):
@@ -102,13 +102,13 @@ def split_steps(text: str) -> SteppedAnswer:
 class PanoramaProcessorKwargs(ProcessingKwargs, total=False):
     """Options of a call."""
 
-    images_kwargs: PanoramaImagesKwargs
-    _defaults = _NO_DEFAULTS  # transformers before 5.23 reads it
+    images_kwargs: PanoramaImageProcessorKwargs
+    _defaults = _DEFAULTS
 
 
 _CALL_OPTIONS = frozenset().union(
     *(kwargs.__annotations__ for kwargs in (TextKwargs, VideosKwargs, AudioKwargs, PanoramaProcessorKwargs)),
-    PanoramaImagesKwargs.__annotations__,
+    PanoramaImageProcessorKwargs.__annotations__,
 )
 
 
@@ -173,6 +173,7 @@ class PanoramaProcessor(ProcessorMixin):
         if chat_template is None:
             chat_template = self.teach_template(tokenizer.chat_template, image_token=image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.auto_map = {"AutoProcessor": "processing_panorama.PanoramaProcessor"}  # as saved
 
     @classmethod
     def teach_template(
@@ -287,8 +288,6 @@ class PanoramaProcessor(ProcessorMixin):
             text = self._place_images(text, images, bool(kwargs.get("sanitize_control_tokens")))
             if (bos := self.tokenizer.bos_token) and all(prompt.startswith(bos) for prompt in text):
                 kwargs.setdefault("add_special_tokens", False)
-        if "padding" not in kwargs.get("text_kwargs", {}):
-            kwargs.setdefault("padding", True)
         return super().__call__(images=images, text=text, **kwargs)
 
     def _place_images(self, text: list[str], images: Any, marked: bool) -> list[str]:

@@ -78,6 +78,21 @@ def test_any_language_model_of_transformers_answers(make, ask, panoramas, langua
     assert sequences.shape[1] <= inputs["input_ids"].shape[1] + 4
 
 
+def test_image_features_hold_the_layers_of_the_tower_where_they_are_asked_for(make, panoramas):
+    model, processor = make()
+    pixels = processor(images=panoramas[:2], return_tensors="pt")["pixel_values"]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        features = model.get_image_features(pixels, output_hidden_states=True, output_attentions=True)
+        expected = model.model.vision_tower(pixels.flatten(0, 1), output_hidden_states=True, output_attentions=True)
+        plain = model.get_image_features(pixels)
+    torch.testing.assert_close(features.hidden_states, expected.hidden_states)
+    torch.testing.assert_close(features.attentions, expected.attentions)
+    assert plain.hidden_states is None and plain.attentions is None
+    torch.testing.assert_close(features.pooler_output, plain.pooler_output)
+    torch.testing.assert_close(model.get_image_features(pixels, return_dict=False), plain.to_tuple())
+
+
 @pytest.mark.parametrize(
     ("options", "tokens"),
     [

@@ -304,3 +304,16 @@ def test_steps_that_never_end_give_no_answer_and_that_is_said(make):
     places = "<think>[1, 2, 3, 4]</think>[10, 20, 30, 40]"
     ((found,),) = processor.post_process_grounding(places)
     assert found.place == (10, 20, 30, 40)
+
+
+def test_a_tokenizer_that_pads_by_itself_is_asked_how(make):
+    _, processor = make()
+    processor.tokenizer.init_kwargs.update(padding="max_length", max_length=9)
+    processor.tokenizer.padding = "max_length"
+    assert processor(text=["north", "sky"], max_length=9, return_tensors="pt")["input_ids"].shape == (2, 9)
+
+
+def test_what_is_saved_of_a_processor_is_what_it_says_of_itself(make, tmp_path):
+    _, processor = make()
+    processor.save_pretrained(tmp_path)
+    assert type(processor).from_pretrained(tmp_path).to_dict() == processor.to_dict()
