@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from .geometry_panorama import ViewOptions, ViewPlan, owned_tokens, ray_correspondences
 from .language_loss_panorama import logit_transform
@@ -457,3 +458,5 @@ def _one_of(name: str, value: str, allowed: list[str]) -> str:
 
 
 PanoramaConfig.register_for_auto_class()
+# `transformers serve` knows by this table of names, and by nothing else, which models take images.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(PanoramaConfig.model_type, "PanoramaVLM")

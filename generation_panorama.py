@@ -40,7 +40,7 @@ class PanoramaGenerationMixin(GenerationMixin):
             input_ids: [B, T]; without them (and with `tokenizer=`) each panorama is asked the default prompt, with a
                 warning.
             attention_mask: [B, T].
-            tokenizer: decodes the answer into `GenerationOutput.text`; also for `stop_strings`.
+            tokenizer: decodes the answer into `GenerationOutput.text`; also for `stop_strings`. A processor's is taken.
             view_mask, further_views: [panoramas, V] and [panoramas, E, 3], as in :meth:`forward`.
             kwargs: as in `GenerationMixin.generate`: `max_new_tokens`, `do_sample`, `streamer`,
                 `return_dict_in_generate`, ... A `temperature` outside [0.1, 1.0] is clamped, with a warning.
@@ -54,8 +54,8 @@ class PanoramaGenerationMixin(GenerationMixin):
         pixel_values, input_ids, attention_mask = sort_inputs(pixel_values, input_ids, attention_mask)
         given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
         _check_arguments({**given, "view_mask": view_mask, "further_views": further_views}, kwargs)
-        if tokenizer is not None and kwargs.get("stop_strings") is not None:
-            kwargs["tokenizer"] = tokenizer
+        if tokenizer is not None:  # for stop strings, of whatever says them; servers hand a whole processor over
+            tokenizer = kwargs["tokenizer"] = getattr(tokenizer, "tokenizer", tokenizer)
         if input_ids is None and "inputs" in kwargs:
             input_ids = kwargs.pop("inputs")
         if input_ids is None and kwargs.get("inputs_embeds") is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -28,6 +28,8 @@ from .token_labels_panorama import TokenLabelHead
 from .tokens_panorama import further_codes, image_tokens
 from .towers_panorama import outputs_of, tower_of
 
+ENGINES = ("vllm", "sglang")  # what the attention implementations of serving engines begin with
+LANGUAGE_HEAD = r"^lm_head\."  # its weights' names in a folder
 RAY_SCALE = 0.5  # deviation of the ray code at the start, beside tokens of deviation 1
 
 
@@ -47,6 +49,11 @@ class PanoramaProjection(nn.Module):
     def forward(self, tokens: torch.Tensor, ray_codes: torch.Tensor) -> torch.Tensor:
         """[..., D_latent] and codes [..., 3 + 6K] -> [..., D_lm]."""
         return self.layers(tokens if self.ray is None else tokens + self.ray(ray_codes.to(tokens.dtype)))
+
+
+def _kept(features: torch.Tensor, kept: torch.Tensor) -> list[torch.Tensor]:
+    """Of the features [B, T, D] of each panorama those that are kept, bool [B, T]: B times [tokens, D]."""
+    return list(features[kept].split(kept.sum(1).tolist()))
 
 
 class PanoramaPreTrainedModel(CheckedLoading, PreTrainedModel):
@@ -79,7 +86,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
             language model without its head; made from the configuration, with random weights, where not given.
     """
 
-    _keys_to_ignore_on_load_unexpected = {r"^lm_head\.", r"^vicreg_projector\."}
+    _keys_to_ignore_on_load_unexpected = {LANGUAGE_HEAD, r"^vicreg_projector\."}
 
     def __init__(
         self,
@@ -161,22 +168,26 @@ class PanoramaModel(PanoramaPreTrainedModel):
         tokens = self.tower_tokens(pixel_values)
         return self.resampler(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
 
-    def project_tokens(self, tokens: torch.Tensor, view_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """What the language model is shown: [B, V, S, D_latent] -> [B, num_image_tokens, D_lm].
+    def project_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the language model is shown: [B, V, S, D_latent] -> [B, num_image_tokens, D_lm]."""
+        indices, codes = self._image_tokens(tokens.device)
+        return self.projection(tokens.flatten(1, 2)[:, indices], codes)
 
-        With `view_mask` [B, V] the tokens of views that show nothing are left out: [tokens of all panoramas, D_lm].
-        """
-        indices, codes = image_tokens(
-            self.view_plan, self.token_grid, self.config.token_selection, self.config.ray_frequencies, tokens.device
-        )
-        features = self.projection(tokens.flatten(1, 2)[:, indices], codes)
-        return features if view_mask is None else features[view_mask[:, indices // tokens.shape[2]]]
+    def _image_tokens(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of the V * S tokens of a panorama the language model is shown, and their codes."""
+        config = self.config
+        return image_tokens(self.view_plan, self.token_grid, config.token_selection, config.ray_frequencies, device)
+
+    def _shown_tokens(self, view_mask: torch.Tensor) -> torch.Tensor:
+        """Which of them are of views that show something, bool [B, V] -> bool [B, num_image_tokens]."""
+        indices, _ = self._image_tokens(view_mask.device)
+        return view_mask[:, indices // self.config.tokens_per_view]
 
     def project_further(
         self, features: torch.Tensor, tokens: torch.Tensor, further_views: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The features of panoramas [B, num_image_tokens, D_lm], each with those of its further views behind, in one
-        row: [tokens of all panoramas, D_lm].
+    ) -> list[torch.Tensor]:
+        """The features of panoramas [B, num_image_tokens, D_lm], each with those of its further views behind: B times
+        [tokens, D_lm].
 
         Args:
             features: of the views of the plan.
@@ -186,14 +197,11 @@ class PanoramaModel(PanoramaPreTrainedModel):
         """
         codes = further_codes(further_views, self.token_grid, self.config.ray_frequencies)
         further = self.projection(tokens, codes).flatten(1, 2)  # [B, E * S, D_lm]
-        indices, _ = image_tokens(
-            self.view_plan, self.token_grid, self.config.token_selection, self.config.ray_frequencies, tokens.device
-        )
         there = further_views[..., 0].isfinite().repeat_interleave(tokens.shape[2], dim=1).to(tokens.device)
         shown = torch.ones(features.shape[:2], dtype=torch.bool, device=tokens.device)
         if mask is not None:
-            shown = mask[:, indices // tokens.shape[2]]
-        return torch.cat([features, further], 1)[torch.cat([shown, there], 1)]
+            shown = self._shown_tokens(mask)
+        return _kept(torch.cat([features, further], 1), torch.cat([shown, there], 1))
 
     @can_return_tuple
     def get_image_features(
@@ -216,8 +224,8 @@ class PanoramaModel(PanoramaPreTrainedModel):
         Returns:
             `last_hidden_state` [B, V, S, D_latent], the resampled tokens, and `pooler_output`
             [B, num_image_tokens, D_lm], what takes the place of the `<image>` tokens; with `view_mask` or
-            `further_views` it is [tokens of all panoramas, D_lm]. Where asked for `hidden_states` and `attentions` of
-            the tower's layers, as it gives them, for B * V images.
+            `further_views` it is a list, [tokens, D_lm] for each panorama. Where asked for `hidden_states` and
+            `attentions` of the tower's layers, as it gives them, for B * V images.
         """
         views = self.view_plan.num_views
         further = 0 if further_views is None else further_views.shape[1]
@@ -225,12 +233,14 @@ class PanoramaModel(PanoramaPreTrainedModel):
             tokens = self.encode_views(self.check_pixels(pixel_values, views + further))
         tokens, of_further = tokens[:, :views], tokens[:, views:]
         mask = self.check_view_mask(view_mask, tokens)
-        if further_views is None:
-            features = self.project_tokens(tokens, mask)
-        else:
+        projected = self.project_tokens(tokens)
+        features: torch.Tensor | list[torch.Tensor] = projected
+        if further_views is not None:
             if further_views.shape[::2] != (len(tokens), 3):
                 raise ValueError(f"further_views must be [{len(tokens)}, E, 3], got {list(further_views.shape)}")
-            features = self.project_further(self.project_tokens(tokens), of_further, further_views, mask)
+            features = self.project_further(projected, of_further, further_views, mask)
+        elif mask is not None:
+            features = _kept(projected, self._shown_tokens(mask))
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features, **of_layers)
 
     def is_placeholder(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -239,33 +249,41 @@ class PanoramaModel(PanoramaPreTrainedModel):
         return torch.eq(input_ids, -1 if token is None else token)
 
     def get_placeholder_mask(
-        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None, image_features: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None,
+        image_features: torch.Tensor | Sequence[torch.Tensor] | None,
     ) -> torch.Tensor:
         """Where the `<image>` tokens stand, [B, T, 1].
 
         Args:
             input_ids: [B, T].
             inputs_embeds: not looked at: a placeholder has no embedding of its own.
-            image_features: what is to take their place, [B, num_image_tokens, D_lm] or [tokens, D_lm].
+            image_features: what is to take their place, [B, num_image_tokens, D_lm] or B times [tokens, D_lm].
 
         Raises:
             ValueError: where their number does not fit.
         """
         mask = self.is_placeholder(input_ids)
-        wanted = 0 if image_features is None else image_features.shape[:-1].numel()
+        wanted = 0 if image_features is None else sum(len(of_one) for of_one in image_features)
         if not torch.compiler.is_compiling() and wanted != (found := int(mask.sum())):
-            in_one_row = image_features is not None and image_features.ndim == 2
+            listed = isinstance(image_features, Sequence)
             count = 0 if image_features is None else len(image_features)
-            panoramas = "partial panoramas, or those with further views," if in_one_row else f"{count} panoramas"
+            panoramas = "partial panoramas, or those with further views," if listed else f"{count} panoramas"
             each = self.config.num_image_tokens
             raise ValueError(
-                f"{panoramas} need {wanted} <image> tokens ({each} each{', or others' * in_one_row}), but "
+                f"{panoramas} need {wanted} <image> tokens ({each} each{', or others' * listed}), but "
                 f"input_ids holds {found} (image_token_id={self.config.image_token_id}); use the processor saved with "
                 "this model, and hand over all that it returns"
             )
         return mask[..., None]
 
-    def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None, check: bool = True) -> torch.Tensor:
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        image_features: torch.Tensor | Sequence[torch.Tensor] | None,
+        check: bool = True,
+    ) -> torch.Tensor:
         """Embeddings of tokens [B, T] -> [B, T, D_lm], with the panoramas in place of the placeholders.
 
         `check`: whether their number is compared, for which a GPU has to be waited for.
@@ -278,6 +296,8 @@ class PanoramaModel(PanoramaPreTrainedModel):
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(mask[..., 0], 0))
         if image_features is None:
             return embeddings
+        if isinstance(image_features, Sequence):
+            image_features = torch.cat(list(image_features))
         return embeddings.masked_scatter(mask.to(embeddings.device), image_features.to(embeddings))
 
     def _as_attended(self, mask: torch.Tensor | None, embeddings: torch.Tensor | None) -> torch.Tensor | None:
@@ -457,6 +477,29 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         return self.model.get_image_features(pixel_values, view_mask, further_views, **kwargs)
 
     # Composing, loading and saving
+
+    @classmethod
+    def _from_config(cls, config: PanoramaConfig, **kwargs: Any) -> PanoramaPreTrainedModel:
+        """As `PreTrainedModel._from_config`; but a serving engine, which brings its own head and says who it is by the
+        attention of the language model, gets the headless model.
+
+        Raises:
+            ValueError: for an engine where `<image>` has no row in the table of embeddings: engines look it up.
+        """
+        if "attn_implementation" in kwargs:
+            config._attn_implementation = kwargs.pop("attn_implementation")
+        if not str(config.text_config._attn_implementation).startswith(ENGINES):
+            return super()._from_config(config, **kwargs)
+        rows, token = config.text_config.vocab_size, config.image_token_id
+        if token is None or token >= rows:
+            raise ValueError(
+                f"a serving engine looks <image> up in the table of embeddings, which has {rows} rows, and "
+                f"image_token_id is {token}. Load the model without the engine, call "
+                "resize_token_embeddings(config.image_token_id + 1), and save it"
+            )
+        model = PanoramaModel._from_config(config, **kwargs)
+        model._keys_to_ignore_on_load_unexpected.discard(LANGUAGE_HEAD)
+        return model
 
     @classmethod
     def from_vision_text_pretrained(
