@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -18,14 +19,16 @@ from .checkpoint_panorama import CheckedLoading, load_checkpoint
 from .composing_panorama import language_parts, parts_from_pretrained
 from .configuration_panorama import PanoramaConfig
 from .generation_panorama import PanoramaGenerationMixin, sort_inputs
+from .geometry_panorama import View, ViewPlan, check_direction
 from .language_loss_panorama import CHUNK_BYTES, IGNORED, chunked_cross_entropy, is_sharded, logit_transform
+from .memory_panorama import InPieces
 from .options_panorama import check_option_names
-from .outputs_panorama import PanoramaModelOutput, TrainingStageOutput, VisionStageOutput
+from .outputs_panorama import PanoramaFeatures, PanoramaModelOutput, TrainingStageOutput, VisionStageOutput
 from .overlap_panorama import OverlapLoss, VICRegProjector, VICRegTerms
 from .resampler_panorama import RESAMPLERS, initialize_start, start_at
 from .stages_panorama import TRAINED_PARTS, Stage, StagesMixin
 from .token_labels_panorama import TokenLabelHead
-from .tokens_panorama import further_codes, image_tokens
+from .tokens_panorama import further_codes, image_tokens, pooled, pooling_weights
 from .towers_panorama import outputs_of, tower_of
 
 ENGINES = ("vllm", "sglang")  # what the attention implementations of serving engines begin with
@@ -103,6 +106,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
         self.view_plan = config.view_plan
         self.token_grid = config.token_grid
+        self.in_pieces = InPieces()
         no_split = [module._no_split_modules or [] for module in (self.vision_tower, self.language_model)]
         self._no_split_modules = sorted({name for names in no_split for name in names})
         self.post_init()
@@ -160,13 +164,14 @@ class PanoramaModel(PanoramaPreTrainedModel):
         images = pixel_values.flatten(0, 1).to(self.vision_tower.dtype)  # [B * V, 3, H, W]
         needed = images.requires_grad or any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(needed and torch.is_grad_enabled()):
-            tokens = tower_of(self.config.vision_config)(self.vision_tower, images)  # [B * V, patches, D_vision]
+            run = partial(tower_of(self.config.vision_config), self.vision_tower)
+            tokens = self.in_pieces(run, images, self.vision_tower)  # [B * V, patches, D_vision]
         return tokens.unflatten(0, pixel_values.shape[:2])
 
     def encode_views(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Resampled tokens of the views, [B, V, 3, H, W] -> [B, V, S, D_latent]."""
         tokens = self.tower_tokens(pixel_values)
-        return self.resampler(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+        return self.in_pieces(self.resampler, tokens.flatten(0, 1), self.resampler).unflatten(0, tokens.shape[:2])
 
     def project_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the language model is shown: [B, V, S, D_latent] -> [B, num_image_tokens, D_lm]."""
@@ -242,6 +247,48 @@ class PanoramaModel(PanoramaPreTrainedModel):
         elif mask is not None:
             features = _kept(projected, self._shown_tokens(mask))
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features, **of_layers)
+
+    def get_panorama_features(
+        self,
+        pixel_values: torch.Tensor,
+        view_mask: torch.Tensor | None = None,
+        directions: Sequence[Sequence[float]] | None = None,
+    ) -> PanoramaFeatures:
+        """What panoramas look like, one vector a panorama and one a direction: the means of the resampled tokens, each
+        weighted by the solid angle for which it stands, so that every part of the sphere counts once.
+
+        Args:
+            pixel_values: [B, V, 3, H, W], or [B, 3, H, W] where a panorama is one view.
+            view_mask: [B, V], false for views that show nothing.
+            directions: yaw, pitch and field of view in degrees of N square perspective views, any; their vectors
+                cost no vision compute. Not given: those of the plan's tiles (`view_plan.directions`).
+
+        Raises:
+            ValueError: for a direction that cannot be, or that no token looks in.
+        """
+        given = self.view_plan.directions if directions is None else directions
+        wanted = tuple(check_direction(direction, "direction") for direction in given)
+        pixel_values = self.check_pixels(pixel_values, self.view_plan.num_views)
+        weights = pooling_weights(self.view_plan, self.token_grid, wanted, pixel_values.device)  # [1 + N, V, S]
+        tokens = self.encode_views(pixel_values)
+        embeds = pooled(tokens, weights, self.check_view_mask(view_mask, tokens))  # [B, 1 + N, D_latent]
+        looking = torch.tensor(wanted, device=tokens.device).reshape(-1, 3)
+        return PanoramaFeatures(panorama_embeds=embeds[:, 0], direction_embeds=embeds[:, 1:], directions=looking)
+
+    def get_view_features(self, pixel_values: torch.Tensor, fov_deg: float = 60.0) -> torch.Tensor:
+        """What single views look like, such as photographs, to be compared with `direction_embeds` of
+        :meth:`get_panorama_features`.
+
+        Args:
+            pixel_values: [N, 3, H, W], as :meth:`PanoramaImageProcessor.photographs` makes them.
+            fov_deg: their field of view in degrees, in (0, 180).
+
+        Returns:
+            [N, D_latent], of length 1.
+        """
+        view = View("perspective", *check_direction((0.0, 0.0, fov_deg), "view"))
+        tokens = self.encode_views(self.check_pixels(pixel_values, 1))  # [N, 1, S, D_latent]
+        return pooled(tokens, pooling_weights(ViewPlan((view,)), self.token_grid, (), tokens.device))[:, 0]
 
     def is_placeholder(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Where the `<image>` tokens stand, [B, T] -> bool [B, T]."""
@@ -475,6 +522,19 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
     ) -> BaseModelOutputWithPooling:
         """See :meth:`PanoramaModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, view_mask, further_views, **kwargs)
+
+    def get_panorama_features(
+        self,
+        pixel_values: torch.Tensor,
+        view_mask: torch.Tensor | None = None,
+        directions: Sequence[Sequence[float]] | None = None,
+    ) -> PanoramaFeatures:
+        """See :meth:`PanoramaModel.get_panorama_features`."""
+        return self.model.get_panorama_features(pixel_values, view_mask, directions)
+
+    def get_view_features(self, pixel_values: torch.Tensor, fov_deg: float = 60.0) -> torch.Tensor:
+        """See :meth:`PanoramaModel.get_view_features`."""
+        return self.model.get_view_features(pixel_values, fov_deg)
 
     # Composing, loading and saving
 

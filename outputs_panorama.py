@@ -31,6 +31,21 @@ class PanoramaModelOutput(ModelOutput):
 
 
 @dataclass
+class PanoramaFeatures(ModelOutput):
+    """What panoramas look like, for retrieval: vectors of length 1, float32, whose products are cosines.
+
+    Args:
+        panorama_embeds: [B, D_latent].
+        direction_embeds: [B, N, D_latent]; zero where a partial panorama shows nothing in a direction.
+        directions: [N, 3], which way each looks: yaw, pitch and field of view in degrees.
+    """
+
+    panorama_embeds: torch.Tensor | None = None
+    direction_embeds: torch.Tensor | None = None
+    directions: torch.Tensor | None = None
+
+
+@dataclass
 class VisionStageOutput(ModelOutput):
     """Output of stage `vision`.
 
