@@ -353,7 +353,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
         Raises:
             ValueError: for attention that knows no such mask.
         """
-        if mask is None or mask.ndim != 4:
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 4:  # of a static cache it is made already
             return mask
         attention = self.language_model.config._attn_implementation
         if attention not in ("eager", "sdpa"):
@@ -378,6 +378,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         view_mask: torch.Tensor | None = None,
         further_views: torch.Tensor | None = None,
+        mm_encoder_outputs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> PanoramaModelOutput:
         """Hidden states of text with panoramas.
@@ -391,6 +392,8 @@ class PanoramaModel(PanoramaPreTrainedModel):
                 tokens are not shown to the language model.
             further_views: [panoramas, E, 3], see :meth:`get_image_features`; `pixel_values` then has V + E views, and
                 each further view S more placeholders.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`, as `generate` hands
+                them over.
             position_ids, past_key_values, kwargs: as in any language model of transformers.
 
         Raises:
@@ -399,7 +402,11 @@ class PanoramaModel(PanoramaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         image_features = tokens = None
-        if pixel_values is not None:
+        if (encoded := (mm_encoder_outputs or {}).get("image")) is not None:
+            if pixel_values is not None:
+                raise ValueError("give either pixel_values or mm_encoder_outputs, and not both")
+            image_features = encoded.pooler_output
+        elif pixel_values is not None:
             if input_ids is None:
                 raise ValueError(
                     "pixel_values take the place of <image> tokens in input_ids; with inputs_embeds put "
@@ -408,8 +415,11 @@ class PanoramaModel(PanoramaPreTrainedModel):
             image = self.get_image_features(pixel_values, view_mask, further_views, return_dict=True)
             image_features, tokens = image.pooler_output, image.last_hidden_state
         if input_ids is not None:
-            # A token that was just generated is no placeholder; to look would cost a synchronisation a token.
-            inputs_embeds = self.embed(input_ids, image_features, check=past_key_values is None)
+            # A token that was just generated, or is guessed, is no placeholder: to look would cost a synchronisation.
+            begins = past_key_values is None or (input_ids.shape[1] > 1 and not past_key_values.get_seq_length())
+            if begins and not torch.compiler.is_compiling():
+                self.language_model.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            inputs_embeds = self.embed(input_ids, image_features, check=begins)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=self._as_attended(attention_mask, inputs_embeds),
@@ -737,6 +747,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         token_classes: torch.Tensor | None = None,
         token_places: torch.Tensor | None = None,
         further_views: torch.Tensor | None = None,
+        mm_encoder_outputs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> VisionStageOutput | TrainingStageOutput:
         """One step of a stage.
@@ -767,6 +778,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
                 :func:`token_labels_panorama.token_labels` makes them, for a model with a `label_head`.
             further_views: [panoramas, E, 3], views beside those of the plan, see
                 :meth:`PanoramaModel.get_image_features`; not in stage `vision`.
+            mm_encoder_outputs: as in :meth:`PanoramaModel.forward`.
 
         Raises:
             ValueError: for a shape, a number of views or a number of placeholders that does not fit.
@@ -789,6 +801,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             inputs_embeds=inputs_embeds,
             view_mask=view_mask,
             further_views=further_views,
+            mm_encoder_outputs=mm_encoder_outputs,
             use_cache=bool(use_cache) if supervised and not return_logits else use_cache,
             **kwargs,
         )
