@@ -105,8 +105,9 @@ class PanoramaConfig(PretrainedConfig):
         use_lora: whether stage `finetune` trains the language model through LoRA (else it trains it whole).
         lora_rank, lora_alpha, lora_dropout: as in `peft.LoraConfig`.
         lora_target_modules: names of the layers that get LoRA; all linear layers but the head where not given.
-        image_token_id: id of the `<image>` placeholder. It may lie outside the vocabulary of the language model,
-            which never sees it.
+        image_token_id: id of the `<image>` placeholder, whose embedding is never used, and whose logit is the lowest
+            where there is one. A composed model has a row for it in its table of embeddings, as serving engines need;
+            elsewhere it may lie outside.
         kwargs: what any configuration of transformers takes. Another name is an error; in a file that is loaded
             (of a quantiser, a converter, a newer version) it is kept, with a warning.
 

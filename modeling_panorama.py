@@ -583,7 +583,8 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         """Compose a model from a pretrained vision tower and a pretrained language model.
 
         The resampler starts by keeping what the tower says, the projection from random weights; stages `vision` and
-        `resampler` train them.
+        `resampler` train them. A language model without an unused row for `<image>` gets one, whose logit is the
+        lowest; all else of it stays as it is.
 
         Args:
             vision: Hub id or folder of a vision tower (or of a two-tower model such as SigLIP), or the model itself.
@@ -808,7 +809,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         hidden, logits, ar_loss = outputs.last_hidden_state, None, None
         if return_logits or not supervised:
             keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.logit_transform(self.lm_head(hidden[:, keep]))
+            logits = self._logits(self.lm_head(hidden[:, keep]))
         if supervised:
             labels, shift_labels = self._without_placeholders(labels), self._without_placeholders(shift_labels)
             if num_items_in_batch is None:  # none at all, and the loss is 0
@@ -847,6 +848,14 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
     if TYPE_CHECKING:
         __call__ = forward
 
+    def _logits(self, output: torch.Tensor) -> torch.Tensor:
+        """Output of the head [..., vocabulary] -> logits. That of `<image>`, which is no word, is the lowest."""
+        logits = self.logit_transform(output)
+        token = self.config.image_token_id
+        if token is not None and token < logits.shape[-1]:
+            logits[..., token] = torch.finfo(logits.dtype).min
+        return logits
+
     @torch.compiler.disable  # it picks supervised positions, whose number the compiler cannot know
     def _chunked_loss(
         self,
@@ -864,7 +873,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             shift_labels.to(hidden.device),
             self.config.text_config.vocab_size,
             num_items=num_items_in_batch,
-            transform=self.logit_transform,
+            transform=self._logits,
             chunk_bytes=None if is_sharded(self.lm_head) else CHUNK_BYTES,
         )
 
