@@ -14,13 +14,14 @@ from .configuration_panorama import PanoramaConfig
 from .geometry_panorama import View, ViewPlan
 from .image_processing_panorama import PanoramaImageProcessor
 from .modeling_panorama import PanoramaModel, PanoramaVLM
-from .outputs_panorama import GenerationOutput, TrainingStageOutput, VisionStageOutput
+from .outputs_panorama import GenerationOutput, PanoramaFeatures, TrainingStageOutput, VisionStageOutput
 from .processing_panorama import PanoramaProcessor
 
 __version__ = "2.0.0.dev0"
 __all__ = [
     "GenerationOutput",
     "PanoramaConfig",
+    "PanoramaFeatures",
     "PanoramaImageProcessor",
     "PanoramaModel",
     "PanoramaProcessor",

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from .geometry_panorama import ViewOptions, ViewPlan, owned_tokens, ray_correspondences
 from .language_loss_panorama import logit_transform
@@ -115,7 +116,14 @@ class PanoramaConfig(PretrainedConfig):
 
     model_type = "panorama_vlm"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "image_hidden_states",
+        "ar_loss",
+        "overlap_loss",
+        "label_loss",
+        "label_figures",
+    ]
 
     def __init__(
         self,
@@ -450,3 +458,5 @@ def _one_of(name: str, value: str, allowed: list[str]) -> str:
 
 
 PanoramaConfig.register_for_auto_class()
+# `transformers serve` knows by this table of names, and by nothing else, which models take images.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(PanoramaConfig.model_type, "PanoramaVLM")

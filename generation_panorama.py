@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.generation import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+)
 
 from .outputs_panorama import GenerationOutput
 
@@ -35,7 +40,7 @@ class PanoramaGenerationMixin(GenerationMixin):
             input_ids: [B, T]; without them (and with `tokenizer=`) each panorama is asked the default prompt, with a
                 warning.
             attention_mask: [B, T].
-            tokenizer: decodes the answer into `GenerationOutput.text`; also for `stop_strings`.
+            tokenizer: decodes the answer into `GenerationOutput.text`; also for `stop_strings`. A processor's is taken.
             view_mask, further_views: [panoramas, V] and [panoramas, E, 3], as in :meth:`forward`.
             kwargs: as in `GenerationMixin.generate`: `max_new_tokens`, `do_sample`, `streamer`,
                 `return_dict_in_generate`, ... A `temperature` outside [0.1, 1.0] is clamped, with a warning.
@@ -44,10 +49,13 @@ class PanoramaGenerationMixin(GenerationMixin):
             `sequences` [B, T + new], the prompt and the new tokens; with `return_dict_in_generate=True` a
             :class:`GenerationOutput`.
         """
+        if isinstance(input_ids, GenerationConfig):  # where GenerationMixin.generate has it
+            kwargs["generation_config"], input_ids = input_ids, None
+        pixel_values, input_ids, attention_mask = sort_inputs(pixel_values, input_ids, attention_mask)
         given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
         _check_arguments({**given, "view_mask": view_mask, "further_views": further_views}, kwargs)
-        if tokenizer is not None and kwargs.get("stop_strings") is not None:
-            kwargs["tokenizer"] = tokenizer
+        if tokenizer is not None:  # for stop strings, of whatever says them; servers hand a whole processor over
+            tokenizer = kwargs["tokenizer"] = getattr(tokenizer, "tokenizer", tokenizer)
         if input_ids is None and "inputs" in kwargs:
             input_ids = kwargs.pop("inputs")
         if input_ids is None and kwargs.get("inputs_embeds") is None:
@@ -121,6 +129,20 @@ class PanoramaGenerationMixin(GenerationMixin):
         ids = torch.tensor([zeros + tokens + words for zeros, tokens in zip(padded, images, strict=True)])
         mask = torch.tensor([zeros + [1] * (len(row) - len(zeros)) for zeros, row in zip(padded, ids, strict=True)])
         return ids.to(pixel_values.device), mask.to(pixel_values.device)
+
+
+def sort_inputs(
+    pixel_values: Any, input_ids: Any, attention_mask: torch.Tensor | None = None
+) -> tuple[Any, Any, torch.Tensor | None]:
+    """What was given by place, in the order pixels, ids, mask: integers [B, T] in the place of the pixels are ids, and
+    with other integers behind them those are their mask, as any language model of transformers takes them."""
+    if not isinstance(pixel_values, torch.Tensor) or pixel_values.is_floating_point() or pixel_values.ndim > 2:
+        return pixel_values, input_ids, attention_mask
+    if isinstance(input_ids, torch.Tensor) and not input_ids.is_floating_point():
+        if attention_mask is not None:
+            raise TypeError("got input_ids twice: in the place of pixel_values, which are floats, and by name")
+        return None, pixel_values, input_ids
+    return input_ids, pixel_values, attention_mask
 
 
 def _check_arguments(tensors: dict[str, Any], kwargs: dict[str, Any]) -> None:

@@ -19,11 +19,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 Grid = tuple[int, int]
+Direction = tuple[float, float, float]  # yaw, pitch and field of view in degrees, of a square perspective view
 _ROUNDING = 1e-9  # cells closer than this to a border, in cells or in cosines, count as on it
 
 
@@ -78,6 +79,18 @@ class View:
         y = (1 - 2 * (row + 0.5) / rows) * half
         camera = np.stack([x, y, np.ones_like(x)], -1)
         return camera @ self.rotation.T / np.linalg.norm(camera, axis=-1, keepdims=True)
+
+    def solid_angles(self, grid: Grid) -> np.ndarray:
+        """How much of the sphere each cell of this view shows, in steradians (all of it is 4 pi), [rows, columns]."""
+        rows, columns = grid
+        if self.kind == "erp":
+            bands = -np.diff(np.sin(np.linspace(math.pi / 2, -math.pi / 2, rows + 1)))  # [rows]
+            return np.repeat(bands[:, None], columns, 1) * math.radians(self.fov) / columns
+        half = math.tan(math.radians(self.fov) / 2)
+        x, y = np.meshgrid(np.linspace(-half, half, columns + 1), np.linspace(-half, half, rows + 1))
+        # Of the rectangle from the middle of the plane z = 1 to a corner (x, y).
+        corners = np.arctan2(x * y, np.sqrt(1 + x**2 + y**2))
+        return np.diff(np.diff(corners, axis=0), axis=1)
 
     def cells(self, rays: np.ndarray, grid: Grid, margin: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where rays fall in this view's grid: the inverse of :meth:`rays_at`.
@@ -141,6 +154,14 @@ class ViewPlan:
         """Whether tokens of different tiles can be matched by their rays: it takes two tiles."""
         return len(self.tiles) >= 2
 
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """Yaw in [-180, 180), pitch and field of view of the tiles, in degrees; of a global view alone, of four views
+        of 90 degrees around the horizon."""
+        tiles = [self.views[index] for index in self.tiles]
+        tiles = tiles or [View("perspective", yaw, fov=90.0) for yaw in loop_yaws(90.0, 0.0)]
+        return tuple(((tile.yaw + 180) % 360 - 180, tile.pitch, tile.fov) for tile in tiles)
+
     def neighbours(self) -> tuple[tuple[int, int], ...]:
         """Pairs of neighbouring tiles: each with the next of its loop (the last with the first), and with the one
         above or below in the next row of pitch whose yaw is nearest (a cap at a pole: with all of that row). Each pair
@@ -180,6 +201,24 @@ class Correspondences:
     def nearest(self) -> np.ndarray:
         """The one cell of the second view nearest to the place [P, L]."""
         return np.take_along_axis(self.corners, self.weights.argmax(-1)[..., None], -1)[..., 0]
+
+
+def check_direction(direction: Any, name: str) -> Direction:
+    """Yaw, pitch and field of view as floats.
+
+    Args:
+        name: what it is called in the message.
+
+    Raises:
+        ValueError: where it is none, or no view can look there.
+    """
+    yaw, pitch, fov = direction if isinstance(direction, list | tuple) and len(direction) == 3 else (math.nan,) * 3
+    if not (math.isfinite(yaw) and -90 <= pitch <= 90 and 0 < fov < 180):
+        raise ValueError(
+            f"a {name} must be (yaw, pitch, fov) in degrees, the pitch in [-90, 90] and the field of view "
+            f"in (0, 180), got {direction!r}. Typical value: (30, -10, 40)"
+        )
+    return float(yaw), float(pitch), float(fov)
 
 
 def camera_rotation(pitch: float, roll: float) -> np.ndarray:
@@ -360,6 +399,24 @@ def owned_tokens(plan: ViewPlan, grid: Grid) -> np.ndarray:
         nearest = (nearness > nearness.max(-1, keepdims=True) - _ROUNDING).argmax(-1)  # first of equals
         owned[tiles] = nearest == np.arange(len(tiles))[:, None]
     return _read_only(owned)
+
+
+def direction_weights(plan: ViewPlan, grid: Grid, directions: Sequence[Direction]) -> np.ndarray:
+    """How much of a direction each token of a plan shows, in steradians, [1 + N, V, S].
+
+    Each part of the sphere counts once: with the token of the tile that owns it (:func:`owned_tokens`), and with that
+    of the global view where no tile looks.
+
+    Args:
+        directions: yaw, pitch and field of view in degrees of N square perspective views; row 0 is the whole sphere.
+    """
+    rays, counted = plan_rays(plan, grid), owned_tokens(plan, grid).copy()  # [V, S, 3], [V, S]
+    for index in set(range(plan.num_views)) - set(plan.tiles):
+        for tile in plan.tiles:
+            counted[index] &= ~plan.views[tile].cells(rays[index], grid, margin=0.5)[2]
+    areas = counted * np.stack([view.solid_angles(grid).reshape(-1) for view in plan.views])  # [V, S]
+    inside = [View("perspective", *direction).cells(rays, grid, margin=0.5)[2] for direction in directions]
+    return np.stack([areas, *(areas * mask for mask in inside)])
 
 
 def ray_code(rays: np.ndarray, num_frequencies: int) -> np.ndarray:

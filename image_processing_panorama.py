@@ -1,10 +1,11 @@
 """The image processor: an equirectangular (ERP) panorama in, the views of a plan out."""
 
+import base64
+import binascii
 import hashlib
 import inspect
 import json
 import logging
-import math
 import os
 import tempfile
 import warnings
@@ -16,13 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
-from .geometry_panorama import View, ViewOptions, ViewPlan
+from .geometry_panorama import Direction, View, ViewOptions, ViewPlan, check_direction
 from .options_panorama import IMAGE_MEAN, IMAGE_STD, check_option_names, check_resembling_names
 from .reading_panorama import ImageSource, content_digest, load_file_bytes, read_panorama
 from .sampling_panorama import erp_to_views, needed_width, tilted_pixels, use_one_thread_in_a_worker, view_mask
@@ -164,13 +166,27 @@ class PanoramaImageProcessor(BaseImageProcessor):
         return ViewOptions(**{name: getattr(self, name) for name in ViewOptions.names()}).plan
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Fetch what a URL names, and decode what a data URL holds; all else stays as it is, for :func:`read_panorama`
-        to open. Lists keep their nesting."""
+        """Fetch what a URL names, and the bytes that a data URL holds; all else stays as it is, for
+        :func:`read_panorama` to open. Lists keep their nesting.
+
+        Raises:
+            ValueError: for a data URL that is no base64; of its text, which may be long, only the head is repeated.
+        """
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(("http://", "https://", "data:")):
-            return load_image(image_url_or_urls)
-        return image_url_or_urls
+        if not isinstance(image_url_or_urls, str):
+            return image_url_or_urls
+        if image_url_or_urls.startswith("data:"):
+            kind, _, data = image_url_or_urls.partition(",")
+            try:
+                return base64.b64decode(data)
+            except binascii.Error as error:
+                raise ValueError(f"cannot read a data URL of {len(data)} characters ({kind[:60]!r}): {error}") from None
+        return (
+            load_image(image_url_or_urls)
+            if image_url_or_urls.startswith(("http://", "https://"))
+            else image_url_or_urls
+        )
 
     def preprocess(
         self, images: ImageSource | Sequence[Any], *, return_tensors: str | None = None, **kwargs: Any
@@ -230,6 +246,22 @@ class PanoramaImageProcessor(BaseImageProcessor):
             rows = [torch.tensor(own + absent * (most - len(own)), device=device) for own in further]
             data["further_views"] = torch.stack(rows) if return_tensors else rows
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def photographs(self, images: Any) -> torch.Tensor:
+        """Photographs as a camera takes them (no panoramas) as single views, for :meth:`PanoramaVLM.get_view_features`.
+
+        Args:
+            images: a path, a URL or a PIL image, or a list of them, N in all. Of each the middle square is taken.
+
+        Returns:
+            [N, 3, image_size, image_size], normalised.
+        """
+        size = (self.image_size, self.image_size)
+        pictures = [load_image(str(image) if isinstance(image, Path) else image) for image in flatten_images(images)]
+        squares = [np.asarray(ImageOps.fit(each, size, Image.Resampling.BICUBIC)) for each in pictures]
+        pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255  # [N, 3, image_size, image_size]
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.image_mean, self.image_std))
+        return (pixels - mean) / std
 
     def _make_views(
         self,
@@ -291,7 +323,7 @@ def check_shown(given: dict[str, Any], panoramas: int) -> list[Shown]:
     ]
 
 
-def check_further_views(further: Any, panoramas: int) -> list[list[tuple[float, float, float]]]:
+def check_further_views(further: Any, panoramas: int) -> list[list[Direction]]:
     """The further views of each panorama.
 
     Raises:
@@ -301,15 +333,7 @@ def check_further_views(further: Any, panoramas: int) -> list[list[tuple[float, 
         return [[]] * panoramas
     if len(further) != panoramas:
         raise ValueError(f"further_views must be a list for each panorama, got {len(further)} for {panoramas}")
-    for of_one in further:
-        for view in of_one:
-            yaw, pitch, fov = view if isinstance(view, list | tuple) and len(view) == 3 else (math.nan,) * 3
-            if not (math.isfinite(yaw) and -90 <= pitch <= 90 and 0 < fov < 180):
-                raise ValueError(
-                    "a further view must be (yaw, pitch, fov) in degrees, the pitch in [-90, 90] and the field of view "
-                    f"in (0, 180), got {view!r}. Typical value: (30, -10, 40)"
-                )
-    return [[(float(yaw), float(pitch), float(fov)) for yaw, pitch, fov in of_one] for of_one in further]
+    return [[check_direction(view, "further view") for view in of_one] for of_one in further]
 
 
 def _sample_views(

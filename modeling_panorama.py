@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -17,17 +18,21 @@ from transformers.utils.generic import can_return_tuple
 from .checkpoint_panorama import CheckedLoading, load_checkpoint
 from .composing_panorama import language_parts, parts_from_pretrained
 from .configuration_panorama import PanoramaConfig
-from .generation_panorama import PanoramaGenerationMixin
+from .generation_panorama import PanoramaGenerationMixin, sort_inputs
+from .geometry_panorama import View, ViewPlan, check_direction
 from .language_loss_panorama import CHUNK_BYTES, IGNORED, chunked_cross_entropy, is_sharded, logit_transform
+from .memory_panorama import InPieces
 from .options_panorama import check_option_names
-from .outputs_panorama import PanoramaModelOutput, TrainingStageOutput, VisionStageOutput
+from .outputs_panorama import PanoramaFeatures, PanoramaModelOutput, TrainingStageOutput, VisionStageOutput
 from .overlap_panorama import OverlapLoss, VICRegProjector, VICRegTerms
 from .resampler_panorama import RESAMPLERS, initialize_start, start_at
 from .stages_panorama import TRAINED_PARTS, Stage, StagesMixin
 from .token_labels_panorama import TokenLabelHead
-from .tokens_panorama import further_codes, image_tokens
+from .tokens_panorama import further_codes, image_tokens, pooled, pooling_weights
 from .towers_panorama import outputs_of, tower_of
 
+ENGINES = ("vllm", "sglang")  # what the attention implementations of serving engines begin with
+LANGUAGE_HEAD = r"^lm_head\."  # its weights' names in a folder
 RAY_SCALE = 0.5  # deviation of the ray code at the start, beside tokens of deviation 1
 
 
@@ -47,6 +52,11 @@ class PanoramaProjection(nn.Module):
     def forward(self, tokens: torch.Tensor, ray_codes: torch.Tensor) -> torch.Tensor:
         """[..., D_latent] and codes [..., 3 + 6K] -> [..., D_lm]."""
         return self.layers(tokens if self.ray is None else tokens + self.ray(ray_codes.to(tokens.dtype)))
+
+
+def _kept(features: torch.Tensor, kept: torch.Tensor) -> list[torch.Tensor]:
+    """Of the features [B, T, D] of each panorama those that are kept, bool [B, T]: B times [tokens, D]."""
+    return list(features[kept].split(kept.sum(1).tolist()))
 
 
 class PanoramaPreTrainedModel(CheckedLoading, PreTrainedModel):
@@ -79,7 +89,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
             language model without its head; made from the configuration, with random weights, where not given.
     """
 
-    _keys_to_ignore_on_load_unexpected = {r"^lm_head\.", r"^vicreg_projector\."}
+    _keys_to_ignore_on_load_unexpected = {LANGUAGE_HEAD, r"^vicreg_projector\."}
 
     def __init__(
         self,
@@ -96,6 +106,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
         self.view_plan = config.view_plan
         self.token_grid = config.token_grid
+        self.in_pieces = InPieces()
         no_split = [module._no_split_modules or [] for module in (self.vision_tower, self.language_model)]
         self._no_split_modules = sorted({name for names in no_split for name in names})
         self.post_init()
@@ -112,6 +123,11 @@ class PanoramaModel(PanoramaPreTrainedModel):
         """[B, 3, H, W] or [B, V, 3, H, W] -> [B, V, 3, H, W], with the wanted number of views."""
         if not isinstance(pixel_values, torch.Tensor):
             raise TypeError(f"pixel_values must be a torch.Tensor, got {type(pixel_values).__name__}")
+        if not pixel_values.is_floating_point():
+            raise TypeError(
+                f"pixel_values must be normalised views of floats, got {pixel_values.dtype}: use the processor saved "
+                "with this model"
+            )
         if pixel_values.ndim not in (4, 5):
             raise ValueError(
                 "pixel_values must have 4 dimensions [B, 3, H, W] or 5 dimensions [B, V, 3, H, W], "
@@ -148,30 +164,35 @@ class PanoramaModel(PanoramaPreTrainedModel):
         images = pixel_values.flatten(0, 1).to(self.vision_tower.dtype)  # [B * V, 3, H, W]
         needed = images.requires_grad or any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(needed and torch.is_grad_enabled()):
-            tokens = tower_of(self.config.vision_config)(self.vision_tower, images)  # [B * V, patches, D_vision]
+            run = partial(tower_of(self.config.vision_config), self.vision_tower)
+            tokens = self.in_pieces(run, images, self.vision_tower)  # [B * V, patches, D_vision]
         return tokens.unflatten(0, pixel_values.shape[:2])
 
     def encode_views(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Resampled tokens of the views, [B, V, 3, H, W] -> [B, V, S, D_latent]."""
         tokens = self.tower_tokens(pixel_values)
-        return self.resampler(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+        return self.in_pieces(self.resampler, tokens.flatten(0, 1), self.resampler).unflatten(0, tokens.shape[:2])
 
-    def project_tokens(self, tokens: torch.Tensor, view_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """What the language model is shown: [B, V, S, D_latent] -> [B, num_image_tokens, D_lm].
+    def project_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the language model is shown: [B, V, S, D_latent] -> [B, num_image_tokens, D_lm]."""
+        indices, codes = self._image_tokens(tokens.device)
+        return self.projection(tokens.flatten(1, 2)[:, indices], codes)
 
-        With `view_mask` [B, V] the tokens of views that show nothing are left out: [tokens of all panoramas, D_lm].
-        """
-        indices, codes = image_tokens(
-            self.view_plan, self.token_grid, self.config.token_selection, self.config.ray_frequencies, tokens.device
-        )
-        features = self.projection(tokens.flatten(1, 2)[:, indices], codes)
-        return features if view_mask is None else features[view_mask[:, indices // tokens.shape[2]]]
+    def _image_tokens(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of the V * S tokens of a panorama the language model is shown, and their codes."""
+        config = self.config
+        return image_tokens(self.view_plan, self.token_grid, config.token_selection, config.ray_frequencies, device)
+
+    def _shown_tokens(self, view_mask: torch.Tensor) -> torch.Tensor:
+        """Which of them are of views that show something, bool [B, V] -> bool [B, num_image_tokens]."""
+        indices, _ = self._image_tokens(view_mask.device)
+        return view_mask[:, indices // self.config.tokens_per_view]
 
     def project_further(
         self, features: torch.Tensor, tokens: torch.Tensor, further_views: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The features of panoramas [B, num_image_tokens, D_lm], each with those of its further views behind, in one
-        row: [tokens of all panoramas, D_lm].
+    ) -> list[torch.Tensor]:
+        """The features of panoramas [B, num_image_tokens, D_lm], each with those of its further views behind: B times
+        [tokens, D_lm].
 
         Args:
             features: of the views of the plan.
@@ -181,14 +202,11 @@ class PanoramaModel(PanoramaPreTrainedModel):
         """
         codes = further_codes(further_views, self.token_grid, self.config.ray_frequencies)
         further = self.projection(tokens, codes).flatten(1, 2)  # [B, E * S, D_lm]
-        indices, _ = image_tokens(
-            self.view_plan, self.token_grid, self.config.token_selection, self.config.ray_frequencies, tokens.device
-        )
         there = further_views[..., 0].isfinite().repeat_interleave(tokens.shape[2], dim=1).to(tokens.device)
         shown = torch.ones(features.shape[:2], dtype=torch.bool, device=tokens.device)
         if mask is not None:
-            shown = mask[:, indices // tokens.shape[2]]
-        return torch.cat([features, further], 1)[torch.cat([shown, there], 1)]
+            shown = self._shown_tokens(mask)
+        return _kept(torch.cat([features, further], 1), torch.cat([shown, there], 1))
 
     @can_return_tuple
     def get_image_features(
@@ -211,8 +229,8 @@ class PanoramaModel(PanoramaPreTrainedModel):
         Returns:
             `last_hidden_state` [B, V, S, D_latent], the resampled tokens, and `pooler_output`
             [B, num_image_tokens, D_lm], what takes the place of the `<image>` tokens; with `view_mask` or
-            `further_views` it is [tokens of all panoramas, D_lm]. Where asked for `hidden_states` and `attentions` of
-            the tower's layers, as it gives them, for B * V images.
+            `further_views` it is a list, [tokens, D_lm] for each panorama. Where asked for `hidden_states` and
+            `attentions` of the tower's layers, as it gives them, for B * V images.
         """
         views = self.view_plan.num_views
         further = 0 if further_views is None else further_views.shape[1]
@@ -220,13 +238,57 @@ class PanoramaModel(PanoramaPreTrainedModel):
             tokens = self.encode_views(self.check_pixels(pixel_values, views + further))
         tokens, of_further = tokens[:, :views], tokens[:, views:]
         mask = self.check_view_mask(view_mask, tokens)
-        if further_views is None:
-            features = self.project_tokens(tokens, mask)
-        else:
+        projected = self.project_tokens(tokens)
+        features: torch.Tensor | list[torch.Tensor] = projected
+        if further_views is not None:
             if further_views.shape[::2] != (len(tokens), 3):
                 raise ValueError(f"further_views must be [{len(tokens)}, E, 3], got {list(further_views.shape)}")
-            features = self.project_further(self.project_tokens(tokens), of_further, further_views, mask)
+            features = self.project_further(projected, of_further, further_views, mask)
+        elif mask is not None:
+            features = _kept(projected, self._shown_tokens(mask))
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features, **of_layers)
+
+    def get_panorama_features(
+        self,
+        pixel_values: torch.Tensor,
+        view_mask: torch.Tensor | None = None,
+        directions: Sequence[Sequence[float]] | None = None,
+    ) -> PanoramaFeatures:
+        """What panoramas look like, one vector a panorama and one a direction: the means of the resampled tokens, each
+        weighted by the solid angle for which it stands, so that every part of the sphere counts once.
+
+        Args:
+            pixel_values: [B, V, 3, H, W], or [B, 3, H, W] where a panorama is one view.
+            view_mask: [B, V], false for views that show nothing.
+            directions: yaw, pitch and field of view in degrees of N square perspective views, any; their vectors
+                cost no vision compute. Not given: those of the plan's tiles (`view_plan.directions`).
+
+        Raises:
+            ValueError: for a direction that cannot be, or that no token looks in.
+        """
+        given = self.view_plan.directions if directions is None else directions
+        wanted = tuple(check_direction(direction, "direction") for direction in given)
+        pixel_values = self.check_pixels(pixel_values, self.view_plan.num_views)
+        weights = pooling_weights(self.view_plan, self.token_grid, wanted, pixel_values.device)  # [1 + N, V, S]
+        tokens = self.encode_views(pixel_values)
+        embeds = pooled(tokens, weights, self.check_view_mask(view_mask, tokens))  # [B, 1 + N, D_latent]
+        looking = torch.tensor(wanted, device=tokens.device).reshape(-1, 3)
+        return PanoramaFeatures(panorama_embeds=embeds[:, 0], direction_embeds=embeds[:, 1:], directions=looking)
+
+    def get_view_features(self, pixel_values: torch.Tensor, fov_deg: float = 60.0) -> torch.Tensor:
+        """What single views look like, such as photographs, to be compared with `direction_embeds` of
+        :meth:`get_panorama_features`.
+
+        Args:
+            pixel_values: [N, 3, H, W], as :meth:`PanoramaImageProcessor.photographs` makes them.
+            fov_deg: their field of view in degrees, in (0, 180).
+
+        Returns:
+            [N, D_latent], of length 1.
+        """
+        view = View("perspective", *check_direction((0.0, 0.0, fov_deg), "view"))
+        tokens = self.encode_views(self.check_pixels(pixel_values, 1))  # [N, 1, S, D_latent]
+        return pooled(tokens, pooling_weights(ViewPlan((view,)), self.token_grid, (), tokens.device))[:, 0]
 
     def is_placeholder(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Where the `<image>` tokens stand, [B, T] -> bool [B, T]."""
@@ -234,33 +296,41 @@ class PanoramaModel(PanoramaPreTrainedModel):
         return torch.eq(input_ids, -1 if token is None else token)
 
     def get_placeholder_mask(
-        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None, image_features: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None,
+        image_features: torch.Tensor | Sequence[torch.Tensor] | None,
     ) -> torch.Tensor:
         """Where the `<image>` tokens stand, [B, T, 1].
 
         Args:
             input_ids: [B, T].
             inputs_embeds: not looked at: a placeholder has no embedding of its own.
-            image_features: what is to take their place, [B, num_image_tokens, D_lm] or [tokens, D_lm].
+            image_features: what is to take their place, [B, num_image_tokens, D_lm] or B times [tokens, D_lm].
 
         Raises:
             ValueError: where their number does not fit.
         """
         mask = self.is_placeholder(input_ids)
-        wanted = 0 if image_features is None else image_features.shape[:-1].numel()
+        wanted = 0 if image_features is None else sum(len(of_one) for of_one in image_features)
         if not torch.compiler.is_compiling() and wanted != (found := int(mask.sum())):
-            in_one_row = image_features is not None and image_features.ndim == 2
+            listed = isinstance(image_features, Sequence)
             count = 0 if image_features is None else len(image_features)
-            panoramas = "partial panoramas, or those with further views," if in_one_row else f"{count} panoramas"
+            panoramas = "partial panoramas, or those with further views," if listed else f"{count} panoramas"
             each = self.config.num_image_tokens
             raise ValueError(
-                f"{panoramas} need {wanted} <image> tokens ({each} each{', or others' * in_one_row}), but "
+                f"{panoramas} need {wanted} <image> tokens ({each} each{', or others' * listed}), but "
                 f"input_ids holds {found} (image_token_id={self.config.image_token_id}); use the processor saved with "
                 "this model, and hand over all that it returns"
             )
         return mask[..., None]
 
-    def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None, check: bool = True) -> torch.Tensor:
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        image_features: torch.Tensor | Sequence[torch.Tensor] | None,
+        check: bool = True,
+    ) -> torch.Tensor:
         """Embeddings of tokens [B, T] -> [B, T, D_lm], with the panoramas in place of the placeholders.
 
         `check`: whether their number is compared, for which a GPU has to be waited for.
@@ -273,6 +343,8 @@ class PanoramaModel(PanoramaPreTrainedModel):
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(mask[..., 0], 0))
         if image_features is None:
             return embeddings
+        if isinstance(image_features, Sequence):
+            image_features = torch.cat(list(image_features))
         return embeddings.masked_scatter(mask.to(embeddings.device), image_features.to(embeddings))
 
     def _as_attended(self, mask: torch.Tensor | None, embeddings: torch.Tensor | None) -> torch.Tensor | None:
@@ -425,6 +497,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         self.loss_type = "ForCausalLM"
         self._no_split_modules = self.model._no_split_modules
         self.post_init()
+        self.freeze_unused()
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:  # looked up, because adapters rename what they wrap
@@ -450,7 +523,43 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         """See :meth:`PanoramaModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, view_mask, further_views, **kwargs)
 
+    def get_panorama_features(
+        self,
+        pixel_values: torch.Tensor,
+        view_mask: torch.Tensor | None = None,
+        directions: Sequence[Sequence[float]] | None = None,
+    ) -> PanoramaFeatures:
+        """See :meth:`PanoramaModel.get_panorama_features`."""
+        return self.model.get_panorama_features(pixel_values, view_mask, directions)
+
+    def get_view_features(self, pixel_values: torch.Tensor, fov_deg: float = 60.0) -> torch.Tensor:
+        """See :meth:`PanoramaModel.get_view_features`."""
+        return self.model.get_view_features(pixel_values, fov_deg)
+
     # Composing, loading and saving
+
+    @classmethod
+    def _from_config(cls, config: PanoramaConfig, **kwargs: Any) -> PanoramaPreTrainedModel:
+        """As `PreTrainedModel._from_config`; but a serving engine, which brings its own head and says who it is by the
+        attention of the language model, gets the headless model.
+
+        Raises:
+            ValueError: for an engine where `<image>` has no row in the table of embeddings: engines look it up.
+        """
+        if "attn_implementation" in kwargs:
+            config._attn_implementation = kwargs.pop("attn_implementation")
+        if not str(config.text_config._attn_implementation).startswith(ENGINES):
+            return super()._from_config(config, **kwargs)
+        rows, token = config.text_config.vocab_size, config.image_token_id
+        if token is None or token >= rows:
+            raise ValueError(
+                f"a serving engine looks <image> up in the table of embeddings, which has {rows} rows, and "
+                f"image_token_id is {token}. Load the model without the engine, call "
+                "resize_token_embeddings(config.image_token_id + 1), and save it"
+            )
+        model = PanoramaModel._from_config(config, **kwargs)
+        model._keys_to_ignore_on_load_unexpected.discard(LANGUAGE_HEAD)
+        return model
 
     @classmethod
     def from_vision_text_pretrained(
@@ -632,11 +741,15 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
     ) -> VisionStageOutput | TrainingStageOutput:
         """One step of a stage.
 
+        `model(input_ids)` and `model(input_ids, attention_mask)`, as other language models are called, work too:
+        integers are ids.
+
         Args:
             pixel_values: [panoramas, V, 3, H, W], or [panoramas, 3, H, W] where a panorama is one view.
             input_ids: [B, T], with `num_image_tokens` placeholders for each panorama, in reading order.
             attention_mask: [B, T], zero where padded; or bool [B, 1, T, T], true where a position (row) sees another.
-            labels: [B, T], -100 where nothing is supervised; `shift_labels` [B, T] are they, already shifted.
+            labels: [B, T], -100 where nothing is supervised (placeholders never are); `shift_labels` [B, T] are they,
+                already shifted.
             stage: `"vision"` computes the overlap loss of `pixel_values` and does not run the language model; the
                 other two run it.
             inputs_embeds: [B, T, D_lm] instead of `input_ids` and `pixel_values`.
@@ -660,6 +773,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         """
         if stage not in TRAINED_PARTS:
             raise ValueError(f"stage must be one of {sorted(TRAINED_PARTS)}, got {stage!r}")
+        pixel_values, input_ids, attention_mask = sort_inputs(pixel_values, input_ids, attention_mask)
         if stage == "vision":
             return self._vision_stage(pixel_values, view_mask, token_classes, token_places)
         supervised = labels is not None or shift_labels is not None
@@ -683,6 +797,10 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logit_transform(self.lm_head(hidden[:, keep]))
         if supervised:
+            labels, shift_labels = self._without_placeholders(labels), self._without_placeholders(shift_labels)
+            if num_items_in_batch is None:  # none at all, and the loss is 0
+                wanted = labels[..., 1:] if shift_labels is None else shift_labels  # type: ignore[index]
+                num_items_in_batch = wanted.ne(IGNORED).sum().clamp(min=1)
             given: dict[str, Any] = {"labels": labels, "shift_labels": shift_labels}
             given["num_items_in_batch"] = num_items_in_batch
             if logits is None:
@@ -708,6 +826,10 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def _without_placeholders(self, labels: torch.Tensor | None) -> torch.Tensor | None:
+        """Labels in which no placeholder is a target, as it is in a copy of `input_ids`."""
+        return None if labels is None else labels.masked_fill(self.model.is_placeholder(labels), IGNORED)
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -16,6 +16,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import (
     _MARKED_RE,
     AudioKwargs,
+    MultiModalData,
     ProcessingKwargs,
     ProcessorMixin,
     TextKwargs,
@@ -39,6 +40,8 @@ from .conversations_panorama import (
 from .image_processing_panorama import PanoramaImageProcessor, PanoramaImageProcessorKwargs, flatten_images
 from .options_panorama import DEFAULT_PROMPT, IMAGE_MEAN, IMAGE_STD, MAX_TEXT_LENGTH, check_resembling_names
 from .places_panorama import NamedPlace, read_places
+from .reading_panorama import covered_by_size
+from .sampling_panorama import view_mask
 
 logger = logging.getLogger(__name__)
 
@@ -383,6 +386,30 @@ class PanoramaProcessor(ProcessorMixin):
             sum(count for count, shown in zip(self.image_tokens_per_view, views, strict=True) if shown)
             for views in image_inputs["view_mask"]
         ]
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """What panoramas cost that nothing is known of but their sizes; serving engines ask for it.
+
+        Args:
+            image_sizes: (height, width) of each, in pixels. One that is not 2:1 is partial, as it is for
+                :func:`reading_panorama.read_panorama`; what Photo Sphere data say is not known here.
+            kwargs: options of the call. Those of single panoramas are refused: what they cost does not follow.
+
+        Returns:
+            `num_image_tokens`, the placeholders of each, and `num_image_patches`, its rows of `pixel_values`: 1.
+        """
+        if refused := sorted({"further_views", "yaw_offsets", "mirrored", "tilts"} & kwargs.keys()):
+            raise ValueError(f"what a panorama costs with {', '.join(refused)} does not follow from its size")
+        if image_sizes is None:
+            return MultiModalData()
+        plan = self.image_processor.view_plan
+        masks = [view_mask(plan, covered_by_size(*size)) for size in image_sizes]
+        counts = [
+            self.num_image_tokens if mask.all() else self._plan_token_counts({"view_mask": [mask]})[0] for mask in masks
+        ]
+        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
     def post_process_grounding(self, answers: Any) -> list[list[NamedPlace]]:
         """The places on the sphere that answers name, with what they are called there.

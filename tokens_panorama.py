@@ -10,11 +10,14 @@ from functools import lru_cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 
 from .geometry_panorama import (
+    Direction,
     Grid,
     View,
     ViewPlan,
+    direction_weights,
     owned_tokens,
     plan_rays,
     ray_code,
@@ -48,6 +51,38 @@ def image_tokens(
     indices = owned_tokens(plan, grid).reshape(-1).nonzero()[0] if selection == "owned" else range(len(rays))
     codes = ray_code(rays[indices], frequencies)
     return torch.tensor(indices, device=device), torch.tensor(codes, dtype=torch.float32, device=device)
+
+
+@_constant
+def pooling_weights(
+    plan: ViewPlan, grid: Grid, directions: tuple[Direction, ...], device: torch.device
+) -> torch.Tensor:
+    """:func:`direction_weights` as a tensor, float32.
+
+    Raises:
+        ValueError: for a direction that no token looks in.
+    """
+    weights = direction_weights(plan, grid, directions)  # [1 + N, V, S]
+    for direction, of_it in zip(directions, weights[1:], strict=True):
+        if not of_it.any():
+            raise ValueError(
+                f"no token of these views looks in the direction {direction} (yaw, pitch, fov): a wider field of view, "
+                "or a view_strategy that sees more. Typical value: (30, 0, 90)"
+            )
+    return torch.tensor(weights, dtype=torch.float32, device=device)
+
+
+def pooled(tokens: torch.Tensor, weights: torch.Tensor, view_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Weighted means of tokens [B, V, S, D], scaled to length 1, float32 [B, N, D].
+
+    Args:
+        weights: [N, V, S].
+        view_mask: bool [B, V], false for views that are left out; the mean of none is zero.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        if view_mask is not None:
+            tokens = tokens * view_mask[..., None, None]
+        return F.normalize(torch.einsum("bvsd,nvs->bnd", tokens.float(), weights.to(tokens.device)), dim=-1)
 
 
 def further_codes(further_views: torch.Tensor, grid: Grid, frequencies: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from panorama_vlm import PanoramaConfig, PanoramaVLM, TrainingStageOutput, Visio
 from panorama_vlm.checkpoint_panorama import choose_attention
 from panorama_vlm.stages_panorama import PARTS, TRAINED_PARTS, part_of
 from panorama_vlm.towers_panorama import tower_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 TOWERS = {
     "siglip": {"model_type": "siglip_vision_model", "patch_size": 16, "vision_use_head": False},
@@ -449,6 +449,23 @@ def test_beams_samples_and_penalties_work_though_the_placeholder_lies_outside_th
     assert (beams == processor.image_token_id).sum() == 2 * 80
     sampled = model.generate(**inputs, max_new_tokens=3, do_sample=True, repetition_penalty=1.3, temperature=0.7)
     torch.testing.assert_close(sampled[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+
+
+@pytest.mark.parametrize("said_in", ["arguments", "generation_config"])
+@pytest.mark.parametrize("whole_processor", [False, True])
+def test_generation_ends_with_a_stop_string(make, ask, panoramas, said_in, whole_processor):
+    model, processor = make()
+    inputs = ask(processor, panoramas[0])
+    length = inputs["input_ids"].shape[1]
+    generated = model.generate(**inputs, max_new_tokens=8)[0, length:]
+    words = [processor.decode(generated[:end]) for end in range(1, 9)]
+    said = {"stop_strings": words[0]}
+    if said_in == "generation_config":
+        said = {"generation_config": GenerationConfig(**said, max_new_tokens=8)}
+    stopped = model.generate(
+        **inputs, **said, max_new_tokens=8, tokenizer=processor if whole_processor else processor.tokenizer
+    )
+    assert torch.equal(stopped[0, length:], generated[:1])
 
 
 def test_a_placeholder_whose_id_the_language_model_has_is_never_generated(make, ask, panoramas):

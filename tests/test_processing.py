@@ -236,7 +236,15 @@ def test_only_urls_are_fetched_and_lists_keep_their_nesting(make, panoramas, tmp
     given = [["missing.png", url], [tmp_path], [panoramas[1], data]]
     fetched = processor.image_processor.fetch_images(given)
     assert fetched == [["missing.png", fetched[0][1]], [tmp_path], [panoramas[1], data]]
-    assert fetched[0][1].size == panoramas[0].size
+    assert fetched[0][1] == data.getvalue()
+
+
+@pytest.mark.parametrize("data", ["A" * 100_001, base64.b64encode(b"no image" * 10_000).decode()])
+def test_a_broken_data_url_is_named_and_not_repeated(make, data):
+    _, processor = make()
+    with pytest.raises(ValueError, match="cannot read") as error:
+        processor(images="data:image/png;base64," + data, text="<image>?")
+    assert len(str(error.value)) < 300
 
 
 def test_a_missing_or_broken_file_is_named(make, tmp_path):
