@@ -286,6 +286,10 @@ class PanoramaProcessor(ProcessorMixin):
         check_resembling_names(others, PanoramaImageProcessor.option_names(), type(self).__name__)
         if isinstance(images, list | tuple) and not flatten_images(images):
             images = None
+        for name in ("videos", "audio", "audios"):  # lmms-eval hands over empty lists, whatever the model takes
+            other = kwargs.pop(name, None)
+            if other is not None and not (isinstance(other, list | tuple) and not other):
+                raise ValueError(f"{type(self).__name__} takes images and text, got {name}")
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
             text = self._place_images(text, images, bool(kwargs.get("sanitize_control_tokens")))

@@ -325,3 +325,13 @@ def test_what_is_saved_of_a_processor_is_what_it_says_of_itself(make, tmp_path):
     _, processor = make()
     processor.save_pretrained(tmp_path)
     assert type(processor).from_pretrained(tmp_path).to_dict() == processor.to_dict()
+
+
+def test_empty_lists_of_videos_and_sounds_are_nothing_and_others_are_refused(make):
+    _, processor = make()
+    plain = processor(text="north", return_tensors="pt")
+    given = processor(text="north", images=[], videos=[], audios=[], return_tensors="pt")
+    assert given.keys() == plain.keys() and torch.equal(given["input_ids"], plain["input_ids"])
+    for name in ("videos", "audio", "audios"):
+        with pytest.raises(ValueError, match=f"takes images and text, got {name}"):
+            processor(text="north", **{name: [torch.zeros(3)]})
