@@ -11,8 +11,10 @@ from transformers.cache_utils import Cache
 from transformers.generation import (
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessor,
     LogitsProcessorList,
     SuppressTokensLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 from .outputs_panorama import GenerationOutput
@@ -20,6 +22,17 @@ from .outputs_panorama import GenerationOutput
 TEMPERATURE_RANGE = (0.1, 1.0)
 
 Panoramas = dict[str, Any]
+
+
+class _Wider(LogitsProcessor):
+    """A processor of scores [B, vocabulary] that gets some more words, which are never said."""
+
+    def __init__(self, processor: LogitsProcessor, words: int):
+        self.processor, self.words = processor, words
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        wider = torch.nn.functional.pad(scores, (0, self.words), value=-torch.inf)
+        return self.processor(input_ids, wider, **kwargs)[:, : scores.shape[1]]
 
 
 class PanoramaGenerationMixin(GenerationMixin):
@@ -111,11 +124,17 @@ class PanoramaGenerationMixin(GenerationMixin):
         return inputs
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """As `GenerationMixin` does; one more keeps `<image>` from being guessed (its logit is the lowest anyway)."""
+        """As `GenerationMixin` does; one more keeps `<image>` from being guessed (its logit is the lowest anyway). Where
+        its id lies outside the vocabulary, they see scores that have a place for it."""
         processors = super()._get_logits_processor(*args, **kwargs)
-        if (token := self.config.image_token_id) is not None:
-            processors.append(SuppressTokensLogitsProcessor([token], device=self.device))
-        return processors
+        token = self.config.image_token_id
+        if token is None:
+            return processors
+        missing = token + 1 - self.config.text_config.vocab_size
+        if missing <= 0:
+            return LogitsProcessorList([*processors, SuppressTokensLogitsProcessor([token], device=self.device)])
+        guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor  # it compares with what the model itself says
+        return LogitsProcessorList([p if isinstance(p, guidance) else _Wider(p, missing) for p in processors])
 
     @staticmethod
     def _with_text(
