@@ -69,7 +69,7 @@ class CheckedLoading:
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         _check_loaded(model, info, pretrained_model_name_or_path)
-        if hasattr(model, "freeze_unused"):  # loading makes new parameters
+        if isinstance(model, torch.nn.Module) and hasattr(model, "freeze_unused"):  # loading makes new parameters
             model.freeze_unused()
         return (model, info) if output_loading_info else model
 

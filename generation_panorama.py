@@ -30,9 +30,9 @@ class _Wider(LogitsProcessor):
     def __init__(self, processor: LogitsProcessor, words: int):
         self.processor, self.words = processor, words
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         wider = torch.nn.functional.pad(scores, (0, self.words), value=-torch.inf)
-        return self.processor(input_ids, wider, **kwargs)[:, : scores.shape[1]]
+        return self.processor(input_ids, wider)[:, : scores.shape[1]]
 
 
 class PanoramaGenerationMixin(GenerationMixin):
@@ -124,7 +124,7 @@ class PanoramaGenerationMixin(GenerationMixin):
         return inputs
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """As `GenerationMixin` does; one more keeps `<image>` from being guessed (its logit is the lowest anyway). Where
+        """As `GenerationMixin` does; one more keeps `<image>` from being guessed, though its logit is the lowest. Where
         its id lies outside the vocabulary, they see scores that have a place for it."""
         processors = super()._get_logits_processor(*args, **kwargs)
         token = self.config.image_token_id
