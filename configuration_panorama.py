@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from .geometry_panorama import ViewOptions, ViewPlan, owned_tokens, ray_correspondences
 from .language_loss_panorama import logit_transform
@@ -30,8 +31,15 @@ AUTO_MAP = {
 # What may stand in a configuration of transformers beside the fields of its class.
 _TRANSFORMERS_OPTIONS = (
     *(field.name for field in fields(PretrainedConfig)),
-    *("attn_implementation", "auto_map", "custom_pipelines", "experts_implementation", "model_type", "name_or_path"),
-    *("num_labels", "output_attentions", "per_layer_config", "quantization_config", "tie_last_hidden_states"),
+    *("_name_or_path", "attn_implementation", "auto_map", "custom_pipelines", "experts_implementation", "model_type"),
+    *(
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "per_layer_config",
+        "quantization_config",
+        "tie_last_hidden_states",
+    ),
     *("tie_word_embeddings", "torch_dtype"),
 )
 # SigLIP2 base, patch 16, 256 pixels, and Qwen3-0.6B: the shapes where none are given.
@@ -97,8 +105,9 @@ class PanoramaConfig(PretrainedConfig):
         use_lora: whether stage `finetune` trains the language model through LoRA (else it trains it whole).
         lora_rank, lora_alpha, lora_dropout: as in `peft.LoraConfig`.
         lora_target_modules: names of the layers that get LoRA; all linear layers but the head where not given.
-        image_token_id: id of the `<image>` placeholder. It may lie outside the vocabulary of the language model,
-            which never sees it.
+        image_token_id: id of the `<image>` placeholder, whose embedding is never used, and whose logit is the lowest
+            where there is one. A composed model has a row for it in its table of embeddings, as serving engines need;
+            elsewhere it may lie outside.
         kwargs: what any configuration of transformers takes. Another name is an error; in a file that is loaded
             (of a quantiser, a converter, a newer version) it is kept, with a warning.
 
@@ -108,7 +117,14 @@ class PanoramaConfig(PretrainedConfig):
 
     model_type = "panorama_vlm"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "image_hidden_states",
+        "ar_loss",
+        "overlap_loss",
+        "label_loss",
+        "label_figures",
+    ]
 
     def __init__(
         self,
@@ -261,6 +277,9 @@ class PanoramaConfig(PretrainedConfig):
         that is not known is kept, with a warning."""
         known = {*cls.option_names(), *_TRANSFORMERS_OPTIONS}
         overrides = {name: kwargs.pop(name) for name in cls.option_names() if name in kwargs}
+        for name in cls.sub_configs:  # `text_config={"vocab_size": 20}` changes this and leaves the rest as it is
+            if isinstance(overrides.get(name), dict) and "model_type" not in overrides[name]:
+                overrides[name] = {**(config_dict.get(name) or {}), **overrides[name]}
         foreign = {name: value for name, value in config_dict.items() if name not in known}
         if named := sorted(name for name in foreign if not name.startswith("_")):
             _warn_of_foreign_keys(tuple(named))
@@ -440,3 +459,5 @@ def _one_of(name: str, value: str, allowed: list[str]) -> str:
 
 
 PanoramaConfig.register_for_auto_class()
+# `transformers serve` knows by this table of names, and by nothing else, which models take images.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(PanoramaConfig.model_type, "PanoramaVLM")

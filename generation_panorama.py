@@ -7,11 +7,32 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.cache_utils import Cache
+from transformers.generation import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from .outputs_panorama import GenerationOutput
 
 TEMPERATURE_RANGE = (0.1, 1.0)
+
+Panoramas = dict[str, Any]
+
+
+class _Wider(LogitsProcessor):
+    """A processor of scores [B, vocabulary] that gets some more words, which are never said."""
+
+    def __init__(self, processor: LogitsProcessor, words: int):
+        self.processor, self.words = processor, words
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        wider = torch.nn.functional.pad(scores, (0, self.words), value=-torch.inf)
+        return self.processor(input_ids, wider)[:, : scores.shape[1]]
 
 
 class PanoramaGenerationMixin(GenerationMixin):
@@ -35,7 +56,7 @@ class PanoramaGenerationMixin(GenerationMixin):
             input_ids: [B, T]; without them (and with `tokenizer=`) each panorama is asked the default prompt, with a
                 warning.
             attention_mask: [B, T].
-            tokenizer: decodes the answer into `GenerationOutput.text`; also for `stop_strings`.
+            tokenizer: decodes the answer into `GenerationOutput.text`; also for `stop_strings`. A processor's is taken.
             view_mask, further_views: [panoramas, V] and [panoramas, E, 3], as in :meth:`forward`.
             kwargs: as in `GenerationMixin.generate`: `max_new_tokens`, `do_sample`, `streamer`,
                 `return_dict_in_generate`, ... A `temperature` outside [0.1, 1.0] is clamped, with a warning.
@@ -44,10 +65,13 @@ class PanoramaGenerationMixin(GenerationMixin):
             `sequences` [B, T + new], the prompt and the new tokens; with `return_dict_in_generate=True` a
             :class:`GenerationOutput`.
         """
+        if isinstance(input_ids, GenerationConfig):  # where GenerationMixin.generate has it
+            kwargs["generation_config"], input_ids = input_ids, None
+        pixel_values, input_ids, attention_mask = sort_inputs(pixel_values, input_ids, attention_mask)
         given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
         _check_arguments({**given, "view_mask": view_mask, "further_views": further_views}, kwargs)
-        if tokenizer is not None and kwargs.get("stop_strings") is not None:
-            kwargs["tokenizer"] = tokenizer
+        if tokenizer is not None:  # for stop strings, of whatever says them; servers hand a whole processor over
+            tokenizer = kwargs["tokenizer"] = getattr(tokenizer, "tokenizer", tokenizer)
         if input_ids is None and "inputs" in kwargs:
             input_ids = kwargs.pop("inputs")
         if input_ids is None and kwargs.get("inputs_embeds") is None:
@@ -55,46 +79,72 @@ class PanoramaGenerationMixin(GenerationMixin):
                 raise ValueError("further_views need input_ids with their placeholders: use the processor")
             input_ids, attention_mask = self._default_prompt(pixel_values, tokenizer, view_mask)
 
-        prompt = input_ids
+        panoramas = {"pixel_values": pixel_values, "view_mask": view_mask, "further_views": further_views}
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
-            image_features = None
-            if pixel_values is not None:
-                image_features = self.get_image_features(pixel_values, view_mask, further_views).pooler_output
-            if attention_mask is None:
-                attention_mask = torch.ones_like(input_ids)
-            # The panoramas are embedded once, here. Everything that looks at ids while generating (penalties,
-            # stopping) sees a placeholder from inside the vocabulary.
-            kwargs["inputs_embeds"] = self.model.embed(input_ids, image_features)
-            input_ids = input_ids.masked_fill(self.model.is_placeholder(input_ids), 0)
-        kwargs["logits_processor"] = self._without_placeholder(kwargs.get("logits_processor"))
-        outputs = super().generate(inputs=input_ids, attention_mask=attention_mask, **kwargs)
+            panoramas = self._not_yet_seen(input_ids, attention_mask, kwargs.get("past_key_values"), panoramas)
+            _check_guesses(self, input_ids, kwargs)
+        if attention_mask is not None:
+            kwargs["attention_mask"] = attention_mask
+        kwargs |= {name: value for name, value in panoramas.items() if value is not None}
+        outputs = super().generate(inputs=input_ids, **kwargs)
+        return self._with_text(outputs, input_ids, tokenizer)
 
-        return self._with_prompt(outputs, prompt, tokenizer)
+    def _not_yet_seen(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, panoramas: Panoramas
+    ) -> Panoramas:
+        """The panoramas whose placeholders the cache does not hold: of a conversation that goes on, all are handed over
+        again, with the whole of `input_ids`, and what was seen is not looked at twice."""
+        length = int(cache.get_seq_length()) if cache is not None else 0
+        goes_on = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
+        pixel_values, view_mask, further = panoramas.values()
+        if pixel_values is None or length == 0 or not goes_on:
+            return panoramas
+        counts = torch.tensor(self.config.image_tokens_per_view)
+        shown = torch.ones(len(pixel_values), len(counts)) if view_mask is None else view_mask.cpu()
+        costs = (shown.bool() * counts).sum(1)  # [panoramas]
+        if further is not None:
+            costs = costs + further[..., 0].isfinite().sum(1).cpu() * self.config.tokens_per_view
+        places = self.model.is_placeholder(input_ids).nonzero()[:, 1].cpu()  # in reading order, as the panoramas are
+        if len(places) != costs.sum():
+            return panoramas  # an error that names both follows
+        new = torch.stack([(part >= length).any() for part in places.split(costs.tolist())])
+        old = torch.stack([(part < length).any() for part in places.split(costs.tolist())])
+        if (new & old).any():
+            raise ValueError(f"past_key_values end at token {length}, in the middle of a panorama")
+        return {name: value[new] if value is not None and new.any() else None for name, value in panoramas.items()}
 
-    def _without_placeholder(self, processors: LogitsProcessorList | None) -> LogitsProcessorList:
-        """The processors, and one that keeps `<image>` from being generated where its id lies inside the vocabulary."""
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As `GenerationMixin` does; what was seen of the panoramas also reaches an assistant model, for which nothing
+        is a first step."""
+        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        if past_key_values is None or not past_key_values.get_seq_length():
+            inputs.setdefault("mm_encoder_outputs", kwargs.get("mm_encoder_outputs"))
+        return inputs
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """As `GenerationMixin` does; one more keeps `<image>` from being guessed, though its logit is the lowest. Where
+        its id lies outside the vocabulary, they see scores that have a place for it."""
+        processors = super()._get_logits_processor(*args, **kwargs)
         token = self.config.image_token_id
-        processors = LogitsProcessorList(processors or [])
-        if token is not None and token < self.config.text_config.vocab_size:
-            processors.append(SuppressTokensLogitsProcessor([token], device=self.device))
-        return processors
+        if token is None:
+            return processors
+        missing = token + 1 - self.config.text_config.vocab_size
+        if missing <= 0:
+            return LogitsProcessorList([*processors, SuppressTokensLogitsProcessor([token], device=self.device)])
+        guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor  # it compares with what the model itself says
+        return LogitsProcessorList([p if isinstance(p, guidance) else _Wider(p, missing) for p in processors])
 
     @staticmethod
-    def _with_prompt(
+    def _with_text(
         outputs: Any, prompt: torch.Tensor | None, tokenizer: PreTrainedTokenizerBase | None
     ) -> torch.Tensor | GenerationOutput:
-        """What was generated behind the prompt [B, T] as it was given."""
-        is_dict = not isinstance(outputs, torch.Tensor)
-        sequences = outputs.sequences if is_dict else outputs
-        start = 0 if prompt is None else prompt.shape[1]
-        if prompt is not None:
-            repeated = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0).to(sequences.device)
-            sequences = torch.cat([repeated, sequences[:, start:]], dim=1)
-        if not is_dict:
-            return sequences
+        """What was generated, in words too where there is a tokenizer."""
+        if isinstance(outputs, torch.Tensor):
+            return outputs
         known = {name: outputs.get(name) for name in GenerationOutput.__dataclass_fields__ if name in outputs}
-        known["sequences"] = sequences
-        known["generated_ids"] = sequences[:, start:]
+        known["generated_ids"] = known["sequences"][:, 0 if prompt is None else prompt.shape[1] :]
         if tokenizer is not None:
             words = tokenizer.batch_decode(known["generated_ids"], skip_special_tokens=True)
             known["text"] = [answer.strip() for answer in words]
@@ -120,6 +170,50 @@ class PanoramaGenerationMixin(GenerationMixin):
         ids = torch.tensor([zeros + tokens + words for zeros, tokens in zip(padded, images, strict=True)])
         mask = torch.tensor([zeros + [1] * (len(row) - len(zeros)) for zeros, row in zip(padded, ids, strict=True)])
         return ids.to(pixel_values.device), mask.to(pixel_values.device)
+
+
+def sort_inputs(
+    pixel_values: Any, input_ids: Any, attention_mask: torch.Tensor | None = None
+) -> tuple[Any, Any, torch.Tensor | None]:
+    """What was given by place, in the order pixels, ids, mask: integers [B, T] in the place of the pixels are ids, and
+    with other integers behind them those are their mask, as any language model of transformers takes them."""
+    if not isinstance(pixel_values, torch.Tensor) or pixel_values.is_floating_point() or pixel_values.ndim > 2:
+        return pixel_values, input_ids, attention_mask
+    if isinstance(input_ids, torch.Tensor) and not input_ids.is_floating_point():
+        if attention_mask is not None:
+            raise TypeError("got input_ids twice: in the place of pixel_values, which are floats, and by name")
+        return None, pixel_values, input_ids
+    return input_ids, pixel_values, attention_mask
+
+
+def _check_guesses(model: Any, prompt: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    """Refuse what guesses the next tokens where it cannot read the prompt."""
+    token = model.config.image_token_id
+    if not model.model.is_placeholder(prompt).any():
+        return
+    config, assistant = kwargs.get("generation_config") or model.generation_config, kwargs.get("assistant_model")
+    if kwargs.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens) is not None:
+        words = model.config.text_config.vocab_size
+        if token >= words:
+            raise ValueError(
+                f"prompt_lookup_num_tokens: the prompt holds <image>, number {token}, but the language model has "
+                f"{words} words: model.resize_token_embeddings({token + 1}) makes room for it"
+            )
+    if assistant is None:
+        return
+    words = assistant.get_input_embeddings().num_embeddings
+    widths = [each.get_input_embeddings().embedding_dim for each in (assistant, model)]
+    if isinstance(assistant, PanoramaGenerationMixin):
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"assistant_model reads panoramas of width {widths[0]}, but they are shown to the model with "
+                f"{widths[1]}: take one of the same width, or a language model"
+            )
+    elif token >= words:
+        raise ValueError(
+            f"assistant_model has {words} words, and the prompt holds <image>, which is number {token}: take one whose "
+            "table of embeddings has it"
+        )
 
 
 def _check_arguments(tensors: dict[str, Any], kwargs: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """The image processor: an equirectangular (ERP) panorama in, the views of a plan out."""
 
+import base64
+import binascii
 import hashlib
 import inspect
 import json
@@ -61,7 +63,7 @@ class Shown(NamedTuple):
 AS_IT_IS = Shown()
 
 
-class PanoramaImagesKwargs(ImagesKwargs, total=False):
+class PanoramaImageProcessorKwargs(ImagesKwargs, total=False):
     """Options of a call, beside those of every image processor."""
 
     image_size: int
@@ -95,7 +97,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values", "view_mask"]
-    valid_kwargs = PanoramaImagesKwargs
+    valid_kwargs = PanoramaImageProcessorKwargs
 
     def __init__(
         self,
@@ -164,13 +166,27 @@ class PanoramaImageProcessor(BaseImageProcessor):
         return ViewOptions(**{name: getattr(self, name) for name in ViewOptions.names()}).plan
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Fetch what a URL names, and decode what a data URL holds; all else stays as it is, for :func:`read_panorama`
-        to open. Lists keep their nesting."""
+        """Fetch what a URL names, and the bytes that a data URL holds; all else stays as it is, for
+        :func:`read_panorama` to open. Lists keep their nesting.
+
+        Raises:
+            ValueError: for a data URL that is no base64; of its text, which may be long, only the head is repeated.
+        """
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(("http://", "https://", "data:")):
-            return load_image(image_url_or_urls)
-        return image_url_or_urls
+        if not isinstance(image_url_or_urls, str):
+            return image_url_or_urls
+        if image_url_or_urls.startswith("data:"):
+            kind, _, data = image_url_or_urls.partition(",")
+            try:
+                return base64.b64decode(data)
+            except binascii.Error as error:
+                raise ValueError(f"cannot read a data URL of {len(data)} characters ({kind[:60]!r}): {error}") from None
+        return (
+            load_image(image_url_or_urls)
+            if image_url_or_urls.startswith(("http://", "https://"))
+            else image_url_or_urls
+        )
 
     def preprocess(
         self, images: ImageSource | Sequence[Any], *, return_tensors: str | None = None, **kwargs: Any

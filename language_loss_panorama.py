@@ -100,7 +100,7 @@ def chunked_cross_entropy(
     labels: Tensor,
     vocab_size: int,
     num_items: int | Tensor | None = None,
-    transform: LogitTransform | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
     chunk_bytes: int | None = CHUNK_BYTES,
 ) -> Tensor:
     """Cross-entropy of `transform(head(hidden))` and `labels` at the cost of what is supervised, gradients too.

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from .checkpoint_panorama import CheckedLoading, load_checkpoint
 from .composing_panorama import language_parts, parts_from_pretrained
 from .configuration_panorama import PanoramaConfig
-from .generation_panorama import PanoramaGenerationMixin
+from .generation_panorama import PanoramaGenerationMixin, sort_inputs
 from .geometry_panorama import View, ViewPlan, check_direction
 from .language_loss_panorama import CHUNK_BYTES, IGNORED, chunked_cross_entropy, is_sharded, logit_transform
 from .memory_panorama import InPieces
@@ -29,8 +29,10 @@ from .resampler_panorama import RESAMPLERS, initialize_start, start_at
 from .stages_panorama import TRAINED_PARTS, Stage, StagesMixin
 from .token_labels_panorama import TokenLabelHead
 from .tokens_panorama import further_codes, image_tokens, pooled, pooling_weights
-from .towers_panorama import tower_of
+from .towers_panorama import outputs_of, tower_of
 
+ENGINES = ("vllm", "sglang")  # what the attention implementations of serving engines begin with
+LANGUAGE_HEAD = r"^lm_head\."  # its weights' names in a folder
 RAY_SCALE = 0.5  # deviation of the ray code at the start, beside tokens of deviation 1
 
 
@@ -50,6 +52,11 @@ class PanoramaProjection(nn.Module):
     def forward(self, tokens: torch.Tensor, ray_codes: torch.Tensor) -> torch.Tensor:
         """[..., D_latent] and codes [..., 3 + 6K] -> [..., D_lm]."""
         return self.layers(tokens if self.ray is None else tokens + self.ray(ray_codes.to(tokens.dtype)))
+
+
+def _kept(features: torch.Tensor, kept: torch.Tensor) -> list[torch.Tensor]:
+    """Of the features [B, T, D] of each panorama those that are kept, bool [B, T]: B times [tokens, D]."""
+    return list(features[kept].split(kept.sum(1).tolist()))
 
 
 class PanoramaPreTrainedModel(CheckedLoading, PreTrainedModel):
@@ -82,7 +89,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
             language model without its head; made from the configuration, with random weights, where not given.
     """
 
-    _keys_to_ignore_on_load_unexpected = {r"^lm_head\.", r"^vicreg_projector\."}
+    _keys_to_ignore_on_load_unexpected = {LANGUAGE_HEAD, r"^vicreg_projector\."}
 
     def __init__(
         self,
@@ -116,6 +123,11 @@ class PanoramaModel(PanoramaPreTrainedModel):
         """[B, 3, H, W] or [B, V, 3, H, W] -> [B, V, 3, H, W], with the wanted number of views."""
         if not isinstance(pixel_values, torch.Tensor):
             raise TypeError(f"pixel_values must be a torch.Tensor, got {type(pixel_values).__name__}")
+        if not pixel_values.is_floating_point():
+            raise TypeError(
+                f"pixel_values must be normalised views of floats, got {pixel_values.dtype}: use the processor saved "
+                "with this model"
+            )
         if pixel_values.ndim not in (4, 5):
             raise ValueError(
                 "pixel_values must have 4 dimensions [B, 3, H, W] or 5 dimensions [B, V, 3, H, W], "
@@ -161,22 +173,26 @@ class PanoramaModel(PanoramaPreTrainedModel):
         tokens = self.tower_tokens(pixel_values)
         return self.in_pieces(self.resampler, tokens.flatten(0, 1), self.resampler).unflatten(0, tokens.shape[:2])
 
-    def project_tokens(self, tokens: torch.Tensor, view_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """What the language model is shown: [B, V, S, D_latent] -> [B, num_image_tokens, D_lm].
+    def project_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the language model is shown: [B, V, S, D_latent] -> [B, num_image_tokens, D_lm]."""
+        indices, codes = self._image_tokens(tokens.device)
+        return self.projection(tokens.flatten(1, 2)[:, indices], codes)
 
-        With `view_mask` [B, V] the tokens of views that show nothing are left out: [tokens of all panoramas, D_lm].
-        """
-        indices, codes = image_tokens(
-            self.view_plan, self.token_grid, self.config.token_selection, self.config.ray_frequencies, tokens.device
-        )
-        features = self.projection(tokens.flatten(1, 2)[:, indices], codes)
-        return features if view_mask is None else features[view_mask[:, indices // tokens.shape[2]]]
+    def _image_tokens(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of the V * S tokens of a panorama the language model is shown, and their codes."""
+        config = self.config
+        return image_tokens(self.view_plan, self.token_grid, config.token_selection, config.ray_frequencies, device)
+
+    def _shown_tokens(self, view_mask: torch.Tensor) -> torch.Tensor:
+        """Which of them are of views that show something, bool [B, V] -> bool [B, num_image_tokens]."""
+        indices, _ = self._image_tokens(view_mask.device)
+        return view_mask[:, indices // self.config.tokens_per_view]
 
     def project_further(
         self, features: torch.Tensor, tokens: torch.Tensor, further_views: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The features of panoramas [B, num_image_tokens, D_lm], each with those of its further views behind, in one
-        row: [tokens of all panoramas, D_lm].
+    ) -> list[torch.Tensor]:
+        """The features of panoramas [B, num_image_tokens, D_lm], each with those of its further views behind: B times
+        [tokens, D_lm].
 
         Args:
             features: of the views of the plan.
@@ -186,15 +202,13 @@ class PanoramaModel(PanoramaPreTrainedModel):
         """
         codes = further_codes(further_views, self.token_grid, self.config.ray_frequencies)
         further = self.projection(tokens, codes).flatten(1, 2)  # [B, E * S, D_lm]
-        indices, _ = image_tokens(
-            self.view_plan, self.token_grid, self.config.token_selection, self.config.ray_frequencies, tokens.device
-        )
         there = further_views[..., 0].isfinite().repeat_interleave(tokens.shape[2], dim=1).to(tokens.device)
         shown = torch.ones(features.shape[:2], dtype=torch.bool, device=tokens.device)
         if mask is not None:
-            shown = mask[:, indices // tokens.shape[2]]
-        return torch.cat([features, further], 1)[torch.cat([shown, there], 1)]
+            shown = self._shown_tokens(mask)
+        return _kept(torch.cat([features, further], 1), torch.cat([shown, there], 1))
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
@@ -210,24 +224,29 @@ class PanoramaModel(PanoramaPreTrainedModel):
             view_mask: [B, V], false for views that show nothing.
             further_views: [B, E, 3], yaw, pitch and field of view in degrees of views beside those of the plan, NaN
                 where a panorama has fewer. All of their tokens are shown, behind those of the panorama.
+            kwargs: `output_hidden_states` and `output_attentions`, those of the vision tower.
 
         Returns:
             `last_hidden_state` [B, V, S, D_latent], the resampled tokens, and `pooler_output`
             [B, num_image_tokens, D_lm], what takes the place of the `<image>` tokens; with `view_mask` or
-            `further_views` it is [tokens of all panoramas, D_lm].
+            `further_views` it is a list, [tokens, D_lm] for each panorama. Where asked for `hidden_states` and
+            `attentions` of the tower's layers, as it gives them, for B * V images.
         """
         views = self.view_plan.num_views
         further = 0 if further_views is None else further_views.shape[1]
-        tokens = self.encode_views(self.check_pixels(pixel_values, views + further))
+        with outputs_of(self.vision_tower, ("hidden_states", "attentions"), kwargs) as of_layers:
+            tokens = self.encode_views(self.check_pixels(pixel_values, views + further))
         tokens, of_further = tokens[:, :views], tokens[:, views:]
         mask = self.check_view_mask(view_mask, tokens)
-        if further_views is None:
-            features = self.project_tokens(tokens, mask)
-        else:
+        projected = self.project_tokens(tokens)
+        features: torch.Tensor | list[torch.Tensor] = projected
+        if further_views is not None:
             if further_views.shape[::2] != (len(tokens), 3):
                 raise ValueError(f"further_views must be [{len(tokens)}, E, 3], got {list(further_views.shape)}")
-            features = self.project_further(self.project_tokens(tokens), of_further, further_views, mask)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
+            features = self.project_further(projected, of_further, further_views, mask)
+        elif mask is not None:
+            features = _kept(projected, self._shown_tokens(mask))
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features, **of_layers)
 
     def get_panorama_features(
         self,
@@ -277,33 +296,41 @@ class PanoramaModel(PanoramaPreTrainedModel):
         return torch.eq(input_ids, -1 if token is None else token)
 
     def get_placeholder_mask(
-        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None, image_features: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None,
+        image_features: torch.Tensor | Sequence[torch.Tensor] | None,
     ) -> torch.Tensor:
         """Where the `<image>` tokens stand, [B, T, 1].
 
         Args:
             input_ids: [B, T].
             inputs_embeds: not looked at: a placeholder has no embedding of its own.
-            image_features: what is to take their place, [B, num_image_tokens, D_lm] or [tokens, D_lm].
+            image_features: what is to take their place, [B, num_image_tokens, D_lm] or B times [tokens, D_lm].
 
         Raises:
             ValueError: where their number does not fit.
         """
         mask = self.is_placeholder(input_ids)
-        wanted = 0 if image_features is None else image_features.shape[:-1].numel()
+        wanted = 0 if image_features is None else sum(len(of_one) for of_one in image_features)
         if not torch.compiler.is_compiling() and wanted != (found := int(mask.sum())):
-            in_one_row = image_features is not None and image_features.ndim == 2
+            listed = isinstance(image_features, Sequence)
             count = 0 if image_features is None else len(image_features)
-            panoramas = "partial panoramas, or those with further views," if in_one_row else f"{count} panoramas"
+            panoramas = "partial panoramas, or those with further views," if listed else f"{count} panoramas"
             each = self.config.num_image_tokens
             raise ValueError(
-                f"{panoramas} need {wanted} <image> tokens ({each} each{', or others' * in_one_row}), but "
+                f"{panoramas} need {wanted} <image> tokens ({each} each{', or others' * listed}), but "
                 f"input_ids holds {found} (image_token_id={self.config.image_token_id}); use the processor saved with "
                 "this model, and hand over all that it returns"
             )
         return mask[..., None]
 
-    def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None, check: bool = True) -> torch.Tensor:
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        image_features: torch.Tensor | Sequence[torch.Tensor] | None,
+        check: bool = True,
+    ) -> torch.Tensor:
         """Embeddings of tokens [B, T] -> [B, T, D_lm], with the panoramas in place of the placeholders.
 
         `check`: whether their number is compared, for which a GPU has to be waited for.
@@ -316,6 +343,8 @@ class PanoramaModel(PanoramaPreTrainedModel):
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(mask[..., 0], 0))
         if image_features is None:
             return embeddings
+        if isinstance(image_features, Sequence):
+            image_features = torch.cat(list(image_features))
         return embeddings.masked_scatter(mask.to(embeddings.device), image_features.to(embeddings))
 
     def _as_attended(self, mask: torch.Tensor | None, embeddings: torch.Tensor | None) -> torch.Tensor | None:
@@ -324,7 +353,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
         Raises:
             ValueError: for attention that knows no such mask.
         """
-        if mask is None or mask.ndim != 4:
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 4:  # of a static cache it is made already
             return mask
         attention = self.language_model.config._attn_implementation
         if attention not in ("eager", "sdpa"):
@@ -349,6 +378,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         view_mask: torch.Tensor | None = None,
         further_views: torch.Tensor | None = None,
+        mm_encoder_outputs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> PanoramaModelOutput:
         """Hidden states of text with panoramas.
@@ -362,6 +392,8 @@ class PanoramaModel(PanoramaPreTrainedModel):
                 tokens are not shown to the language model.
             further_views: [panoramas, E, 3], see :meth:`get_image_features`; `pixel_values` then has V + E views, and
                 each further view S more placeholders.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`, as `generate` hands
+                them over.
             position_ids, past_key_values, kwargs: as in any language model of transformers.
 
         Raises:
@@ -370,17 +402,24 @@ class PanoramaModel(PanoramaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         image_features = tokens = None
-        if pixel_values is not None:
+        if (encoded := (mm_encoder_outputs or {}).get("image")) is not None:
+            if pixel_values is not None:
+                raise ValueError("give either pixel_values or mm_encoder_outputs, and not both")
+            image_features = encoded.pooler_output
+        elif pixel_values is not None:
             if input_ids is None:
                 raise ValueError(
                     "pixel_values take the place of <image> tokens in input_ids; with inputs_embeds put "
                     "get_image_features(...).pooler_output into them and leave pixel_values out"
                 )
-            image = self.get_image_features(pixel_values, view_mask, further_views)
+            image = self.get_image_features(pixel_values, view_mask, further_views, return_dict=True)
             image_features, tokens = image.pooler_output, image.last_hidden_state
         if input_ids is not None:
-            # A token that was just generated is no placeholder; to look would cost a synchronisation a token.
-            inputs_embeds = self.embed(input_ids, image_features, check=past_key_values is None)
+            # A token that was just generated, or is guessed, is no placeholder: to look would cost a synchronisation.
+            begins = past_key_values is None or (input_ids.shape[1] > 1 and not past_key_values.get_seq_length())
+            if begins and not torch.compiler.is_compiling():
+                self.language_model.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            inputs_embeds = self.embed(input_ids, image_features, check=begins)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=self._as_attended(attention_mask, inputs_embeds),
@@ -445,6 +484,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
 
     # Of a folder, where it is switched off, and of a checkpoint, where training alone has it.
     _keys_to_ignore_on_load_unexpected = {r"^vicreg_projector\.", r"^label_head\."}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(
         self,
@@ -467,6 +507,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         self.loss_type = "ForCausalLM"
         self._no_split_modules = self.model._no_split_modules
         self.post_init()
+        self.freeze_unused()
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:  # looked up, because adapters rename what they wrap
@@ -508,6 +549,29 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
     # Composing, loading and saving
 
     @classmethod
+    def _from_config(cls, config: PanoramaConfig, **kwargs: Any) -> PanoramaPreTrainedModel:
+        """As `PreTrainedModel._from_config`; but a serving engine, which brings its own head and says who it is by the
+        attention of the language model, gets the headless model.
+
+        Raises:
+            ValueError: for an engine where `<image>` has no row in the table of embeddings: engines look it up.
+        """
+        if "attn_implementation" in kwargs:
+            config._attn_implementation = kwargs.pop("attn_implementation")
+        if not str(config.text_config._attn_implementation).startswith(ENGINES):
+            return super()._from_config(config, **kwargs)
+        rows, token = config.text_config.vocab_size, config.image_token_id
+        if token is None or token >= rows:
+            raise ValueError(
+                f"a serving engine looks <image> up in the table of embeddings, which has {rows} rows, and "
+                f"image_token_id is {token}. Load the model without the engine, call "
+                "resize_token_embeddings(config.image_token_id + 1), and save it"
+            )
+        model = PanoramaModel._from_config(config, **kwargs)
+        model._keys_to_ignore_on_load_unexpected.discard(LANGUAGE_HEAD)
+        return model
+
+    @classmethod
     def from_vision_text_pretrained(
         cls,
         vision: str | PreTrainedModel,
@@ -519,7 +583,8 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         """Compose a model from a pretrained vision tower and a pretrained language model.
 
         The resampler starts by keeping what the tower says, the projection from random weights; stages `vision` and
-        `resampler` train them.
+        `resampler` train them. A language model without an unused row for `<image>` gets one, whose logit is the
+        lowest; all else of it stays as it is.
 
         Args:
             vision: Hub id or folder of a vision tower (or of a two-tower model such as SigLIP), or the model itself.
@@ -683,15 +748,20 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         token_classes: torch.Tensor | None = None,
         token_places: torch.Tensor | None = None,
         further_views: torch.Tensor | None = None,
+        mm_encoder_outputs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> VisionStageOutput | TrainingStageOutput:
         """One step of a stage.
+
+        `model(input_ids)` and `model(input_ids, attention_mask)`, as other language models are called, work too:
+        integers are ids.
 
         Args:
             pixel_values: [panoramas, V, 3, H, W], or [panoramas, 3, H, W] where a panorama is one view.
             input_ids: [B, T], with `num_image_tokens` placeholders for each panorama, in reading order.
             attention_mask: [B, T], zero where padded; or bool [B, 1, T, T], true where a position (row) sees another.
-            labels: [B, T], -100 where nothing is supervised; `shift_labels` [B, T] are they, already shifted.
+            labels: [B, T], -100 where nothing is supervised (placeholders never are); `shift_labels` [B, T] are they,
+                already shifted.
             stage: `"vision"` computes the overlap loss of `pixel_values` and does not run the language model; the
                 other two run it.
             inputs_embeds: [B, T, D_lm] instead of `input_ids` and `pixel_values`.
@@ -709,12 +779,14 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
                 :func:`token_labels_panorama.token_labels` makes them, for a model with a `label_head`.
             further_views: [panoramas, E, 3], views beside those of the plan, see
                 :meth:`PanoramaModel.get_image_features`; not in stage `vision`.
+            mm_encoder_outputs: as in :meth:`PanoramaModel.forward`.
 
         Raises:
             ValueError: for a shape, a number of views or a number of placeholders that does not fit.
         """
         if stage not in TRAINED_PARTS:
             raise ValueError(f"stage must be one of {sorted(TRAINED_PARTS)}, got {stage!r}")
+        pixel_values, input_ids, attention_mask = sort_inputs(pixel_values, input_ids, attention_mask)
         if stage == "vision":
             return self._vision_stage(pixel_values, view_mask, token_classes, token_places)
         supervised = labels is not None or shift_labels is not None
@@ -730,14 +802,19 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             inputs_embeds=inputs_embeds,
             view_mask=view_mask,
             further_views=further_views,
+            mm_encoder_outputs=mm_encoder_outputs,
             use_cache=bool(use_cache) if supervised and not return_logits else use_cache,
             **kwargs,
         )
         hidden, logits, ar_loss = outputs.last_hidden_state, None, None
         if return_logits or not supervised:
             keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.logit_transform(self.lm_head(hidden[:, keep]))
+            logits = self._logits(self.lm_head(hidden[:, keep]))
         if supervised:
+            labels, shift_labels = self._without_placeholders(labels), self._without_placeholders(shift_labels)
+            if num_items_in_batch is None:  # none at all, and the loss is 0
+                wanted = labels[..., 1:] if shift_labels is None else shift_labels  # type: ignore[index]
+                num_items_in_batch = wanted.ne(IGNORED).sum().clamp(min=1)
             given: dict[str, Any] = {"labels": labels, "shift_labels": shift_labels}
             given["num_items_in_batch"] = num_items_in_batch
             if logits is None:
@@ -764,8 +841,20 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             image_hidden_states=outputs.image_hidden_states,
         )
 
+    def _without_placeholders(self, labels: torch.Tensor | None) -> torch.Tensor | None:
+        """Labels in which no placeholder is a target, as it is in a copy of `input_ids`."""
+        return None if labels is None else labels.masked_fill(self.model.is_placeholder(labels), IGNORED)
+
     if TYPE_CHECKING:
         __call__ = forward
+
+    def _logits(self, output: torch.Tensor) -> torch.Tensor:
+        """Output of the head [..., vocabulary] -> logits. That of `<image>`, which is no word, is the lowest."""
+        logits = self.logit_transform(output)
+        token = self.config.image_token_id
+        if token is not None and token < logits.shape[-1]:
+            logits[..., token] = torch.finfo(logits.dtype).min
+        return logits
 
     @torch.compiler.disable  # it picks supervised positions, whose number the compiler cannot know
     def _chunked_loss(
@@ -784,7 +873,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             shift_labels.to(hidden.device),
             self.config.text_config.vocab_size,
             num_items=num_items_in_batch,
-            transform=self.logit_transform,
+            transform=self._logits,
             chunk_bytes=None if is_sharded(self.lm_head) else CHUNK_BYTES,
         )
 

@@ -17,7 +17,8 @@ class PanoramaModelOutput(ModelOutput):
         last_hidden_state: of the language model, [B, T, D_lm].
         past_key_values: the language model's cache.
         hidden_states, attentions: the language model's, where asked for.
-        image_hidden_states: what the language model was shown of the panoramas, [panoramas, num_image_tokens, D_lm].
+        image_hidden_states: what the language model was shown of the panoramas, [panoramas, num_image_tokens, D_lm];
+            of partial ones, or with further views, [tokens, D_lm] for each.
         view_tokens: the resampled tokens of all views, [panoramas, V, S, D_latent].
     """
 
@@ -25,7 +26,7 @@ class PanoramaModelOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
+    image_hidden_states: torch.Tensor | list[torch.Tensor] | None = None
     view_tokens: torch.Tensor | None = None
 
 
@@ -79,24 +80,25 @@ class TrainingStageOutput(ModelOutput):
     Args:
         loss: what to minimise, where labels are given: `ar_loss`, the weighted overlap loss where one is asked for, and
             the label loss where there is one.
-        ar_loss: the autoregressive loss (cross-entropy of the next token).
-        overlap_loss: the unweighted overlap loss where `overlap_loss_weight_finetune` is positive.
         logits: [B, T, vocabulary], or of the positions that `logits_to_keep` names; `None` where there are labels
             in training mode (see `return_logits`).
         past_key_values: the language model's cache.
         hidden_states, attentions: the language model's, where asked for.
-        image_hidden_states: what the language model was shown of the panoramas, [panoramas, num_image_tokens, D_lm].
+        image_hidden_states: what the language model was shown of the panoramas, [panoramas, num_image_tokens, D_lm];
+            of partial ones, or with further views, [tokens, D_lm] for each.
+        ar_loss: the autoregressive loss (cross-entropy of the next token); 0 where nothing is supervised.
+        overlap_loss: the unweighted overlap loss where `overlap_loss_weight_finetune` is positive.
         label_loss, label_figures: of token labels, see :class:`TokenLabelHead`; `None` without its head.
     """
 
     loss: torch.Tensor | None = None
-    ar_loss: torch.Tensor | None = None
-    overlap_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
+    image_hidden_states: torch.Tensor | list[torch.Tensor] | None = None
+    ar_loss: torch.Tensor | None = None
+    overlap_loss: torch.Tensor | None = None
     label_loss: torch.Tensor | None = None
     label_figures: dict[str, torch.Tensor] | None = None
 

@@ -5,7 +5,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import accumulate
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -13,18 +13,39 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BatchFeature
-from transformers.processing_utils import AudioKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs, VideosKwargs
+from transformers.processing_utils import (
+    _MARKED_RE,
+    AudioKwargs,
+    MultiModalData,
+    ProcessingKwargs,
+    ProcessorMixin,
+    TextKwargs,
+    VideosKwargs,
+)
+from transformers.utils.chat_template_utils import _get_template_variables
 
 from .configuration_panorama import IMAGE_TOKEN, PanoramaConfig
-from .image_processing_panorama import PanoramaImageProcessor, PanoramaImagesKwargs, flatten_images
+from .conversations_panorama import (
+    STEPS,
+    Message,
+    as_text,
+    encode,
+    images_of,
+    is_marked,
+    normalized,
+    shown_by,
+    turns_of_the_assistant,
+    words_of,
+)
+from .image_processing_panorama import PanoramaImageProcessor, PanoramaImageProcessorKwargs, flatten_images
 from .options_panorama import DEFAULT_PROMPT, IMAGE_MEAN, IMAGE_STD, MAX_TEXT_LENGTH, check_resembling_names
 from .places_panorama import NamedPlace, read_places
+from .reading_panorama import covered_by_size
+from .sampling_panorama import view_mask
 
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100  # what cross-entropy leaves out
-STEPS = ("<think>", "</think>")  # around what is said before an answer
-_IMAGE_KEYS = ("image", "url", "path")
 _STAND_IN = Image.new("L", (1, 1))  # for a panorama that is not opened yet
 
 # For tokenizers without a chat template of their own.
@@ -60,7 +81,7 @@ _PRELUDE = """\
 """
 
 
-_NO_DEFAULTS: dict[str, Any] = {}
+_DEFAULTS: dict[str, dict[str, Any]] = {"text_kwargs": {"padding": True}}  # where the tokenizer says nothing else
 
 
 class SteppedAnswer(NamedTuple):
@@ -84,13 +105,13 @@ def split_steps(text: str) -> SteppedAnswer:
 class PanoramaProcessorKwargs(ProcessingKwargs, total=False):
     """Options of a call."""
 
-    images_kwargs: PanoramaImagesKwargs
-    _defaults = _NO_DEFAULTS  # transformers before 5.23 reads it
+    images_kwargs: PanoramaImageProcessorKwargs
+    _defaults = _DEFAULTS
 
 
 _CALL_OPTIONS = frozenset().union(
     *(kwargs.__annotations__ for kwargs in (TextKwargs, VideosKwargs, AudioKwargs, PanoramaProcessorKwargs)),
-    PanoramaImagesKwargs.__annotations__,
+    PanoramaImageProcessorKwargs.__annotations__,
 )
 
 
@@ -105,7 +126,8 @@ class PanoramaProcessor(ProcessorMixin):
         image_processor: makes the views.
         tokenizer: of the language model. `<image>` is added to it where it lacks one, and an end-of-sequence token
             serves for padding where it has no padding token.
-        chat_template: Jinja; without it the tokenizer's own, taught to read panoramas (see :meth:`teach_template`).
+        chat_template: Jinja, or a dict of named ones; without it the tokenizer's own, taught to read panoramas (see
+            :meth:`teach_template`).
         num_image_tokens: placeholders a panorama expands to; `PanoramaConfig.num_image_tokens`.
         image_tokens_per_view: how many of them belong to each view; `PanoramaConfig.image_tokens_per_view`. A partial
             panorama expands to those of the views that show something.
@@ -120,7 +142,7 @@ class PanoramaProcessor(ProcessorMixin):
         self,
         image_processor: PanoramaImageProcessor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
         num_image_tokens: int = 1024,
         image_tokens_per_view: Sequence[int] | None = None,
         max_text_length: int = MAX_TEXT_LENGTH,
@@ -154,16 +176,21 @@ class PanoramaProcessor(ProcessorMixin):
         if chat_template is None:
             chat_template = self.teach_template(tokenizer.chat_template, image_token=image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.auto_map = {"AutoProcessor": "processing_panorama.PanoramaProcessor"}  # as saved
 
-    @staticmethod
-    def teach_template(template: str | None, system_prompt: str | None = None, image_token: str = IMAGE_TOKEN) -> str:
+    @classmethod
+    def teach_template(
+        cls, template: Any, system_prompt: str | None = None, image_token: str = IMAGE_TOKEN
+    ) -> str | dict[str, str]:
         """A chat template that also reads messages made of parts (`[{"type": "image"}, {"type": "text", ...}]`).
 
         Args:
-            template: the language model's own; `None` for a plain one.
+            template: the language model's own; `None` for a plain one; a dict of named ones for as many.
             system_prompt: said first where a conversation has no system message.
             image_token: the placeholder of a panorama.
         """
+        if isinstance(template, Mapping):
+            return {name: str(cls.teach_template(each, system_prompt, image_token)) for name, each in template.items()}
         names = (
             f"{{%- set SYSTEM_PROMPT = {json.dumps(system_prompt or '')} -%}}\n"
             f"{{%- set IMAGE_TOKEN = {json.dumps(image_token)} -%}}\n"
@@ -257,17 +284,30 @@ class PanoramaProcessor(ProcessorMixin):
         """
         others = [name for name in kwargs if name not in _CALL_OPTIONS]
         check_resembling_names(others, PanoramaImageProcessor.option_names(), type(self).__name__)
+        if isinstance(images, list | tuple) and not flatten_images(images):
+            images = None
+        for name in ("videos", "audio", "audios"):  # lmms-eval hands over empty lists, whatever the model takes
+            other = kwargs.pop(name, None)
+            if other is not None and not (isinstance(other, list | tuple) and not other):
+                raise ValueError(f"{type(self).__name__} takes images and text, got {name}")
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
-            text = self._place_images(text, images)
-        if "padding" not in kwargs.get("text_kwargs", {}):
-            kwargs.setdefault("padding", True)
+            text = self._place_images(text, images, bool(kwargs.get("sanitize_control_tokens")))
+            if (bos := self.tokenizer.bos_token) and all(prompt.startswith(bos) for prompt in text):
+                kwargs.setdefault("add_special_tokens", False)
         return super().__call__(images=images, text=text, **kwargs)
 
-    def _place_images(self, text: list[str], images: Any) -> list[str]:
-        """Prompts with the `<image>` and the words that they need; counts are checked a prompt where they are known."""
+    def _place_images(self, text: list[str], images: Any, marked: bool) -> list[str]:
+        """Prompts with the `<image>` and the words that they need; counts are checked a prompt where they are known.
+
+        `marked`: whether an `<image>` that is marked as text is none.
+        """
+
+        def placeholders(prompt: str) -> int:
+            return (_MARKED_RE.sub("", prompt) if marked else prompt).count(self.image_token)
+
         if images is None:
-            if stray := sum(prompt.count(self.image_token) for prompt in text):
+            if stray := sum(map(placeholders, text)):
                 raise ValueError(f"the texts have {stray} {self.image_token}, but there are 0 panoramas")
             return text
         nested = isinstance(images, list | tuple) and len(images) > 0 and isinstance(images[0], list | tuple)
@@ -282,7 +322,7 @@ class PanoramaProcessor(ProcessorMixin):
             raise ValueError(f"got panoramas for {len(counts)} texts, but {len(text)} texts")
         placed = []
         for prompt, count in zip(text, counts or [0] * len(text), strict=True):
-            if self.image_token not in prompt and count:
+            if count and not placeholders(prompt):
                 warnings.warn(
                     f"no {self.image_token} in the text: inserted at the {self.vision_token_fallback_position}",
                     stacklevel=3,
@@ -292,7 +332,7 @@ class PanoramaProcessor(ProcessorMixin):
             if not prompt.replace(self.image_token, "").strip():
                 prompt = prompt.rstrip() + self._ask_default(stacklevel=4)
             placed.append(prompt)
-        found = [prompt.count(self.image_token) for prompt in placed]
+        found = [*map(placeholders, placed)]
         if sum(found) != total or (nested and found != counts):
             wanted, got = (counts, found) if nested else (total, sum(found))
             raise ValueError(f"the texts have {got} {self.image_token}, but there are {wanted} panoramas")
@@ -347,6 +387,30 @@ class PanoramaProcessor(ProcessorMixin):
             for views in image_inputs["view_mask"]
         ]
 
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """What panoramas cost that nothing is known of but their sizes; serving engines ask for it.
+
+        Args:
+            image_sizes: (height, width) of each, in pixels. One that is not 2:1 is partial, as it is for
+                :func:`reading_panorama.read_panorama`; what Photo Sphere data say is not known here.
+            kwargs: options of the call. Those of single panoramas are refused: what they cost does not follow.
+
+        Returns:
+            `num_image_tokens`, the placeholders of each, and `num_image_patches`, its rows of `pixel_values`: 1.
+        """
+        if refused := sorted({"further_views", "yaw_offsets", "mirrored", "tilts"} & kwargs.keys()):
+            raise ValueError(f"what a panorama costs with {', '.join(refused)} does not follow from its size")
+        if image_sizes is None:
+            return MultiModalData()
+        plan = self.image_processor.view_plan
+        masks = [view_mask(plan, covered_by_size(*size)) for size in image_sizes]
+        counts = [
+            self.num_image_tokens if mask.all() else self._plan_token_counts({"view_mask": [mask]})[0] for mask in masks
+        ]
+        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
+
     def post_process_grounding(self, answers: Any) -> list[list[NamedPlace]]:
         """The places on the sphere that answers name, with what they are called there.
 
@@ -380,101 +444,140 @@ class PanoramaProcessor(ProcessorMixin):
 
     def apply_chat_template(
         self,
-        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        conversation: Sequence[Any],
         chat_template: str | None = None,
         return_labels: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Render conversations, and make model inputs of them with `tokenize=True, return_dict=True`.
 
+        What stands in a text is text, also where somebody typed `<image>` or the end of a turn: only a part of type
+        `image` is a panorama, and only the template writes control tokens. Nothing is added to what the template
+        writes, such as a BOS token.
+
         Args:
             conversation: messages, or a list of conversations. The content of a message is a string, or a list of
-                parts: `{"type": "text", "text": ...}`, `{"type": "image", "image": panorama}` (or `url`, `path`), with
+                parts: `{"type": "text", "text": ...}`, `{"type": "image", "image": panorama}` (or `url`, `path`,
+                `base64`; or OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`), with
                 `"further_views": [(yaw, pitch, fov), ...]` where parts of it are to be looked at more closely, and
                 `"yaw_offset"`, `"mirrored"` and `"tilt"` where it is to be shown otherwise (each as one entry of
-                :meth:`PanoramaImageProcessor.preprocess`'s `yaw_offsets`, `mirrored` and `tilts`).
-            chat_template: instead of the processor's own.
+                :meth:`PanoramaImageProcessor.preprocess`'s `yaw_offsets`, `mirrored` and `tilts`). Keys whose value is
+                `None` are as if they were not there.
+            chat_template: instead of the processor's own, or the name of one of these.
             return_labels: make training inputs: padding on the right, and `labels` [B, T] which repeat `input_ids`
-                where the assistant speaks (its end-of-turn token included) and are -100 elsewhere. A text longer
-                than `max_text_length` is an error: cut off, it would teach answers without their ends.
-            kwargs: as in `ProcessorMixin.apply_chat_template`.
+                where the assistant speaks (what closes its turn included; `eos_token` where the template closes the
+                last turn with nothing) and are -100 elsewhere, and at panoramas. A text longer than `max_text_length`
+                is an error: cut off, it would teach answers without their ends.
+            kwargs: as in `ProcessorMixin.apply_chat_template`, such as `tools`, variables of the template
+                (`enable_thinking`) and `processor_kwargs`.
+
+        Raises:
+            ValueError: for messages that are none, and with `return_labels` where the words of the assistant cannot be
+                found in what the template writes, and for options that contradict it.
         """
-        batched = bool(conversation) and isinstance(conversation[0], list | tuple)
+        batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         batch: list[Any] = list(conversation) if batched else [conversation]
-        conversations = [self._fill_in(messages) for messages in batch]
+        conversations = [self._fill_in(normalized(messages)) for messages in batch]
+        template = self._resolve_chat_template(chat_template)
         if return_labels:
-            return self._training_inputs(conversations, chat_template)
-        shown = _shown_by(conversations)
-        if shown and kwargs.get("tokenize"):
+            return self._training_inputs(conversations, template, **kwargs)
+        if kwargs.get("tokenize"):
             own = dict(kwargs.get("processor_kwargs") or {})
-            own["images_kwargs"] = {**own.get("images_kwargs", {}), **shown}
+            if shown := shown_by(conversations):
+                own["images_kwargs"] = {**own.get("images_kwargs", {}), **shown}
+            own.setdefault("add_special_tokens", False)
+            marked = [as_text(self.tokenizer, template, messages) for messages in conversations]
+            if any(map(is_marked, marked)):
+                conversations, own["sanitize_control_tokens"] = marked, True
             kwargs["processor_kwargs"] = own
         return super().apply_chat_template(
-            conversations if batched else conversations[0], chat_template=chat_template, **kwargs
+            conversations if batched else conversations[0], chat_template=template, **kwargs
         )
 
-    def _fill_in(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _fill_in(self, messages: list[Message]) -> list[Message]:
         """The default prompt where the last question is empty."""
-        filled = list(messages)
-        for index in range(len(filled) - 1, -1, -1):
-            if filled[index]["role"] == "user":
-                content = filled[index].get("content") or ""
-                parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-                words = "".join(part["text"] for part in parts if part["type"] == "text")
-                if not words.replace(self.image_token, "").strip():
-                    parts.append({"type": "text", "text": self._ask_default(stacklevel=4)})
-                    filled[index] = {**filled[index], "content": parts}
+        for index in range(len(messages) - 1, -1, -1):
+            if messages[index]["role"] == "user":
+                content = messages[index]["content"]
+                if not words_of(content).strip():
+                    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+                    asked = {"type": "text", "text": self._ask_default(stacklevel=4)}
+                    return [*messages[:index], {**messages[index], "content": [*parts, asked]}, *messages[index + 1 :]]
                 break
-        return filled
+        return messages
 
-    def _training_inputs(self, conversations: list[list[dict[str, Any]]], chat_template: str | None) -> BatchFeature:
-        rendered = [
-            super(PanoramaProcessor, self).apply_chat_template(messages, chat_template=chat_template, tokenize=False)
-            for messages in conversations
-        ]
-        spans = [
-            self._spoken_by_the_assistant(messages, text, chat_template)
-            for messages, text in zip(conversations, rendered, strict=True)
-        ]
-        images = [_images_of(messages) for messages in conversations]
-        inputs = self(
-            images=images if any(images) else None,
-            text=rendered,
-            padding=False,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            **_shown_by(conversations),
-        )
-        counts = iter(self._image_token_counts(inputs) if "pixel_values" in inputs else [])
+    def _training_inputs(
+        self,
+        conversations: list[list[Message]],
+        template: str,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        variables = {"tools", "documents", *_get_template_variables(template)}
+        variables -= {"messages", "add_generation_prompt"}
+        own = {**(processor_kwargs or {}), **{name: kwargs.pop(name) for name in [*kwargs] if name not in variables}}
+        _check_training_options(own)
         rows, labels = [], []
-        for ids, offsets, text, spoken in zip(
-            inputs["input_ids"], inputs.pop("offset_mapping"), rendered, spans, strict=True
-        ):
-            # Spans are places in the rendered text, offsets in the one with expanded placeholders.
-            grown = [len(self.image_token) * (next(counts) - 1) for _ in range(text.count(self.image_token))]
-            before = [0, *accumulate(grown)]
-            spoken = [tuple(place + before[text[:place].count(self.image_token)] for place in span) for span in spoken]
-            ids = torch.tensor(ids)
-            label = _supervised(ids, offsets, spoken)
-            if (length := int((ids != self.image_token_id).sum())) > self.max_text_length:
-                raise ValueError(
-                    f"too long: {length} text tokens, at most max_text_length={self.max_text_length} are used; "
-                    "raise it, or shorten the conversation"
-                )
-            rows.append(ids)
+        for messages in conversations:
+            row, label = self._taught(messages, template, kwargs)
+            rows.append(row)
             labels.append(label)
+        images = own.pop("images", None) or [images_of(messages) for messages in conversations]
+        found = [int((row == self.image_token_id).sum()) for row in rows]
+        if sum(found) != len(flatten_images(images)):
+            raise ValueError(f"the conversations show {found} panoramas, but there are {len(flatten_images(images))}")
+        own["images_kwargs"] = {**own.get("images_kwargs", {}), **shown_by(conversations)}
+        inputs = self(images=images, **own) if any(found) else {}
+        counts = iter(self._image_token_counts(inputs) if inputs else [])
+        for index, row in enumerate(rows):
+            self._check_length(int((row != self.image_token_id).sum()), "shorten the conversation")
+            times = torch.tensor([next(counts) if token == self.image_token_id else 1 for token in row.tolist()])
+            rows[index], labels[index] = row.repeat_interleave(times), labels[index].repeat_interleave(times)
         data = {
             "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         }  # each [B, T]
-        if "pixel_values" in inputs:
-            data["pixel_values"] = torch.stack(list(inputs["pixel_values"]))
-        if "view_mask" in inputs:
-            data["view_mask"] = torch.stack(list(inputs["view_mask"]))
-        if "further_views" in inputs:
-            data["further_views"] = torch.stack(list(inputs["further_views"]))
+        data |= {name: torch.stack([torch.as_tensor(value) for value in values]) for name, values in inputs.items()}
         return BatchFeature(data)
+
+    def _check_length(self, tokens: int, otherwise: str) -> None:
+        if tokens > self.max_text_length:
+            raise ValueError(
+                f"too long: {tokens} text tokens, at most max_text_length={self.max_text_length} are used; "
+                f"raise it, or {otherwise}"
+            )
+
+    def _taught(
+        self, messages: list[Message], template: str, variables: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of a conversation and their labels, [T] each; a panorama is one placeholder."""
+
+        def render(messages: list[Message], **options: Any) -> str:
+            return super(PanoramaProcessor, self).apply_chat_template(
+                messages, chat_template=template, **{**variables, **options}
+            )
+
+        messages = as_text(self.tokenizer, template, messages)
+        text = render(messages)
+        turns = turns_of_the_assistant(render, messages, text, self._closing_tokens())
+        places = [0, *(place for turn in turns for place in turn[:2]), len(text)]
+        pieces = encode(self.tokenizer, [text[start:end] for start, end in pairwise(places)])
+        eos = self.tokenizer.eos_token_id
+        if eos is not None and turns and not turns[-1].closed and not text[turns[-1].end :].strip():
+            warnings.warn(
+                "the chat template closes the last turn of the assistant with no token: "
+                f"{self.tokenizer.eos_token!r} is put behind it, to teach where an answer ends",
+                stacklevel=4,
+            )
+            pieces[-2].append(eos)
+        spoken = [index % 2 == 1 for index, piece in enumerate(pieces) for _ in piece]
+        ids = torch.tensor([*chain(*pieces)])
+        return ids, torch.where(torch.tensor(spoken) & (ids != self.image_token_id), ids, IGNORE_INDEX)
+
+    def _closing_tokens(self) -> list[str]:
+        tokens = map(str, self.tokenizer.added_tokens_decoder.values())
+        return [token for token in tokens if token.strip() and token != self.image_token]
 
     def pack_conversations(
         self, conversations: Sequence[list[dict[str, Any]]], chat_template: str | None = None
@@ -498,33 +601,21 @@ class PanoramaProcessor(ProcessorMixin):
             ValueError: for conversations that do not begin with the same panorama, and where all together have more
                 text tokens than `max_text_length`.
         """
-        rendered = [
-            super(PanoramaProcessor, self).apply_chat_template(messages, chat_template=chat_template, tokenize=False)
-            for messages in conversations
-        ]
-        shared = {text.partition(self.image_token)[0] for text in rendered}
-        images = _images_of(conversations[0])
-        if len(shared) > 1 or len(images) != 1 or any(text.count(self.image_token) != 1 for text in rendered):
+        template = self._resolve_chat_template(chat_template)
+        each = [normalized(messages) for messages in conversations]
+        taught = [self._taught(messages, template, {}) for messages in each]
+        rows, labels = [ids for ids, _ in taught], [label for _, label in taught]
+        images = images_of(each[0])
+        begun = {tuple(row[: int((row == self.image_token_id).int().argmax())].tolist()) for row in rows}
+        if len(begun) > 1 or len(images) != 1 or any((row == self.image_token_id).sum() != 1 for row in rows):
             raise ValueError("conversations that are packed must each begin with the same panorama and have no other")
-        inputs = self.image_processor(images, return_tensors="pt", **_shown_by(conversations[:1]))
+        inputs = self.image_processor(images, return_tensors="pt", **shown_by(each[:1]))
         (count,) = self._image_token_counts(inputs)
-        encoded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-        rows, labels = [], []
-        for messages, text, ids, offsets in zip(
-            conversations, rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            spoken = self._spoken_by_the_assistant(messages, text, chat_template)
-            rows.append(torch.tensor(ids))
-            labels.append(_supervised(rows[-1], offsets, spoken))
         begins = int((rows[0] == self.image_token_id).nonzero()[0, 0])  # the panorama's place
         prefix = torch.cat([rows[0][:begins], torch.full((count,), self.image_token_id)])
         own = [row[begins + 1 :] for row in rows]
         lengths = torch.tensor([len(prefix), *map(len, own)])
-        if (length := int(lengths.sum()) - count) > self.max_text_length:
-            raise ValueError(
-                f"too long: {length} text tokens, at most max_text_length={self.max_text_length} are used; "
-                "raise it, or pack fewer conversations"
-            )
+        self._check_length(int(lengths.sum()) - count, "pack fewer conversations")
         block = torch.arange(len(lengths)).repeat_interleave(lengths)  # [T], 0 is what all share
         sees = (block[:, None] == block) | (block == 0)
         positions = [torch.arange(len(prefix)), *(len(prefix) + torch.arange(len(part)) for part in own)]
@@ -539,64 +630,21 @@ class PanoramaProcessor(ProcessorMixin):
             }
         )
 
-    def _spoken_by_the_assistant(
-        self, messages: list[dict[str, Any]], text: str, chat_template: str | None
-    ) -> list[tuple[int, int]]:
-        """Where in the rendered text the assistant's turns stand: from the end of the generation prompt to the
-        special token that closes the turn."""
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = super().apply_chat_template(
-                messages[:index], chat_template=chat_template, tokenize=False, add_generation_prompt=True
-            )
-            content = message["content"]
-            words = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-            start = text.find(words.strip(), len(prompt)) if text.startswith(prompt) else -1
-            if start < 0:
-                raise ValueError(
-                    "the chat template does not show the assistant's words after its generation prompt, so there is "
-                    f"nothing to supervise in turn {index}: {words[:80]!r}"
-                )
-            end = start + len(words.strip())
-            rest = text[end:]
-            closing = next((t for t in self.tokenizer.all_special_tokens if rest.lstrip().startswith(t)), "")
-            spans.append((len(prompt), end + (rest.index(closing) + len(closing) if closing else 0)))
-        return spans
 
-
-def _supervised(
-    ids: torch.Tensor, offsets: Sequence[tuple[int, int]], spoken: Sequence[tuple[int, int]]
-) -> torch.Tensor:
-    """Labels of tokens: those that lie in what the assistant says."""
-    inside = [any(a <= start < end <= b for a, b in spoken) for start, end in offsets]
-    return torch.where(torch.tensor(inside), ids, IGNORE_INDEX)
-
-
-def _images_of(messages: list[dict[str, Any]]) -> list[Any]:
-    """The panoramas of a conversation, in reading order."""
-    return [next(part[key] for key in _IMAGE_KEYS if key in part) for part in _image_parts(messages)]
-
-
-def _shown_by(conversations: Sequence[Sequence[dict[str, Any]]]) -> dict[str, list[Any]]:
-    """What the messages say of how their panoramas are shown, as options of the image processor, each in reading
-    order; none where they say nothing."""
-    parts = [part for messages in conversations for part in _image_parts(messages)]
-    said: dict[str, list[Any]] = {
-        "further_views": [list(part.get("further_views") or []) for part in parts],
-        "yaw_offsets": [part.get("yaw_offset") for part in parts],
-        "mirrored": [part.get("mirrored") for part in parts],
-        "tilts": [part.get("tilt") for part in parts],
+def _check_training_options(options: Mapping[str, Any]) -> None:
+    """Refuse what contradicts training inputs, which are padded on the right and never cut."""
+    harmless: dict[str, tuple[Any, ...]] = {
+        "tokenize": (True, False),
+        "return_dict": (True, False),
+        "return_tensors": ("pt", "auto", None),
+        "padding": (True, "longest"),
     }
-    unsaid: dict[str, Any] = {"further_views": [], "yaw_offsets": 0.0, "mirrored": False, "tilts": (0.0, 0.0)}
-    return {name: [value or unsaid[name] for value in values] for name, values in said.items() if any(values)}
-
-
-def _image_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    contents = (message.get("content") for message in messages)
-    parts = [part for content in contents if content and not isinstance(content, str) for part in content]
-    return [part for part in parts if part.get("type") == "image" and any(key in part for key in _IMAGE_KEYS)]
+    for name in ("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask", "truncation"):
+        harmless[name] = (False, None)
+    of_texts = [name for name in options if name in TextKwargs.__annotations__ or name in harmless]
+    for name in of_texts:
+        if options[name] not in harmless.get(name, ()):
+            raise ValueError(f"with return_labels=True there is no {name}={options[name]!r}: leave it out")
 
 
 PanoramaProcessor.register_for_auto_class("AutoProcessor")

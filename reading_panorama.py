@@ -400,10 +400,10 @@ def _place(
     height, width = pixels.shape[:2]
     area = _area_of(sphere, height, width, name)
     if area is None:
-        if abs(width / height - 2) <= 0.02:
+        area = _middle_of_the_sphere(height, width)
+        if area is None:
             return Panorama(pixels)
-        whole = (width / 2, width) if width > 2 * height else (height, 2 * height)
-        degrees = f"{360 * width / whole[1]:.0f} x {180 * height / whole[0]:.0f}"
+        degrees = f"{360 * width / area[1]:.0f} x {180 * height / area[0]:.0f}"
         shown = size or (width, height)
         if (shown[0] < shown[1]) != (width < height):  # it was turned upright
             shown = shown[::-1]
@@ -414,12 +414,10 @@ def _place(
                 f"it as the middle {degrees} degrees"
             )
         warnings.warn(f"{problem}: taken as the middle {degrees} degrees of the sphere", stacklevel=4)
-        full = (math.ceil(whole[0]), math.ceil(whole[1]))
-        area = (*full, (full[0] - height) // 2, (full[1] - width) // 2)
     full_height, full_width, top, left = area
     if (full_height, full_width) == (height, width):
         return Panorama(pixels)
-    covered = (top / full_height, (top + height) / full_height, left / full_width, (left + width) / full_width)
+    covered = _shares(area, height, width)
 
     # Reduced before it is laid on the canvas, so that the canvas is no larger than what is needed.
     most = max(1, int(full_width / needed_width))
@@ -436,6 +434,28 @@ def _place(
     canvas = neutral.expand(full_height // k, full_width // k, 3).clone()
     canvas[row : row + rows, column : column + columns] = part
     return Panorama(canvas, covered)
+
+
+def covered_by_size(height: int, width: int) -> tuple[float, float, float, float] | None:
+    """What an image [height, width] without Photo Sphere data covers, as :attr:`Panorama.covered`."""
+    area = _middle_of_the_sphere(height, width)
+    return None if area is None else _shares(area, height, width)
+
+
+def _middle_of_the_sphere(height: int, width: int) -> tuple[int, int, int, int] | None:
+    """The place, as :func:`_area_of` has it, of an image of which nothing is known but its size; `None` where it is
+    the whole sphere."""
+    if abs(width / height - 2) <= 0.02:
+        return None
+    whole = (width / 2, width) if width > 2 * height else (height, 2 * height)
+    full = (math.ceil(whole[0]), math.ceil(whole[1]))
+    return *full, (full[0] - height) // 2, (full[1] - width) // 2
+
+
+def _shares(area: tuple[int, int, int, int], height: int, width: int) -> tuple[float, float, float, float]:
+    """The part of the sphere at a place, as :attr:`Panorama.covered`."""
+    full_height, full_width, top, left = area
+    return top / full_height, (top + height) / full_height, left / full_width, (left + width) / full_width
 
 
 def _area_of(sphere: PhotoSphere | None, height: int, width: int, name: str) -> tuple[int, int, int, int] | None:

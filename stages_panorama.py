@@ -72,6 +72,16 @@ class StagesMixin:
         if self.has_lora:
             self.model.language_model = self.model.language_model.merge_and_unload()
 
+    def freeze_unused(self) -> None:
+        """Freeze what nothing depends on but in stage `vision`, or at all: the VICReg projector, and the pooling head
+        of a tower. A trainer that calls the model without :meth:`set_stage` would wait for their gradients."""
+        unused = tower_of(self.config.vision_config).unused
+        for name, parameter in self.model.vision_tower.named_parameters():
+            if name.startswith(unused):
+                parameter.requires_grad_(False)
+        if self.vicreg_projector is not None:
+            self.vicreg_projector.requires_grad_(False)
+
     def set_stage(self, stage: Stage) -> list[str]:
         """Set what trains, from the tables `TRAINED_PARTS` and `OPTIONAL_PARTS`, and put everything frozen into
         evaluation mode.

@@ -6,11 +6,15 @@ convolutions do, has an entry in `TOWERS`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
+from transformers.utils import ModelOutput
 
 
 @dataclass(frozen=True)
@@ -137,3 +141,33 @@ TOWERS: dict[str, Tower] = {
 def tower_of(config: PretrainedConfig) -> Tower:
     """How the tower of a configuration is run."""
     return TOWERS.get(config.model_type, Tower())
+
+
+@contextmanager
+def outputs_of(tower: PreTrainedModel, names: Sequence[str], asked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the layers of a tower give while it is run, in a dict that is filled then.
+
+    Args:
+        tower: it may be run in several pieces, one after the other.
+        names: such as `"hidden_states"`, of the tower's output.
+        asked: options of a call, such as `output_hidden_states`; what is not given is as in the tower's configuration.
+    """
+    options = {f"output_{name}": asked.get(f"output_{name}") for name in names}
+    options = {name: getattr(tower.config, name, None) if value is None else value for name, value in options.items()}
+    found: dict[str, Any] = {}
+    if not any(options.values()):
+        yield found
+        return
+    outputs: list[ModelOutput] = []
+    hooks = [
+        tower.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, **options}), with_kwargs=True),
+        tower.register_forward_hook(lambda _, args, output: outputs.append(output)),
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name in names:
+        if options[f"output_{name}"] and outputs[0].get(name) is not None:
+            found[name] = tuple(torch.cat(pieces) for pieces in zip(*(output[name] for output in outputs), strict=True))

@@ -286,6 +286,7 @@ def differences(sizes: Sizes) -> dict[str, float]:
         features = model.get_image_features(inputs["pixel_values"]).pooler_output
         words = model.get_input_embeddings()(ids)
         embeds = words.masked_scatter((ids == sizes.vocabulary - 1)[..., None], features)
+    model.config.image_token_id = None  # to the peer the placeholder is a word like others, which the loss can see
     peer = onevision_model(sizes, model.config).get_base_model()
     ours = copy.deepcopy(model.model.language_model).merge_and_unload()  # adapters start as zero
     wanted = {

@@ -39,6 +39,19 @@ LANGUAGE = {
 }
 
 
+def pytest_configure(config):
+    """What transformers' own tests are marked with (`tests/transformers_tests.py`)."""
+    for name in (
+        "accelerate_tests",
+        "flash_attn_test",
+        "flash_attn_3_test",
+        "flash_attn_4_test",
+        "torch_compile_test",
+        "is_pipeline_test",
+    ):
+        config.addinivalue_line("markers", f"{name}: of transformers")
+
+
 @pytest.fixture(scope="session")
 def samples() -> list[dict[str, str]]:
     return [json.loads(line) for line in (SAMPLES / "metadata.jsonl").read_text().splitlines()]

@@ -4,7 +4,14 @@ import pytest
 import torch
 from panorama_vlm import PanoramaConfig, PanoramaModel, PanoramaVLM, checkpoint_panorama
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, Gemma3Config, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    Gemma3Config,
+    PreTrainedModel,
+)
 from transformers.models.gemma3.modeling_gemma3 import Gemma3ForConditionalGeneration, Gemma3TextModel
 
 TEXT = {
@@ -35,13 +42,13 @@ def gemma3(tower):
 
 
 def test_of_a_vision_language_model_the_language_model_is_taken_and_comes_back_from_a_folder(gemma3, tower, tmp_path):
-    expected = text_logits(gemma3)
+    expected = text_logits(gemma3)  # of 300 words
     vision = AutoModel.from_config(PanoramaConfig(vision_config=tower).vision_config)
     model = PanoramaVLM.from_vision_text_pretrained(vision, gemma3, image_token_id=300, latent_dimension=32).eval()
     assert type(model.model.language_model) is Gemma3TextModel
-    torch.testing.assert_close(text_logits(model), expected)
+    torch.testing.assert_close(text_logits(model)[..., :300], expected)
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(text_logits(PanoramaVLM.from_pretrained(tmp_path)), expected)
+    torch.testing.assert_close(text_logits(PanoramaVLM.from_pretrained(tmp_path))[..., :300], expected)
 
 
 def test_of_the_folder_of_a_vision_language_model_the_language_model_is_taken(gemma3, tower, tokenizer, tmp_path):
@@ -49,7 +56,47 @@ def test_of_the_folder_of_a_vision_language_model_the_language_model_is_taken(ge
     tokenizer.save_pretrained(tmp_path / "gemma3")
     vision = AutoModel.from_config(PanoramaConfig(vision_config=tower).vision_config)
     model = PanoramaVLM.from_vision_text_pretrained(vision, str(tmp_path / "gemma3"), latent_dimension=32).eval()
-    torch.testing.assert_close(text_logits(model), text_logits(gemma3))
+    torch.testing.assert_close(text_logits(model)[..., :300], text_logits(gemma3))
+
+
+LANGUAGES = {
+    "tied": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "untied": {"model_type": "llama", "tie_word_embeddings": False},
+    "bias in the head": {"model_type": "phi"},
+    "soft cap": {"model_type": "gemma2", "final_logit_softcapping": 2.0},
+    "scaled": {"model_type": "granite", "logits_scaling": 8.0},
+}
+
+
+@pytest.mark.parametrize("unused", [0, 1])
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_placeholder_has_a_row_and_no_say(language, unused, tower, tmp_path):
+    """An unused row where there is one, else one more; loss and likelihoods are those of a softmax without it."""
+    torch.manual_seed(0)
+    text = {name: value for name, value in TEXT.items() if name not in ("layer_types", "sliding_window")}
+    bare = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**text, **LANGUAGES[language]})).eval()
+    torch.nn.init.normal_(bare.get_output_embeddings().weight, std=0.5)
+    expected = text_logits(bare)  # of 300 words
+    token = 300 - unused
+    vision = AutoModel.from_config(PanoramaConfig(vision_config=tower).vision_config)
+    model = PanoramaVLM.from_vision_text_pretrained(vision, bare, image_token_id=token, latent_dimension=32).eval()
+    model.save_pretrained(tmp_path)
+    for composed in (model, PanoramaVLM.from_pretrained(tmp_path)):
+        assert composed.config.text_config.vocab_size == len(composed.get_input_embeddings().weight) == token + 1
+        logits = text_logits(composed)
+        torch.testing.assert_close(logits[..., :token], expected[..., :token])
+        likelihoods = expected[..., :token].log_softmax(-1)
+        torch.testing.assert_close(logits.log_softmax(-1)[..., :token], likelihoods)
+        ids = torch.tensor([[5, 7, 9, 11, 13, 17]])
+        wanted = -likelihoods[0, :-1].gather(1, ids[0, 1:, None]).mean()
+        for return_logits in (True, False):
+            loss = composed(input_ids=ids, labels=ids, return_logits=return_logits).loss
+            torch.testing.assert_close(loss, wanted)
+            gradients = torch.autograd.grad(loss, composed.get_output_embeddings().weight)[0]
+            assert torch.isfinite(gradients).all() and (language == "tied" or not gradients[token].any())
+        if not unused:  # where an engine brings its own head, it is never the likeliest
+            own = composed.lm_head(composed.model(input_ids=ids).last_hidden_state)
+            assert (own[..., token] < own[..., :token].amax(-1)).all()
 
 
 def test_a_language_model_without_a_head_is_refused(tower):

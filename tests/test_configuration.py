@@ -189,6 +189,17 @@ def test_json_round_trip(tmp_path):
     assert loaded.view_plan == config.view_plan
 
 
+def test_a_configuration_is_made_again_of_its_dict():
+    config = PanoramaConfig(fov_deg=70.0)
+    assert PanoramaConfig(**config.to_dict()).to_dict() == config.to_dict()
+
+
+def test_a_part_of_a_sub_config_beside_a_file_leaves_the_rest_as_it_is(tmp_path):
+    PanoramaConfig(text_config={"model_type": "llama", "hidden_size": 64}).save_pretrained(tmp_path)
+    text = PanoramaConfig.from_pretrained(tmp_path, text_config={"vocab_size": 20}).text_config
+    assert (text.model_type, text.hidden_size, text.vocab_size) == ("llama", 64, 20)
+
+
 def test_sub_configs_may_be_dicts_objects_or_two_tower_configs():
     assert PanoramaConfig(vision_config={"model_type": "dinov2", "image_size": 224}).image_size == 224
     assert PanoramaConfig(vision_config=CLIPConfig()).vision_config.model_type == "clip_vision_model"

@@ -28,7 +28,7 @@ def test_a_further_view_that_the_plan_has_gives_the_features_of_the_plans(make, 
     assert pixels["pixel_values"].shape[1] == 9 and pixels["further_views"].tolist() == [[[45.0, 0.0, 90.0]]]
     torch.testing.assert_close(pixels["pixel_values"][:, 8], pixels["pixel_values"][:, 1])
     with torch.no_grad():
-        features = model.get_image_features(**pixels).pooler_output
+        (features,) = model.get_image_features(**pixels).pooler_output
         plain = model.get_image_features(pixels["pixel_values"][:, :8]).pooler_output[0]
     size = len(plain) // 8
     torch.testing.assert_close(features[: len(plain)], plain)

@@ -1,5 +1,4 @@
-"""The task for lmms-eval, through its own loader. The package asks for torchvision, so it is installed without what it
-depends on, where one wants to run this."""
+"""The task for lmms-eval, through its own loader."""
 
 from pathlib import Path
 

@@ -6,7 +6,7 @@ from panorama_vlm import PanoramaConfig, PanoramaVLM, TrainingStageOutput, Visio
 from panorama_vlm.checkpoint_panorama import choose_attention
 from panorama_vlm.stages_panorama import PARTS, TRAINED_PARTS, part_of
 from panorama_vlm.towers_panorama import tower_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 TOWERS = {
     "siglip": {"model_type": "siglip_vision_model", "patch_size": 16, "vision_use_head": False},
@@ -76,6 +76,21 @@ def test_any_language_model_of_transformers_answers(make, ask, panoramas, langua
     sequences = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     torch.testing.assert_close(sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
     assert sequences.shape[1] <= inputs["input_ids"].shape[1] + 4
+
+
+def test_image_features_hold_the_layers_of_the_tower_where_they_are_asked_for(make, panoramas):
+    model, processor = make()
+    pixels = processor(images=panoramas[:2], return_tensors="pt")["pixel_values"]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        features = model.get_image_features(pixels, output_hidden_states=True, output_attentions=True)
+        expected = model.model.vision_tower(pixels.flatten(0, 1), output_hidden_states=True, output_attentions=True)
+        plain = model.get_image_features(pixels)
+    torch.testing.assert_close(features.hidden_states, expected.hidden_states)
+    torch.testing.assert_close(features.attentions, expected.attentions)
+    assert plain.hidden_states is None and plain.attentions is None
+    torch.testing.assert_close(features.pooler_output, plain.pooler_output)
+    torch.testing.assert_close(model.get_image_features(pixels, return_dict=False), plain.to_tuple())
 
 
 @pytest.mark.parametrize(
@@ -436,6 +451,23 @@ def test_beams_samples_and_penalties_work_though_the_placeholder_lies_outside_th
     torch.testing.assert_close(sampled[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
 
 
+@pytest.mark.parametrize("said_in", ["arguments", "generation_config"])
+@pytest.mark.parametrize("whole_processor", [False, True])
+def test_generation_ends_with_a_stop_string(make, ask, panoramas, said_in, whole_processor):
+    model, processor = make()
+    inputs = ask(processor, panoramas[0])
+    length = inputs["input_ids"].shape[1]
+    generated = model.generate(**inputs, max_new_tokens=8)[0, length:]
+    words = [processor.decode(generated[:end]) for end in range(1, 9)]
+    said = {"stop_strings": words[0]}
+    if said_in == "generation_config":
+        said = {"generation_config": GenerationConfig(**said, max_new_tokens=8)}
+    stopped = model.generate(
+        **inputs, **said, max_new_tokens=8, tokenizer=processor if whole_processor else processor.tokenizer
+    )
+    assert torch.equal(stopped[0, length:], generated[:1])
+
+
 def test_a_placeholder_whose_id_the_language_model_has_is_never_generated(make, ask, panoramas):
     """Vocabularies are padded (Qwen3's is): the id behind the last token then has an embedding and a logit."""
     model, processor = make()
@@ -626,7 +658,8 @@ def test_composing_keeps_the_weights_of_both_models(make):
         *model.model.vision_tower.named_parameters(),
         *model.model.language_model.named_parameters(),
     ]:
-        assert torch.equal(parameter, before[name]), name
+        assert torch.equal(parameter[: len(before[name])], before[name]), name
+        assert len(parameter) - len(before[name]) == (name == "embed_tokens.weight")  # the row of <image>
     assert vision.config._attn_implementation == language.config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="image_token_id must be given"):
         PanoramaVLM.from_vision_text_pretrained(vision, language)
@@ -650,7 +683,7 @@ def test_composing_from_folders_takes_weights_tokenizer_and_generation_config(ma
     assert names == ("vision", "language")  # a saved model says nothing about the disk
     assert model.generation_config.eos_token_id == 7
     for name, parameter in language.base_model.named_parameters():
-        torch.testing.assert_close(model.model.language_model.get_parameter(name), parameter)
+        torch.testing.assert_close(model.model.language_model.get_parameter(name)[: len(parameter)], parameter)
 
 
 def test_the_language_model_reads_inputs_embeds_too(make, ask, panoramas):

@@ -64,7 +64,7 @@ def test_the_language_model_gets_the_tokens_of_seen_views_alone(partial, ask):
     per_view = torch.tensor(model.config.image_tokens_per_view)
     assert per_view.sum() == model.config.num_image_tokens == processor.num_image_tokens
     features = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
-    kept = model.get_image_features(inputs["pixel_values"], mask).pooler_output
+    (kept,) = model.get_image_features(inputs["pixel_values"], mask).pooler_output
     of_view = torch.arange(9).repeat_interleave(per_view)  # tokens come view by view
     torch.testing.assert_close(kept, features[mask[0][of_view]])
 

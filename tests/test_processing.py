@@ -236,7 +236,15 @@ def test_only_urls_are_fetched_and_lists_keep_their_nesting(make, panoramas, tmp
     given = [["missing.png", url], [tmp_path], [panoramas[1], data]]
     fetched = processor.image_processor.fetch_images(given)
     assert fetched == [["missing.png", fetched[0][1]], [tmp_path], [panoramas[1], data]]
-    assert fetched[0][1].size == panoramas[0].size
+    assert fetched[0][1] == data.getvalue()
+
+
+@pytest.mark.parametrize("data", ["A" * 100_001, base64.b64encode(b"no image" * 10_000).decode()])
+def test_a_broken_data_url_is_named_and_not_repeated(make, data):
+    _, processor = make()
+    with pytest.raises(ValueError, match="cannot read") as error:
+        processor(images="data:image/png;base64," + data, text="<image>?")
+    assert len(str(error.value)) < 300
 
 
 def test_a_missing_or_broken_file_is_named(make, tmp_path):
@@ -304,3 +312,26 @@ def test_steps_that_never_end_give_no_answer_and_that_is_said(make):
     places = "<think>[1, 2, 3, 4]</think>[10, 20, 30, 40]"
     ((found,),) = processor.post_process_grounding(places)
     assert found.place == (10, 20, 30, 40)
+
+
+def test_a_tokenizer_that_pads_by_itself_is_asked_how(make):
+    _, processor = make()
+    processor.tokenizer.init_kwargs.update(padding="max_length", max_length=9)
+    processor.tokenizer.padding = "max_length"
+    assert processor(text=["north", "sky"], max_length=9, return_tensors="pt")["input_ids"].shape == (2, 9)
+
+
+def test_what_is_saved_of_a_processor_is_what_it_says_of_itself(make, tmp_path):
+    _, processor = make()
+    processor.save_pretrained(tmp_path)
+    assert type(processor).from_pretrained(tmp_path).to_dict() == processor.to_dict()
+
+
+def test_empty_lists_of_videos_and_sounds_are_nothing_and_others_are_refused(make):
+    _, processor = make()
+    plain = processor(text="north", return_tensors="pt")
+    given = processor(text="north", images=[], videos=[], audios=[], return_tensors="pt")
+    assert given.keys() == plain.keys() and torch.equal(given["input_ids"], plain["input_ids"])
+    for name in ("videos", "audio", "audios"):
+        with pytest.raises(ValueError, match=f"takes images and text, got {name}"):
+            processor(text="north", **{name: [torch.zeros(3)]})

@@ -1,0 +1,295 @@
+"""Conversations before they become tokens: one form for all ways of writing them, what in them is text and what the
+template's own, and where in a rendered conversation the assistant speaks."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import (
+    _CONTROL_TOKEN_END,
+    _CONTROL_TOKEN_START,
+    _encode_chat_piece,
+    _get_control_token_patterns,
+    encode_marked_chat,
+    mark_control_tokens,
+)
+
+Message = dict[str, Any]
+
+STEPS = ("<think>", "</think>")  # around what is said before an answer
+_SOURCES = ("image", "url", "path", "base64")
+_PRIVATE = range(0xF8000, 0xF9000)  # characters that nobody types; those that mark tokens lie elsewhere
+
+
+class Turn(NamedTuple):
+    """Where in a rendered conversation the assistant speaks, in characters: what it has to say begins where the
+    generation prompt ends, and ends with the token that closes its turn."""
+
+    start: int
+    end: int
+    closed: bool
+
+
+# One form
+
+
+def normalized(messages: Sequence[Any]) -> list[Message]:
+    """Messages whose contents are strings or lists of parts, each of type `text` (with `text`) or `image` (with
+    `image`, where it says which), whatever wrote them.
+
+    Keys without a value are left out, as Arrow and servers fill them in; a message without words gets empty ones; a
+    part of type `image_url` (OpenAI's) is an image; the image of a part is the first of `image`, `url`, `path` and
+    `base64` (with or without `data:image/...;base64,`) that has a value.
+
+    Raises:
+        TypeError: for what is no message or no part.
+        ValueError: for a message without a role, and for base64 that is none.
+    """
+    return [_message(message) for message in getattr(messages, "messages", messages)]
+
+
+def _message(message: Any) -> Message:
+    if not isinstance(message, Mapping):
+        raise TypeError(f"a message is a dict with 'role' and 'content', got {type(message).__name__}")
+    given = {name: value for name, value in message.items() if value is not None}
+    if "role" not in given:
+        raise ValueError(f"a message needs a role, such as 'user', got the keys {sorted(given)}")
+    content = given.get("content", "")
+    if not isinstance(content, str):
+        if isinstance(content, Mapping) or not isinstance(content, Sequence):
+            raise TypeError(f"the content of a message is a string or a list of parts, got {type(content).__name__}")
+        content = [_part(part) for part in content]
+    return {**given, "content": content}
+
+
+def _part(part: Any) -> Message:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, Mapping):
+        raise TypeError(f"a part of a message is a dict with a 'type', got {type(part).__name__}")
+    given = {name: value for name, value in part.items() if value is not None}
+    kind = given.get("type")
+    if kind == "text":
+        return {**given, "text": str(given.get("text", ""))}
+    if kind == "image_url":
+        named = given.pop("image_url", None)
+        given = {**given, "type": "image", "url": named.get("url") if isinstance(named, Mapping) else named}
+    elif kind != "image":
+        return given  # the template refuses it
+    found = next((name for name in _SOURCES if given.get(name) is not None), None)
+    others = {name: value for name, value in given.items() if name not in _SOURCES}
+    if found is None:
+        return others
+    return {**others, "image": _from_base64(given[found]) if found == "base64" else given[found]}
+
+
+def _from_base64(text: Any) -> bytes:
+    text = str(text).partition(";base64,")[2] or text if str(text).startswith("data:") else text
+    try:
+        return base64.b64decode("".join(text.split()) if isinstance(text, str) else text, validate=True)
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise ValueError(f"the base64 of an image cannot be decoded: {error}, in {str(text)[:40]!r}...") from None
+
+
+def image_parts(messages: Sequence[Message]) -> list[Message]:
+    """The parts of normalized messages that say which image they are, in reading order."""
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    return [part for content in contents for part in content if part.get("type") == "image" and "image" in part]
+
+
+def images_of(messages: Sequence[Message]) -> list[Any]:
+    """The panoramas of a normalized conversation, in reading order."""
+    return [part["image"] for part in image_parts(messages)]
+
+
+def shown_by(conversations: Sequence[Sequence[Message]]) -> dict[str, list[Any]]:
+    """What the messages say of how their panoramas are shown, as options of the image processor, each in reading
+    order; none where they say nothing."""
+    parts = [part for messages in conversations for part in image_parts(messages)]
+    said: dict[str, list[Any]] = {
+        "further_views": [list(part.get("further_views") or []) for part in parts],
+        "yaw_offsets": [part.get("yaw_offset") for part in parts],
+        "mirrored": [part.get("mirrored") for part in parts],
+        "tilts": [part.get("tilt") for part in parts],
+    }
+    unsaid: dict[str, Any] = {"further_views": [], "yaw_offsets": 0.0, "mirrored": False, "tilts": (0.0, 0.0)}
+    return {name: [value or unsaid[name] for value in values] for name, values in said.items() if any(values)}
+
+
+def words_of(content: str | Sequence[Message]) -> str:
+    """The text of a normalized content."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part.get("type") == "text")
+
+
+# What is text
+
+
+def as_text(tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message]) -> list[Message]:
+    """Normalized messages in which the control tokens that somebody typed are marked as text, for :func:`encode`.
+
+    Control tokens are the special ones of the tokenizer and, where it is not the assistant who speaks, those that the
+    template writes: an assistant may think (`<think>`) and call tools in its words.
+    """
+    everywhere = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    typed, _ = _get_control_token_patterns(tuple(sorted({*everywhere, *tokenizer._get_control_tokens(template)})))
+    said, _ = _get_control_token_patterns(tuple(sorted(everywhere - {*STEPS})))
+    return [_marked(message, said if message["role"] == "assistant" else typed) for message in messages]
+
+
+def _marked(message: Message, pattern: Any) -> Message:
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": mark_control_tokens(content, pattern)}
+    parts = [
+        {**part, "text": mark_control_tokens(part["text"], pattern)} if part.get("type") == "text" else part
+        for part in content
+    ]
+    others = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return {**mark_control_tokens(others, pattern), "role": message["role"], "content": parts}
+
+
+def is_marked(messages: Sequence[Message]) -> bool:
+    """Whether :func:`as_text` found something."""
+    said = ({**message, "content": words_of(message["content"])} for message in messages)
+    return any(_CONTROL_TOKEN_START in str(values) for message in said for values in message.values())
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Tokens of consecutive pieces of one rendered conversation; nothing is added to them, and what is marked as text
+    (:func:`as_text`) is read as text. Each piece is read for itself, as a prompt and its answer are."""
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    pieces: list[list[int]] = []
+    for index, text in enumerate(texts):
+        if not text:
+            pieces.append([])
+        elif _CONTROL_TOKEN_START in text or _CONTROL_TOKEN_END in text:
+            pieces.append(encode_marked_chat(tokenizer, text))
+        elif index == 0:
+            pieces.append(tokenizer.encode(text, add_special_tokens=False))
+        else:
+            pieces.append(_encode_chat_piece(tokenizer, text, False, newline))
+    return pieces
+
+
+# Where the assistant speaks
+
+
+def turns_of_the_assistant(
+    render: Callable[..., str], messages: Sequence[Message], text: str, closing: Sequence[str]
+) -> list[Turn]:
+    """Where in a rendered conversation the assistant speaks, found by comparing renderings.
+
+    Each turn is rendered once more with a character in place of its words that stands nowhere else, and one behind the
+    words before it; what the template writes between the two begins as the generation prompt does, and where that
+    ends, the model goes on by itself. So it does not matter what the words are, whether the template shows them as they
+    are (it may leave out thoughts, or add empty ones), and what it makes of earlier turns.
+
+    Args:
+        render: messages -> text, with `add_generation_prompt=True` for a prompt.
+        messages: normalized.
+        text: all of them, rendered.
+        closing: tokens that may close a turn.
+
+    Raises:
+        ValueError: where a turn cannot be found; it is named.
+    """
+    free = (chr(code) for code in _PRIVATE if chr(code) not in text)
+    marks = next(free), next(free)
+    found = [
+        (index, *_words_of_turn(render, messages, text, index, *marks))
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    if not found:
+        return []
+    last, _, _, at_the_end = found[-1]
+    if last < len(messages) - 1:  # what closes the turn that is the last one
+        _, _, at_the_end = _rendered_with(render, [*messages[:last]], messages[: last + 1], last, marks[0])
+    tokens = re.compile("|".join(map(re.escape, sorted(closing, key=len, reverse=True))) or "(?!)")
+    turns = []
+    for _, start, end, after in found:
+        length = _closing_length(after, at_the_end, tokens)
+        turns.append(Turn(start, end + length, length > 0))
+    return turns
+
+
+def _closing_length(after: str, at_the_end: str, tokens: re.Pattern[str]) -> int:
+    """How much of what the template writes behind the words closes the turn: the tokens that stand there in the middle
+    as at the end of a conversation, otherwise the first."""
+    alike = os.path.commonprefix([after, at_the_end])
+    for where, most in ((alike, len(alike)), (after, 1)):
+        end = 0
+        for _ in range(most):
+            token = tokens.match(where, len(where) - len(where[end:].lstrip()))
+            if token is None:
+                break
+            end = token.end()
+        if end:
+            return end
+    return 0
+
+
+def _words_of_turn(
+    render: Callable[..., str], messages: Sequence[Message], text: str, index: int, words: str, before: str
+) -> tuple[int, int, str]:
+    """Where in the text the assistant begins and ends its words, and what comes behind them."""
+    history = list(messages[:index])
+    if history:
+        history[-1] = _with_behind(history[-1], before)
+    shown, found, after = _rendered_with(render, history, messages, index, words)
+    history_text, behind, header = shown.rpartition(before)
+    prompt = _generation_prompt(render, history, before, header)
+    start = len(history_text) + len(os.path.commonprefix([header, prompt]))
+    end = len(text) - len(after)
+    shown = history_text + header
+    alike = text.endswith(after) and text[:start] == shown[:start]
+    if not found or (history and not behind) or start > end or not alike:
+        raise ValueError(
+            "the chat template does not show the assistant's words where it shows others in their place, so there is "
+            f"nothing to supervise in turn {index}: {words_of(messages[index]['content'])[:80]!r}"
+        )
+    return start, end, after
+
+
+def _with_behind(message: Message, mark: str) -> Message:
+    """A message with a mark behind its words, before what a template would strip."""
+    content = message["content"]
+    if isinstance(content, str):
+        words = content.rstrip()
+        return {**message, "content": words + mark + content[len(words) :]}
+    parts = list(content)
+    words = parts.pop()["text"] if parts and parts[-1].get("type") == "text" else ""
+    marked = words.rstrip() + mark + words[len(words.rstrip()) :]
+    return {**message, "content": [*parts, {"type": "text", "text": marked}]}
+
+
+def _rendered_with(
+    render: Callable[..., str], history: list[Message], messages: Sequence[Message], index: int, words: str
+) -> tuple[str, str, str]:
+    """What is shown before other words of the assistant in one turn, they themselves, and what is shown behind them.
+
+    The words stand alone, or, where the template wants that, beside what belongs to the turn, such as calls of tools.
+    """
+    bare = {"role": messages[index]["role"], "content": words}
+    try:
+        rendered = render([*history, bare, *messages[index + 1 :]])
+    except TemplateError:
+        rendered = render([*history, {**messages[index], "content": words}, *messages[index + 1 :]])
+    return rendered.partition(words)
+
+
+def _generation_prompt(render: Callable[..., str], history: list[Message], before: str, header: str) -> str:
+    """What the template writes behind the history for the model to go on; where nothing comes before, what it writes
+    before the words."""
+    if not history:
+        return header
+    return render(history, add_generation_prompt=True).rpartition(before)[2]
