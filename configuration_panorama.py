@@ -119,6 +119,7 @@ class PanoramaConfig(PretrainedConfig):
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     keys_to_ignore_at_inference = [
         "past_key_values",
+        "cache",
         "image_hidden_states",
         "ar_loss",
         "overlap_loss",

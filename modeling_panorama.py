@@ -23,7 +23,14 @@ from .geometry_panorama import View, ViewPlan, check_direction
 from .language_loss_panorama import CHUNK_BYTES, IGNORED, chunked_cross_entropy, is_sharded, logit_transform
 from .memory_panorama import InPieces
 from .options_panorama import check_option_names
-from .outputs_panorama import PanoramaFeatures, PanoramaModelOutput, TrainingStageOutput, VisionStageOutput
+from .outputs_panorama import (
+    CACHE,
+    PanoramaFeatures,
+    PanoramaModelOutput,
+    TrainingStageOutput,
+    VisionStageOutput,
+    take_cache,
+)
 from .overlap_panorama import OverlapLoss, VICRegProjector, VICRegTerms
 from .resampler_panorama import RESAMPLERS, initialize_start, start_at
 from .stages_panorama import TRAINED_PARTS, Stage, StagesMixin
@@ -72,7 +79,7 @@ class PanoramaPreTrainedModel(CheckedLoading, PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def _init_weights(self, module: nn.Module) -> None:
         """As transformers does, but for layers that say how they start."""
@@ -394,13 +401,15 @@ class PanoramaModel(PanoramaPreTrainedModel):
                 each further view S more placeholders.
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`, as `generate` hands
                 them over.
-            position_ids, past_key_values, kwargs: as in any language model of transformers.
+            position_ids, past_key_values, kwargs: as in any language model of transformers; the second may also be
+                called `cache`.
 
         Raises:
             ValueError: for a shape, a number of views or a number of placeholders that does not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
+        past_key_values = take_cache(kwargs, past_key_values)
         image_features = tokens = None
         if (encoded := (mm_encoder_outputs or {}).get("image")) is not None:
             if pixel_values is not None:
@@ -424,14 +433,14 @@ class PanoramaModel(PanoramaPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=self._as_attended(attention_mask, inputs_embeds),
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             **kwargs,
         )
         if len({inputs_embeds.shape[1], outputs.last_hidden_state.shape[1]}) > 1:  # type: ignore[union-attr]
             raise ValueError("adapters that put tokens in front (prompt or prefix tuning) are not supported; use LoRA")
         return PanoramaModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.get("past_key_values"),
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_features,
@@ -789,6 +798,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         pixel_values, input_ids, attention_mask = sort_inputs(pixel_values, input_ids, attention_mask)
         if stage == "vision":
             return self._vision_stage(pixel_values, view_mask, token_classes, token_places)
+        past_key_values = take_cache(kwargs, past_key_values)
         supervised = labels is not None or shift_labels is not None
         all_positions = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if return_logits is None:
@@ -835,7 +845,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             ar_loss=ar_loss,
             overlap_loss=overlap_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
