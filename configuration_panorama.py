@@ -121,6 +121,7 @@ class PanoramaConfig(PretrainedConfig):
         "past_key_values",
         "cache",
         "image_hidden_states",
+        "image_outputs",
         "ar_loss",
         "overlap_loss",
         "label_loss",

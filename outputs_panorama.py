@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 from transformers.generation import GenerateBeamDecoderOnlyOutput
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-# What the cache of the language model is called in calls and outputs; transformers 5.24 gave it another name, and the old
-# one is understood by both.
+# What the cache of the language model is called in calls and outputs. transformers 5.24 gave it another name, and still
+# understands the old one.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-def take_cache(kwargs: dict[str, Any], past_key_values: Any = None) -> Any:
+def take_cache(kwargs: dict[str, Any]) -> Any:
     """The cache that was given, by either name, out of `kwargs`; `None` where there is none."""
-    given = (past_key_values, kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
-    return next((cache for cache in given if cache is not None), None)
+    old, new = kwargs.pop("past_key_values", None), kwargs.pop("cache", None)
+    return old if new is None else new
 
 
 @dataclass
@@ -28,10 +28,12 @@ class PanoramaModelOutput(BaseModelOutputWithPast):
     Args:
         image_hidden_states: what the language model was shown of the panoramas, [panoramas, num_image_tokens, D_lm];
             of partial ones, or with further views, [tokens, D_lm] for each.
+        image_outputs: all of :meth:`PanoramaModel.get_image_features`, with the tower's layers where those are asked.
         view_tokens: the resampled tokens of all views, [panoramas, V, S, D_latent].
     """
 
     image_hidden_states: torch.Tensor | list[torch.Tensor] | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
     view_tokens: torch.Tensor | None = None
 
 
@@ -89,12 +91,14 @@ class TrainingStageOutput(CausalLMOutputWithPast):
             in training mode (see `return_logits`).
         image_hidden_states: what the language model was shown of the panoramas, [panoramas, num_image_tokens, D_lm];
             of partial ones, or with further views, [tokens, D_lm] for each.
+        image_outputs: as of the headless model.
         ar_loss: the autoregressive loss (cross-entropy of the next token); 0 where nothing is supervised.
         overlap_loss: the unweighted overlap loss where `overlap_loss_weight_finetune` is positive.
         label_loss, label_figures: of token labels, see :class:`TokenLabelHead`; `None` without its head.
     """
 
     image_hidden_states: torch.Tensor | list[torch.Tensor] | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
     ar_loss: torch.Tensor | None = None
     overlap_loss: torch.Tensor | None = None
     label_loss: torch.Tensor | None = None

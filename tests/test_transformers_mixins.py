@@ -198,6 +198,9 @@ class TestProcessor(processing.ProcessorTesterMixin, unittest.TestCase):
         panoramas = [Image.effect_noise((60, 30), 64).convert("RGB") for _ in range(batch_size or 1)]
         return panoramas[0] if batch_size is None else [[each] for each in panoramas] if nested else panoramas
 
+    @unittest.skip("a template is given images by one name, `image`, whatever they were called")
+    def test_chat_template_message_objects(self): ...
+
     def test_if_input_has_mismatching_tokens_and_mm_data(self):
         """An error, which says it in its own words."""
         with mock.patch.object(self, "assertRaisesRegex", lambda error, _: self.assertRaises(error)):
