@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import (
     _CONTROL_TOKEN_END,
@@ -21,6 +20,11 @@ from transformers.utils.chat_template_utils import (
     encode_marked_chat,
     mark_control_tokens,
 )
+
+try:
+    from jinja2 import TemplateError
+except ImportError:  # transformers needs it to render, and says so then
+    TemplateError = RuntimeError  # type: ignore[misc, assignment]
 
 Message = dict[str, Any]
 
