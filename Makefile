@@ -1,21 +1,23 @@
 # Every target sets up what it needs in .venv, from constraints.txt, on first use, and leaves there what is there.
 PYTHON ?= python3
 VENV := .venv
+LOWEST := .venv-lowest
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 # A core for each of a few processes: threads that wait for each other on the same cores cost far more than they bring.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-fast test-tools soak lint types bench clean
+.PHONY: help demo test test-fast test-lowest test-tools soak lint types bench clean
 
 help:
 	@echo "make demo       train the three stages on real panoramas, save, load elsewhere, ask (minutes)"
 	@echo "make test       the tests;  make test-fast  without those that take more than ten seconds"
 	@echo "make test-tools the tests with other tools (TRL, torchao, harnesses, transformers' own tests and server), which it installs"
+	@echo "make test-lowest  the fast tests with the lowest versions that setup.cfg names"
 	@echo "make soak       the tests that take minutes"
 	@echo "make lint       ruff;  make types  mypy"
 	@echo "make bench      every benchmark, each beside its peer"
-	@echo "make clean      remove .venv and build"
+	@echo "make clean      remove .venv, .venv-lowest and build"
 
 $(VENV)/.demo: constraints.txt setup.cfg pyproject.toml
 	@echo "== Setting up $(VENV) from constraints.txt"
@@ -59,6 +61,20 @@ test-tools: tests-of-transformers
 	@echo "== Running the tests with further tools"
 	@$(PYTEST) -m tools
 
+# The newest patch of each lowest version that setup.cfg names. Those of KEEP stay free (`make test-lowest KEEP=torch`),
+# where the index has one of them only.
+$(LOWEST)/.ready: setup.cfg
+	@echo "== Setting up $(LOWEST) with the lowest versions that setup.cfg names"
+	@$(PYTHON) -m venv $(LOWEST)
+	@sed -n 's/^    \([A-Za-z0-9_.-]*\)>=\(.*\)/\1==\2.*/p' setup.cfg | sort -u > $(LOWEST)/lowest.txt
+	@for name in $(KEEP); do sed -i "/^$$name==/d" $(LOWEST)/lowest.txt; done
+	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c $(LOWEST)/lowest.txt -e ".[train,test]"
+	@touch $@
+
+test-lowest: $(LOWEST)/.ready
+	@echo "== Running all but the slow tests with the lowest versions"
+	@$(subst $(VENV)/,$(LOWEST)/,$(PYTEST)) -m "not slow and not tools and not soak"
+
 soak: $(VENV)/.ready
 	@echo "== Running the tests that take minutes"
 	@$(PYTEST) -m soak
@@ -82,4 +98,4 @@ bench: $(VENV)/.ready
 	done
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -119,7 +119,9 @@ class PanoramaConfig(PretrainedConfig):
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     keys_to_ignore_at_inference = [
         "past_key_values",
+        "cache",
         "image_hidden_states",
+        "image_outputs",
         "ar_loss",
         "overlap_loss",
         "label_loss",

@@ -8,9 +8,9 @@ import binascii
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import (
     _CONTROL_TOKEN_END,
@@ -20,6 +20,11 @@ from transformers.utils.chat_template_utils import (
     encode_marked_chat,
     mark_control_tokens,
 )
+
+try:
+    from jinja2 import TemplateError
+except ImportError:  # transformers needs it to render, and says so then
+    TemplateError = RuntimeError  # type: ignore[misc, assignment]
 
 Message = dict[str, Any]
 
@@ -55,7 +60,15 @@ def normalized(messages: Sequence[Any]) -> list[Message]:
     return [_message(message) for message in getattr(messages, "messages", messages)]
 
 
+def _as_dict(thing: Any) -> Any:
+    """A message or a part that is a dataclass or a model of pydantic as a dict, all else as it is."""
+    if is_dataclass(thing) and not isinstance(thing, type):
+        return {field.name: getattr(thing, field.name) for field in fields(thing)}
+    return thing.model_dump() if callable(getattr(thing, "model_dump", None)) else thing
+
+
 def _message(message: Any) -> Message:
+    message = _as_dict(message)
     if not isinstance(message, Mapping):
         raise TypeError(f"a message is a dict with 'role' and 'content', got {type(message).__name__}")
     given = {name: value for name, value in message.items() if value is not None}
@@ -72,6 +85,7 @@ def _message(message: Any) -> Message:
 def _part(part: Any) -> Message:
     if isinstance(part, str):
         return {"type": "text", "text": part}
+    part = _as_dict(part)
     if not isinstance(part, Mapping):
         raise TypeError(f"a part of a message is a dict with a 'type', got {type(part).__name__}")
     given = {name: value for name, value in part.items() if value is not None}

@@ -17,7 +17,7 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from .outputs_panorama import GenerationOutput
+from .outputs_panorama import CACHE, GenerationOutput, take_cache
 
 TEMPERATURE_RANGE = (0.1, 1.0)
 
@@ -79,9 +79,11 @@ class PanoramaGenerationMixin(GenerationMixin):
                 raise ValueError("further_views need input_ids with their placeholders: use the processor")
             input_ids, attention_mask = self._default_prompt(pixel_values, tokenizer, view_mask)
 
+        if (cache := take_cache(kwargs)) is not None:
+            kwargs[CACHE] = cache
         panoramas = {"pixel_values": pixel_values, "view_mask": view_mask, "further_views": further_views}
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
-            panoramas = self._not_yet_seen(input_ids, attention_mask, kwargs.get("past_key_values"), panoramas)
+            panoramas = self._not_yet_seen(input_ids, attention_mask, cache, panoramas)
             _check_guesses(self, input_ids, kwargs)
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
@@ -113,13 +115,12 @@ class PanoramaGenerationMixin(GenerationMixin):
             raise ValueError(f"past_key_values end at token {length}, in the middle of a panorama")
         return {name: value[new] if value is not None and new.any() else None for name, value in panoramas.items()}
 
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         """As `GenerationMixin` does; what was seen of the panoramas also reaches an assistant model, for which nothing
         is a first step."""
-        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
-        if past_key_values is None or not past_key_values.get_seq_length():
+        cache = take_cache(kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, **{CACHE: cache}, **kwargs)
+        if cache is None or not cache.get_seq_length():
             inputs.setdefault("mm_encoder_outputs", kwargs.get("mm_encoder_outputs"))
         return inputs
 

@@ -23,7 +23,13 @@ from .geometry_panorama import View, ViewPlan, check_direction
 from .language_loss_panorama import CHUNK_BYTES, IGNORED, chunked_cross_entropy, is_sharded, logit_transform
 from .memory_panorama import InPieces
 from .options_panorama import check_option_names
-from .outputs_panorama import PanoramaFeatures, PanoramaModelOutput, TrainingStageOutput, VisionStageOutput
+from .outputs_panorama import (
+    CACHE,
+    PanoramaFeatures,
+    PanoramaModelOutput,
+    TrainingStageOutput,
+    VisionStageOutput,
+)
 from .overlap_panorama import OverlapLoss, VICRegProjector, VICRegTerms
 from .resampler_panorama import RESAMPLERS, initialize_start, start_at
 from .stages_panorama import TRAINED_PARTS, Stage, StagesMixin
@@ -72,7 +78,7 @@ class PanoramaPreTrainedModel(CheckedLoading, PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def _init_weights(self, module: nn.Module) -> None:
         """As transformers does, but for layers that say how they start."""
@@ -379,6 +385,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
         view_mask: torch.Tensor | None = None,
         further_views: torch.Tensor | None = None,
         mm_encoder_outputs: Mapping[str, Any] | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> PanoramaModelOutput:
         """Hidden states of text with panoramas.
@@ -394,25 +401,28 @@ class PanoramaModel(PanoramaPreTrainedModel):
                 each further view S more placeholders.
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`, as `generate` hands
                 them over.
-            position_ids, past_key_values, kwargs: as in any language model of transformers.
+            position_ids, past_key_values (`cache` since transformers 5.24), kwargs: as in any language model of
+                transformers.
 
         Raises:
             ValueError: for a shape, a number of views or a number of placeholders that does not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
+        past_key_values = past_key_values if cache is None else cache
         image_features = tokens = None
-        if (encoded := (mm_encoder_outputs or {}).get("image")) is not None:
+        if (image := (mm_encoder_outputs or {}).get("image")) is not None:
             if pixel_values is not None:
                 raise ValueError("give either pixel_values or mm_encoder_outputs, and not both")
-            image_features = encoded.pooler_output
+            image_features = image.pooler_output
         elif pixel_values is not None:
             if input_ids is None:
                 raise ValueError(
                     "pixel_values take the place of <image> tokens in input_ids; with inputs_embeds put "
                     "get_image_features(...).pooler_output into them and leave pixel_values out"
                 )
-            image = self.get_image_features(pixel_values, view_mask, further_views, return_dict=True)
+            asked = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
+            image = self.get_image_features(pixel_values, view_mask, further_views, return_dict=True, **asked)
             image_features, tokens = image.pooler_output, image.last_hidden_state
         if input_ids is not None:
             # A token that was just generated, or is guessed, is no placeholder: to look would cost a synchronisation.
@@ -424,17 +434,18 @@ class PanoramaModel(PanoramaPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=self._as_attended(attention_mask, inputs_embeds),
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             **kwargs,
         )
         if len({inputs_embeds.shape[1], outputs.last_hidden_state.shape[1]}) > 1:  # type: ignore[union-attr]
             raise ValueError("adapters that put tokens in front (prompt or prefix tuning) are not supported; use LoRA")
         return PanoramaModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.get("past_key_values"),
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_features,
+            image_outputs=image,
             view_tokens=tokens,
         )
 
@@ -749,6 +760,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         token_places: torch.Tensor | None = None,
         further_views: torch.Tensor | None = None,
         mm_encoder_outputs: Mapping[str, Any] | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> VisionStageOutput | TrainingStageOutput:
         """One step of a stage.
@@ -767,8 +779,8 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             inputs_embeds: [B, T, D_lm] instead of `input_ids` and `pixel_values`.
             view_mask: [panoramas, V], false for views of a partial panorama that show nothing the camera saw: they
                 take no part in the overlap loss, and their tokens are not shown to the language model.
-            position_ids, past_key_values, use_cache, logits_to_keep, kwargs: as in any causal language model of
-                transformers.
+            position_ids, past_key_values (`cache` since transformers 5.24), use_cache, logits_to_keep, kwargs: as in
+                any causal language model of transformers.
             num_items_in_batch: `ar_loss` is the sum over supervised tokens divided by it, instead of their mean: the
                 losses of micro-batches then add up to that of the whole batch. `transformers.Trainer` gives it.
             return_logits: whether logits are computed where `labels` are given. Without them the loss costs what is
@@ -789,6 +801,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         pixel_values, input_ids, attention_mask = sort_inputs(pixel_values, input_ids, attention_mask)
         if stage == "vision":
             return self._vision_stage(pixel_values, view_mask, token_classes, token_places)
+        past_key_values = past_key_values if cache is None else cache
         supervised = labels is not None or shift_labels is not None
         all_positions = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if return_logits is None:
@@ -835,10 +848,11 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             ar_loss=ar_loss,
             overlap_loss=overlap_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
         )
 
     def _without_placeholders(self, labels: torch.Tensor | None) -> torch.Tensor | None:

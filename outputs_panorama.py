@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.generation import GenerateBeamDecoderOnlyOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
+
+# What the cache of the language model is called in calls and outputs. transformers 5.24 gave it another name, and still
+# understands the old one.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def take_cache(kwargs: dict[str, Any]) -> Any:
+    """The cache that was given, by either name, out of `kwargs`; `None` where there is none."""
+    old, new = kwargs.pop("past_key_values", None), kwargs.pop("cache", None)
+    return old if new is None else new
 
 
 @dataclass
-class PanoramaModelOutput(ModelOutput):
-    """Output of the headless model.
+class PanoramaModelOutput(BaseModelOutputWithPast):
+    """Output of the headless model: that of the language model's body, and
 
     Args:
-        last_hidden_state: of the language model, [B, T, D_lm].
-        past_key_values: the language model's cache.
-        hidden_states, attentions: the language model's, where asked for.
         image_hidden_states: what the language model was shown of the panoramas, [panoramas, num_image_tokens, D_lm];
             of partial ones, or with further views, [tokens, D_lm] for each.
+        image_outputs: all of :meth:`PanoramaModel.get_image_features`, with the tower's layers where those are asked.
         view_tokens: the resampled tokens of all views, [panoramas, V, S, D_latent].
     """
 
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | list[torch.Tensor] | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
     view_tokens: torch.Tensor | None = None
 
 
@@ -74,29 +81,24 @@ class VisionStageOutput(ModelOutput):
 
 
 @dataclass
-class TrainingStageOutput(ModelOutput):
-    """Output of stages `resampler` and `finetune`, and of generation.
+class TrainingStageOutput(CausalLMOutputWithPast):
+    """Output of stages `resampler` and `finetune`, and of generation: that of a causal language model, with
 
     Args:
         loss: what to minimise, where labels are given: `ar_loss`, the weighted overlap loss where one is asked for, and
             the label loss where there is one.
         logits: [B, T, vocabulary], or of the positions that `logits_to_keep` names; `None` where there are labels
             in training mode (see `return_logits`).
-        past_key_values: the language model's cache.
-        hidden_states, attentions: the language model's, where asked for.
         image_hidden_states: what the language model was shown of the panoramas, [panoramas, num_image_tokens, D_lm];
             of partial ones, or with further views, [tokens, D_lm] for each.
+        image_outputs: as of the headless model.
         ar_loss: the autoregressive loss (cross-entropy of the next token); 0 where nothing is supervised.
         overlap_loss: the unweighted overlap loss where `overlap_loss_weight_finetune` is positive.
         label_loss, label_figures: of token labels, see :class:`TokenLabelHead`; `None` without its head.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | list[torch.Tensor] | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
     ar_loss: torch.Tensor | None = None
     overlap_loss: torch.Tensor | None = None
     label_loss: torch.Tensor | None = None
@@ -104,24 +106,14 @@ class TrainingStageOutput(ModelOutput):
 
 
 @dataclass
-class GenerationOutput(ModelOutput):
+class GenerationOutput(GenerateBeamDecoderOnlyOutput):
     """Output of `generate(return_dict_in_generate=True)`: what `GenerationMixin` returns, and
 
     Args:
         sequences: prompt and new tokens, [B, T + new].
         generated_ids: the new tokens alone, [B, new].
         text: the new tokens decoded, where `tokenizer=` is given.
-        scores, logits, attentions, hidden_states, past_key_values: as in `GenerateDecoderOnlyOutput`.
-        sequences_scores, beam_indices: as in `GenerateBeamDecoderOnlyOutput`.
     """
 
-    sequences: torch.Tensor | None = None
     generated_ids: torch.Tensor | None = None
     text: list[str] | None = None
-    scores: tuple[torch.Tensor, ...] | None = None
-    logits: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[tuple[torch.Tensor, ...], ...] | None = None
-    hidden_states: tuple[tuple[torch.Tensor, ...], ...] | None = None
-    past_key_values: Cache | None = None
-    sequences_scores: torch.Tensor | None = None
-    beam_indices: torch.Tensor | None = None

@@ -475,7 +475,7 @@ class PanoramaProcessor(ProcessorMixin):
             ValueError: for messages that are none, and with `return_labels` where the words of the assistant cannot be
                 found in what the template writes, and for options that contradict it.
         """
-        batched = bool(conversation) and not isinstance(conversation[0], Mapping)
+        batched = bool(conversation) and not (isinstance(conversation[0], Mapping) or hasattr(conversation[0], "role"))
         batch: list[Any] = list(conversation) if batched else [conversation]
         conversations = [self._fill_in(normalized(messages)) for messages in batch]
         template = self._resolve_chat_template(chat_template)

@@ -170,4 +170,5 @@ def outputs_of(tower: PreTrainedModel, names: Sequence[str], asked: Mapping[str,
             hook.remove()
     for name in names:
         if options[f"output_{name}"] and outputs[0].get(name) is not None:
-            found[name] = tuple(torch.cat(pieces) for pieces in zip(*(output[name] for output in outputs), strict=True))
+            layers = zip(*(output[name] for output in outputs), strict=True)  # `None` for those that are not asked for
+            found[name] = tuple(None if pieces[0] is None else torch.cat(pieces) for pieces in layers)

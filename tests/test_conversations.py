@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import io
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,23 @@ def test_every_way_of_writing_asks_and_teaches_the_same(speaking, panoramas, tmp
         wanted = wanted or {"asked": asked, "taught": taught}
         for name, value in taught.items():
             torch.testing.assert_close(value, wanted["taught"][name], rtol=0, atol=0)
+
+
+def test_messages_that_are_objects_are_read_as_dicts():
+    @dataclass
+    class Part:
+        image_url: dict
+        type: str = "image_url"
+
+    @dataclass
+    class Message:
+        role: str
+        content: list
+        tool_calls: list | None = None
+
+    written = [Message("user", [Part({"url": "a.jpg"}), {"type": "text", "text": "sky"}])]
+    (read,) = normalized(written)
+    assert read == {"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "sky"}]}
 
 
 def test_what_is_no_message_is_refused_in_a_sentence(speaking):
