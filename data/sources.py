@@ -299,7 +299,7 @@ def open_source(source: DataSource, stage: str) -> OpenedSource:
     known = tuple(name for name in RULES if name in there)
     opened = OpenedSource(source, data, used, source.images or root, folders, known)
     if isinstance(data, Dataset):
-        files = [image for row in data.take(100) for image in try_panoramas(opened, row)]
+        files = [image for row in data.take(min(100, len(data))) for image in try_panoramas(opened, row)]
         paths = [file for file in files if isinstance(file, str) and "://" not in file]
         if paths and len(paths) == len(files) and not any(map(os.path.isfile, paths)):
             raise ValueError(
