@@ -117,6 +117,7 @@ def test_a_batch_without_its_mask_is_masked_by_the_padding_token(model_and_proce
     )
 
     logger = logging.getLogger("transformers")
+    caplog.set_level(logging.WARNING, logger="transformers")  # other tests may have asked for silence
     logger.addHandler(caplog.handler)
     model.generate(**{**given, "input_ids": rolled}, **options)
     assert "right-padding was detected" in caplog.text
