@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --numprocesses auto --maxproc
 help:
 	@echo "make demo       train the three stages on real panoramas, save, load elsewhere, ask (minutes)"
 	@echo "make test       the tests;  make test-fast  without those that take more than ten seconds"
-	@echo "make test-tools the tests with other tools (TRL, harnesses, transformers' own tests and server), which it installs"
+	@echo "make test-tools the tests with other tools (TRL, torchao, harnesses, transformers' own tests and server), which it installs"
 	@echo "make test-lowest  the fast tests with the lowest versions that setup.cfg names"
 	@echo "make soak       the tests that take minutes"
 	@echo "make lint       ruff;  make types  mypy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import is_flash_attn_2_available
 
 from .stages_panorama import StagesMixin
@@ -23,6 +25,9 @@ logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"  # written last into a training checkpoint, with the size of every other file
 ADAPTER = "adapter_config.json"  # as peft names it
 OTHER_PARTS = "trained_parts.safetensors"  # beside the adapters: what the stage trained outside the language model
+# What a quantiser leaves out: names as they are in PanoramaModel and in PanoramaVLM.
+_PARTS = ("vision_tower", "resampler", "projection")
+WHOLE_PARTS = (*_PARTS, *(f"model.{part}" for part in _PARTS), "vicreg_projector", "lm_head")
 # What from_pretrained of a configuration has to know to find it.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -59,6 +64,9 @@ class CheckedLoading:
         """As `PreTrainedModel.from_pretrained`. Where `device_map` names a CUDA device, `dtype` (that of the saved
         weights where it is not given) is half and `attn_implementation` is not given, :func:`choose_attention` decides.
 
+        Where a `quantization_config` does not say what it leaves out, only the language model is quantised
+        (:func:`quantized_alone`).
+
         Raises:
             ValueError: for a folder that lacks weights of the model, or has some that it does not know: with random
                 weights in their place it would answer nonsense.
@@ -67,6 +75,8 @@ class CheckedLoading:
             dtype = _dtype_to_load(cls, pretrained_model_name_or_path, kwargs)
             if (choice := choose_attention(device, dtype)) != "sdpa":  # SDPA is the default where it is supported
                 kwargs["attn_implementation"] = choice
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = quantized_alone(kwargs["quantization_config"])
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
@@ -74,6 +84,24 @@ class CheckedLoading:
         if isinstance(model, StagesMixin):  # loading makes new parameters
             model.freeze_unused()
         return (model, info) if output_loading_info else model
+
+
+def quantized_alone(config: Any) -> Any:
+    """A `quantization_config` that leaves tower, resampler, projection and heads whole, where it does not say itself
+    what it leaves out (`modules_to_not_convert`, or `llm_int8_skip_modules` of bitsandbytes): they are small, and what
+    they lose every token of the language model sees. What was given stays as it is.
+
+    Args:
+        config: a quantisation config of transformers, or the dict of one.
+    """
+    if isinstance(config, dict):
+        config = AutoQuantizationConfig.from_dict(config)
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(config, name) and getattr(config, name) is None:
+            config = copy.copy(config)
+            setattr(config, name, [*WHOLE_PARTS])
+            break
+    return config
 
 
 def _cuda_device(device_map: Any) -> str | int | torch.device | None:
