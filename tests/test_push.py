@@ -357,7 +357,7 @@ def test_a_folder_that_is_gone_is_said_and_nothing_is_raised(server, pusher, tmp
 
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(3)"])
 def test_what_is_under_way_when_the_interpreter_ends_is_said(ending, server, folder, tmp_path):
-    server.fail("slow", times=float("inf"), match="/commit/", seconds=3.0)
+    server.fail("slow", times=float("inf"), match="/commit/", seconds=100.0)
     script = tmp_path / "run.py"
     script.write_text(
         "import logging, time\n"
@@ -366,9 +366,8 @@ def test_what_is_under_way_when_the_interpreter_ends_is_said(ending, server, fol
         f"HubPusher({REPO!r}, endpoint={server.endpoint!r}).push({str(folder)!r}, 'a push', temporary=True)\n"
         "time.sleep(0.5)\n" + ending
     )
-    start = time.monotonic()
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=60)
-    assert time.monotonic() - start < 10
+    command = [sys.executable, str(script)]  # it does not wait for the answer
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=90)
     assert run.returncode == (3 if ending else 0)
     assert f"hf upload {REPO} {folder} ." in run.stderr
     assert folder.exists()
