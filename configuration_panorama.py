@@ -64,13 +64,15 @@ class PanoramaConfig(PretrainedConfig):
         vision_config, text_config: configs (or their dicts) of any vision tower with a patch grid and any causal
             language model that `AutoConfig` knows. Without them: the shapes of SigLIP2-base and Qwen3-0.6B.
         vision_name, language_model_name: Hub ids or folders the two were composed from; for the record.
-        latent_dimension: width D_latent of the resampled tokens.
-        resampler_type: `"mlp"`, `"avg_pool"` or `"perceiver"`.
+        latent_dimension: width D_latent of the resampled tokens. Where it is not given, 768, or what follows from the
+            tower's width where the resampler has no weights.
+        resampler_type: `"mlp"`, `"avg_pool"` or `"perceiver"`; or, without weights, `"identity"` (the tower's tokens as
+            they are) or `"pixel_shuffle"` (blocks of tokens side by side in one).
         resampler_depth: linear layers of the MLPs, or layers of the perceiver.
         resampler_skip: whether the resampler starts by keeping what the tower says: a layer that leads past the MLP (of
             `"perceiver"` its own skips), orthogonal at the start, when the rest adds nothing. Where it is not given,
             `True`; a file that does not say is from before there was one.
-        resampler_pool: side of the block of tokens that `"avg_pool"` averages.
+        resampler_pool: side of the block of tokens that `"avg_pool"` averages and `"pixel_shuffle"` joins.
         resampler_queries, resampler_heads: queries a view (a square number) and attention heads of `"perceiver"`.
         view_strategy, fov_deg, overlap_ratio, pitch_rows, pole_caps, image_size: what is cut out of a panorama, see
             :class:`ViewOptions`; `image_size` is the vision tower's own where it is not given.
@@ -134,7 +136,7 @@ class PanoramaConfig(PretrainedConfig):
         text_config: dict[str, Any] | PretrainedConfig | None = None,
         vision_name: str | None = None,
         language_model_name: str | None = None,
-        latent_dimension: int = 768,
+        latent_dimension: int | None = None,
         resampler_type: str = "mlp",
         resampler_depth: int = 2,
         resampler_skip: bool | None = None,
@@ -184,7 +186,6 @@ class PanoramaConfig(PretrainedConfig):
         self.vision_name = vision_name
         self.language_model_name = language_model_name
 
-        self.latent_dimension = _positive("latent_dimension", latent_dimension, 768)
         self.resampler_type = _one_of("resampler_type", resampler_type, sorted(RESAMPLERS))
         self.resampler_depth = _positive("resampler_depth", resampler_depth, 2)
         is_new = "transformers_version" not in kwargs  # else it comes from a file
@@ -199,6 +200,16 @@ class PanoramaConfig(PretrainedConfig):
             views["image_size"] = tower_of(self.vision_config).image_size(self.vision_config)
         for name, value in asdict(ViewOptions(**views)).items():
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
+        width = tower_of(self.vision_config).width(self.vision_config)
+        follows = RESAMPLERS[self.resampler_type].output_width(self, width)
+        if latent_dimension is None:
+            latent_dimension = follows or 768
+        self.latent_dimension = _positive("latent_dimension", latent_dimension, 768)
+        if follows not in (None, latent_dimension):
+            raise ValueError(
+                f"latent_dimension must be {follows} where resampler_type={self.resampler_type!r}, which has no "
+                f"weights, got {latent_dimension}: leave it out"
+            )
         self.token_selection = _one_of("token_selection", token_selection, ["owned", "all"])
         self.use_ray_code = _flag("use_ray_code", use_ray_code)
         self.ray_frequencies = _at_least_zero("ray_frequencies", ray_frequencies, 6)

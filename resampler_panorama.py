@@ -71,9 +71,67 @@ class Resampler(nn.Module):
         """(rows, columns) after resampling. Raises `ValueError` where the grid does not fit."""
         return config.vision_grid
 
+    @staticmethod
+    def output_width(config: PretrainedConfig, input_dimension: int) -> int | None:
+        """D_latent, where it follows from the tower's width; `None` where it may be any."""
+        return None
+
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """[N, S, D_vision] -> [N, S', D_latent]."""
         raise NotImplementedError
+
+
+def _blocks_of(config: PretrainedConfig) -> tuple[int, int]:
+    """The grid of `resampler_pool` x `resampler_pool` blocks of tokens. Raises `ValueError` where they do not fill the
+    tower's grid."""
+    rows, columns = config.vision_grid
+    pool = config.resampler_pool
+    if rows % pool or columns % pool:
+        raise ValueError(
+            f"resampler_pool must divide the tower's grid of {rows} x {columns} tokens, got {pool}. "
+            "Typical value: 2; a larger image_size gives a larger grid"
+        )
+    return rows // pool, columns // pool
+
+
+class IdentityResampler(Resampler):
+    """The tower's tokens as they are: no weights, and the tower's width."""
+
+    @staticmethod
+    def output_width(config: PretrainedConfig, input_dimension: int) -> int | None:
+        """The tower's."""
+        return input_dimension
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[N, S, D_vision] -> [N, S, D_vision]."""
+        return tokens
+
+
+class PixelShuffleResampler(Resampler):
+    """The tokens of each `resampler_pool` x `resampler_pool` block side by side in one, row by row: no weights, and
+    fewer, wider tokens, as Idefics3, SmolVLM and InternVL have them (space to depth, Shi et al. 2016,
+    arXiv:1609.05158)."""
+
+    def __init__(self, config: PretrainedConfig, input_dimension: int):
+        super().__init__(config, input_dimension)
+        self.pool = config.resampler_pool
+
+    @staticmethod
+    def output_grid(config: PretrainedConfig) -> tuple[int, int]:
+        """One token a block. Raises `ValueError` where the blocks do not fill the grid."""
+        return _blocks_of(config)
+
+    @staticmethod
+    def output_width(config: PretrainedConfig, input_dimension: int) -> int | None:
+        """The tower's, for each token of a block."""
+        return input_dimension * config.resampler_pool**2
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[N, S, D_vision] -> [N, S / pool^2, D_vision * pool^2]."""
+        rows, columns = self.input_grid
+        pool = self.pool
+        grid = tokens.reshape(len(tokens), rows // pool, pool, columns // pool, pool, -1)
+        return grid.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 class _FeedForward(nn.Sequential):
@@ -128,14 +186,7 @@ class AveragePoolResampler(Resampler):
     @staticmethod
     def output_grid(config: PretrainedConfig) -> tuple[int, int]:
         """One token a block. Raises `ValueError` where the blocks do not fill the grid."""
-        rows, columns = config.vision_grid
-        pool = config.resampler_pool
-        if rows % pool or columns % pool:
-            raise ValueError(
-                f"resampler_pool must divide the tower's grid of {rows} x {columns} tokens, got {pool}. "
-                "Typical value: 2; a larger image_size gives a larger grid"
-            )
-        return rows // pool, columns // pool
+        return _blocks_of(config)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """[N, S, D_vision] -> [N, S', D_latent]."""
@@ -206,5 +257,7 @@ class PerceiverResampler(Resampler):
 RESAMPLERS: dict[str, type[Resampler]] = {
     "mlp": MLPResampler,
     "avg_pool": AveragePoolResampler,
+    "identity": IdentityResampler,
+    "pixel_shuffle": PixelShuffleResampler,
     "perceiver": PerceiverResampler,
 }

@@ -102,6 +102,13 @@ class StagesMixin:
         labels_alone = self.label_head is not None and self.config.vicreg_loss_weight == 0
         if stage == "vision" and not labels_alone and (problem := self.config.overlap_problem):
             raise ValueError(f"stage 'vision' cannot train: {problem}")
+        bare = next(self.model.resampler.parameters(), None) is None
+        if stage == "vision" and self.config.vision_trainable_blocks == 0 and bare:
+            raise ValueError(
+                "stage 'vision' has nothing to train that later stages keep: "
+                f"resampler_type={self.config.resampler_type!r} has no weights, and vision_trainable_blocks is 0. Let "
+                "blocks of the tower train (typical value: 2), take another resampler, or begin with stage 'resampler'"
+            )
         if stage == "finetune" and self.config.use_lora:
             self.add_lora()
         self.requires_grad_(False)

@@ -153,3 +153,75 @@ def test_a_folder_from_before_there_was_a_skip_gives_what_it_gave(make, tmp_path
     loaded.save_pretrained(tmp_path / "again")
     assert not PanoramaConfig.from_pretrained(tmp_path / "again").resampler_skip
     assert PanoramaConfig().resampler_skip
+
+
+def idefics3(tokens, pool):
+    from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
+
+    return Idefics3Connector.pixel_shuffle(None, tokens, pool)
+
+
+def internvl(tokens, pool):
+    from transformers.models.internvl.modeling_internvl import InternVLModel
+
+    side = round(tokens.shape[1] ** 0.5)
+    return InternVLModel.pixel_shuffle(None, tokens.unflatten(1, (side, side)), 1 / pool).flatten(1, 2)
+
+
+@pytest.mark.parametrize("theirs", [idefics3, internvl])
+def test_shuffled_tokens_are_those_of_other_models(make, tower, theirs):
+    model, _ = make(latent_dimension=None, resampler_type="pixel_shuffle")
+    tokens = torch.randn(3, 16, tower["hidden_size"])
+    assert model.config.latent_dimension == 4 * tower["hidden_size"] and model.config.token_grid == (2, 2)
+    assert torch.equal(model.model.resampler(tokens), theirs(tokens, 2))
+
+
+@pytest.mark.parametrize(("kind", "side"), [("identity", 4), ("pixel_shuffle", 2)])
+def test_a_ray_belongs_to_what_its_token_has_seen(make, tower, kind, side):
+    """One patch of a view is marked; the token that moves most is the one whose ray goes through it."""
+    model, _ = make(latent_dimension=None, resampler_type=kind)
+    rays = model.view_plan.views[1].rays(model.token_grid) if hasattr(model, "view_plan") else None
+    rays = model.model.view_plan.views[1].rays(model.model.token_grid) if rays is None else rays
+    fine = model.model.view_plan.views[1].rays((4, 4))
+    size = model.config.image_size // 4
+    for layer in model.model.vision_tower.modules():  # a tower in which patches do not see each other
+        if type(layer).__name__ == "SiglipAttention":
+            nn.init.zeros_(layer.out_proj.weight)
+    for row in range(4):
+        for column in range(4):
+            view = torch.zeros(1, 1, 3, 64, 64)
+            marked = view.clone()
+            marked[..., row * size : (row + 1) * size, column * size : (column + 1) * size] = 1.0
+            with torch.no_grad():
+                moved = (model.model.encode_views(marked) - model.model.encode_views(view))[0, 0].norm(dim=-1)
+            assert (moved > 1e-6).sum() == 1
+            found = torch.tensor(rays.reshape(-1, 3) @ fine[row, column]).argmax()  # the nearest ray
+            assert moved.argmax() == found
+    assert model.config.token_grid == (side, side)
+
+
+@pytest.mark.parametrize("kind", ["identity", "pixel_shuffle"])
+def test_resamplers_without_weights_train_and_come_back(make, ask, panoramas, tmp_path, kind):
+    model, processor = make(latent_dimension=None, resampler_type=kind, vision_trainable_blocks=1, use_lora=False)
+    assert not list(model.model.resampler.parameters())
+    inputs = ask(processor, panoramas[0])
+    for stage in ("vision", "resampler", "finetune"):
+        assert model.set_stage(stage)
+        labels = {} if stage == "vision" else {"labels": inputs["input_ids"]}
+        model(**inputs, **labels, stage=stage).loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        model.zero_grad()
+    model.eval().save_pretrained(tmp_path)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    answer = PanoramaVLM.from_pretrained(tmp_path).generate(**inputs, **options)
+    assert torch.equal(answer, model.generate(**inputs, **options))
+
+
+def test_what_a_resampler_without_weights_cannot_do_is_said(make):
+    with pytest.raises(ValueError, match="latent_dimension must be 32 where resampler_type='identity'"):
+        make(latent_dimension=64, resampler_type="identity")
+    with pytest.raises(ValueError, match="resampler_pool must divide"):
+        make(latent_dimension=None, resampler_type="pixel_shuffle", resampler_pool=3)
+    model, _ = make(latent_dimension=None, resampler_type="identity")
+    with pytest.raises(ValueError, match="nothing to train that later stages keep"):
+        model.set_stage("vision")
