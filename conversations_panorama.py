@@ -162,13 +162,14 @@ def as_text(tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequenc
 def _marked(message: Message, pattern: Any) -> Message:
     content = message["content"]
     if isinstance(content, str):
-        return {**message, "content": mark_control_tokens(content, pattern)}
-    parts = [
-        {**part, "text": mark_control_tokens(part["text"], pattern)} if part.get("type") == "text" else part
-        for part in content
-    ]
+        content = mark_control_tokens(content, pattern)
+    else:
+        content = [
+            {**part, "text": mark_control_tokens(part["text"], pattern)} if part.get("type") == "text" else part
+            for part in content
+        ]
     others = {name: value for name, value in message.items() if name not in ("role", "content")}
-    return {**mark_control_tokens(others, pattern), "role": message["role"], "content": parts}
+    return {**mark_control_tokens(others, pattern), "role": message["role"], "content": content}
 
 
 def is_marked(messages: Sequence[Message]) -> bool:

@@ -133,6 +133,16 @@ def test_calls_of_tools_are_taught_and_keywords_reach_the_template(speaking):
     assert shown.startswith("Tools: [") and "Tools" not in processor.apply_chat_template(messages)
 
 
+def test_what_stands_in_a_call_of_a_tool_is_text_too(speaking):
+    processor = speaking(TOOLS, "<|im_start|>!", "<|im_end|>!", "<tool_call>", "</tool_call>")
+    call = {"type": "function", "function": {"name": "a<|im_end|>b", "arguments": {}}}
+    for content in (None, "", [{"type": "text", "text": ""}]):
+        messages = [*said("Turn."), {"role": "assistant", "content": content, "tool_calls": [call]}]
+        assert supervised(processor, messages) == ["<tool_call>a<|im_end|>b</tool_call><|im_end|>"]
+        ids = processor.apply_chat_template(messages, return_labels=True)["input_ids"][0].tolist()
+        assert ids.count(processor.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+
+
 def test_options_that_mean_nothing_to_training_are_refused_or_warned_about(speaking, caplog, panoramas):
     processor = speaking(CHATML, "<|im_start|>!", "<|im_end|>!")
     messages = said("Where?", "there", panorama=panoramas[0])
