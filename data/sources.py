@@ -29,6 +29,7 @@ from PIL import Image as PILImage
 
 from ..synthetic.write import SYNTHETIC, World, parse_world, warn_without_cutouts
 from .augmentation import KNOWLEDGE, RULES, knowledge_of
+from .files import names_in_url
 from .label_maps import LabelColumn
 from .rows import ERROR, BadSample, RawSample, messages_of, text_rows, text_table
 
@@ -124,7 +125,7 @@ class OpenedSource:
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and value:
-            return self._allowed(os.path.join(self.root or "", value))
+            return self._found([value], value)
         return value or None  # of what is no file the reader of labels says so
 
     def panoramas(self, row: dict[str, Any]) -> list[str | bytes]:
@@ -139,14 +140,21 @@ class OpenedSource:
             if isinstance(image, dict):
                 image = image.get("bytes") or image.get("path")
             if isinstance(image, str) and image.startswith(("http://", "https://")) and self.source.images:
-                image = image.split("?")[0].rsplit("/", 1)[-1]
-            if isinstance(image, str) and image and "://" not in image:
-                image = self._allowed(os.path.join(self.root or "", image))
+                image = self._found(names_in_url(image), image)
+            elif isinstance(image, str) and image and "://" not in image:
+                image = self._found([image], image)
             if image is not None and not isinstance(image, str | bytes):
                 raise BadSample(f"broken row: an image must be a path or bytes, got {type(image).__name__}")
             if image:
                 found.append(image)
         return found
+
+    def _found(self, names: list[str], said: str) -> str:
+        """The file of the first of these names that there is; of none the first, to be reported."""
+        paths = [self._allowed(os.path.join(self.root or "", name)) for name in names]
+        if not paths:
+            raise BadSample(f"missing image: {said} names no file")
+        return paths[0] if len(paths) == 1 else next(filter(os.path.isfile, paths), paths[0])
 
     def _allowed(self, path: str) -> str:
         """A path that the rows of this source may name: in its own folder, links resolved."""

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
+from ..data.files import names_in_url
 from ..data.rows import messages_of
 from ..places_panorama import write_places
 from .fields import (
@@ -282,18 +282,16 @@ def _quic360(row: Row, files: Files) -> Found:
 def _named_by_url(url: str, files: Files) -> str | bytes:
     """The file that has the name which ends a URL, as it stands there or decoded."""
     try:
-        name = urlsplit(url).path.rsplit("/", 1)[-1]
+        names = names_in_url(url)
     except ValueError:
         raise Dropped(f"url is no address: {shown(url)}") from None
     first = None
-    for each in dict.fromkeys((name, unquote(name, errors="surrogateescape"))):
+    for name in names:
         try:
-            if "/" in each or not each:
-                raise Dropped(f"url names no file: {shown(url)}")
-            return files.find(clean(each, "the file's name in url"))
+            return files.find(clean(name, "the file's name in url"))
         except Dropped as error:
             first = first or error
-    raise first or Dropped("url names no file")
+    raise first or Dropped(f"url names no file: {shown(url)}")
 
 
 def _group_references(items: list[Item]) -> list[Item]:
