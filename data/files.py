@@ -5,6 +5,16 @@ from __future__ import annotations
 import os
 from urllib.parse import unquote, urlsplit
 
+PANORAMAS = (  # endings of files that may hold one; `.insp` is the JPEG of a camera with two lenses
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".insp", ".png", ".webp", ".tif", ".tiff", ".bmp", ".dib"),
+    *(".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pnm", ".exr", ".hdr"),
+)
+
+
+def is_panorama(name: str) -> bool:
+    """Whether a file of this name may hold a panorama."""
+    return name.lower().endswith(PANORAMAS)
+
 
 def names_in_url(url: str) -> list[str]:
     """The names under which what a URL names may lie in a folder, likeliest first: the last part of its path, as it
