@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,10 @@ from datasets import (
 )
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetsError
-from PIL import Image as PILImage
 
 from ..synthetic.write import SYNTHETIC, World, parse_world, warn_without_cutouts
 from .augmentation import KNOWLEDGE, RULES, knowledge_of
-from .files import names_in_url
+from .files import list_folder, names_in_url, panoramas_in, said_of
 from .label_maps import LabelColumn
 from .rows import ERROR, LISTS, BadSample, RawSample, messages_of, references_of, text_rows, text_table
 
@@ -214,7 +213,7 @@ class OpenedSource:
     def _listed(self, row: dict[str, Any], column: str) -> Any:
         """A value as it was before a text file became a table of strings: lists are lists again."""
         value = row.get(column)
-        return json.loads(value) if row.get(LISTS) and column in json.loads(row[LISTS]) else value
+        return json.loads(value) if value and column in json.loads(row.get(LISTS) or "[]") else value
 
 
 def read_source(source: DataSource) -> tuple[Dataset | IterableDataset, str | None]:
@@ -231,17 +230,21 @@ def read_source(source: DataSource) -> tuple[Dataset | IterableDataset, str | No
         folder = path / source.split if (path / source.split).is_dir() else path
         metadata = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
         if not metadata:
-            if any(path.rglob("*.parquet")):
+            if any(name.endswith(".parquet") for name in list_folder(path)[0]):
                 patterns = get_data_patterns(str(path))  # splits by the names of files and folders, as on the Hub
                 files = DataFilesDict.from_patterns(patterns, base_path=str(path), allowed_extensions=[".parquet"])
                 by_split = {split: list(names) for split, names in files.items() if names}
                 data = load_dataset("parquet", data_files=by_split, split=source.split, streaming=source.streaming)
                 return data, str(folder)
-            endings = PILImage.registered_extensions()
-            files = sorted(str(file) for file in folder.rglob("*") if file.suffix.lower() in endings)
-            if not files:
-                raise ValueError("the folder has no metadata.jsonl, metadata.csv, images, parquet or saved dataset")
-            rows = Dataset.from_dict({"image": files})
+            names, left_out = panoramas_in(folder)
+            if not names:
+                held = f"; it holds {said_of(left_out)}" if left_out else ""
+                raise ValueError(
+                    f"the folder has no metadata.jsonl, metadata.csv, images, parquet or saved dataset{held}"
+                )
+            if left_out:
+                _say_once(f"{source.path}: {len(names)} panoramas; left out are {said_of(left_out)}")
+            rows = Dataset.from_dict({"image": names})
             return (rows.to_iterable_dataset() if source.streaming else rows), str(folder)
         path = metadata[0]
     if path.is_file():
@@ -378,6 +381,11 @@ def try_panoramas(opened: OpenedSource, row: dict[str, Any]) -> list[str | bytes
         return opened.panoramas(row)
     except BROKEN_ROW:
         return []
+
+
+@cache
+def _say_once(words: str) -> None:
+    logger.warning("%s", words)
 
 
 _real_path = lru_cache(maxsize=100_000)(os.path.realpath)

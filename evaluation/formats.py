@@ -15,6 +15,7 @@ import datasets
 from datasets import Image, List
 from datasets.exceptions import DatasetsError
 
+from ..data.files import is_hidden, is_panorama
 from ..data.rows import BadSample, table_rows
 from ..data.sources import BROKEN_ROW, DataSource, read_source
 from .fields import Dropped, Files, shown
@@ -26,7 +27,6 @@ __all__ = ["read_items", "rotate_options", "write_predictions"]
 _TEXT = (".jsonl", ".json", ".csv", ".tsv")
 _LOOKED_AT = 100  # rows by which a format is known
 _LISTS = ("data", "items", "questions", "annotations", "samples")  # where a JSON object holds its rows
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 
 @dataclass
@@ -222,8 +222,9 @@ def _turns(scene: dict[str, Any], image: Any, before: int, file: str | None) -> 
 def _walk(folder: Path, *endings: str) -> Iterator[Path]:
     """The files below a folder that end so; links to folders are not followed."""
     for parent, folders, names in os.walk(folder):
-        folders.sort()
-        yield from (Path(parent) / name for name in sorted(names) if name.lower().endswith(endings))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        found = (name for name in sorted(names) if name.lower().endswith(endings) and not is_hidden(name))
+        yield from (Path(parent) / name for name in found)
 
 
 def _scenes(found: list[Path], folder: Path) -> _Opened:
@@ -256,7 +257,7 @@ def _annotation(path: Path, folder: Path) -> Iterator[Row]:
     if isinstance(content, Row):
         yield Row(0, {}, content.reason, file)
         return
-    beside = sorted(each for each in path.parent.iterdir() if each.suffix.lower() in _PICTURES)
+    beside = sorted(each for each in path.parent.iterdir() if is_panorama(each.name) and not is_hidden(each.name))
     for row in _objects(content if isinstance(content, list) else [content], path, file):
         row.fields = {"image": str(beside[0]) if beside else None, **row.fields}
         yield row

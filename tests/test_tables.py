@@ -120,3 +120,39 @@ def test_lists_of_answers_in_tables_that_keep_them(tmp_path, streaming):
     samples, _ = open_data([DataSource(str(tmp_path / "t.parquet"), streaming=streaming)], stage="finetune", seed=0)
     said = next(iter(samples))["answers"]
     assert [message["content"][0]["text"] for message in said] == ["a1", "a2"]
+
+
+def test_of_a_folder_what_is_a_panorama_is_taken_and_what_is_not_is_said_once(tmp_path, caplog):
+    taken = ["a.jpg", "b/c.JPG", "d.heic", "e.insp", "f.exr", "g.hdr", "h.tif", "i.avif"]
+    others = ["._a.jpg", "b/.ipynb_checkpoints/c-checkpoint.jpg", "__MACOSX/._a.jpg", "__MACOSX/a.jpg", "Thumbs.db"]
+    others += [".DS_Store", "@eaDir/a.jpg", "notes.pdf", "features.h5", "b/notes.txt", "moving.gif", ".cache/t.parquet"]
+    pictures(tmp_path / "data", *taken, *others)
+    pictures(tmp_path / "elsewhere", "z.jpg")
+    (tmp_path / "data/link").symlink_to(tmp_path / "elsewhere")
+    for _ in range(2):
+        samples, _ = open_data([DataSource(str(tmp_path / "data"))], stage="vision", seed=0)
+        assert [sample["image"] for sample in samples] == sorted(str(tmp_path / "data" / name) for name in taken)
+    (said,) = [record.message for record in caplog.records if "left out" in record.message]
+    assert said.startswith(f"{tmp_path / 'data'}: 8 panoramas; left out are 7 hidden or of the system, such as '")
+    for words in (
+        "1 links to folders, such as 'link'",
+        "1 no panoramas (.pdf), such as 'notes.pdf'",
+        "(.h5)",
+        "(.gif)",
+    ):
+        assert words in said
+
+
+def test_a_folder_without_panoramas_says_what_it_holds(tmp_path):
+    pictures(tmp_path, "a.pdf", "._a.jpg")
+    with pytest.raises(ValueError, match=r"it holds .*1 hidden or of the system.*1 no panoramas \(.pdf\)"):
+        open_data([DataSource(str(tmp_path))], stage="vision", seed=0)
+
+
+def test_the_picture_beside_an_annotation_is_not_the_one_that_a_system_put_there(tmp_path):
+    pictures(tmp_path / "scene", "rgb.png", "._rgb.png")
+    turn = {"task": "find the door", "target_yaw": [10, 20], "target_pitch": [0, 10]}
+    rows(tmp_path / "scene/annotation.json", [turn])
+    (tmp_path / "scene/._annotation.json").write_bytes(b"\0\5\x16\7")
+    read = read_items(tmp_path)
+    assert [item.panorama for item in read.items] == ["scene/rgb.png"] and not read.dropped
