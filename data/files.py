@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from urllib.parse import unquote, urlsplit
 
 PANORAMAS = (  # endings of files that may hold one; `.insp` is the JPEG of a camera with two lenses
@@ -52,6 +53,19 @@ def said_of(left_out: dict[str, list[str]]) -> str:
     """What is left out in words, the commonest first."""
     by_number = sorted(left_out.items(), key=lambda each: -len(each[1]))
     return "; ".join(f"{len(paths)} {reason}, such as {os.path.basename(paths[0])!r}" for reason, paths in by_number)
+
+
+def spellings(name: str) -> list[str]:
+    """A name, and the same in the other forms of Unicode (macOS takes accents apart, most else does not)."""
+    if name.isascii():
+        return [name]
+    return list(dict.fromkeys((name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))))
+
+
+def existing(path: str) -> str:
+    """A path, `~` expanded, in the form of Unicode in which it exists, if it does."""
+    forms = spellings(os.path.expanduser(path))
+    return next(filter(os.path.exists, forms), forms[0])
 
 
 def names_in_url(url: str) -> list[str]:

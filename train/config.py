@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+import os
 import re
 import textwrap
 import typing
@@ -253,6 +254,9 @@ def load_config(arguments: Sequence[str]) -> TrainConfig:
         name = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise ValueError(f"in {where}: {name}{str(error).splitlines()[0]}") from error
     assert isinstance(config, TrainConfig)
+    for name in ("output", "cache_dir", "model", "resume"):  # in a file no shell expands ~
+        if isinstance(value := getattr(config, name), str):
+            setattr(config, name, os.path.expanduser(value))
     config.data = [_resolve(source) for source in config.data]
     for stage in STAGES:
         options = config.stage_config(stage)
@@ -270,10 +274,10 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 
 def package_path(path: str) -> str:
-    """`PACKAGE:PATH` is a path inside an installed Python package; any other path stays."""
+    """`PACKAGE:PATH` is a path inside an installed Python package; any other path stays, `~` expanded."""
     match = re.fullmatch(r"(\w{2,}):(.*)", path)
     if match is None or "//" in path:
-        return path
+        return os.path.expanduser(path)
     spec = importlib.util.find_spec(match[1])
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     if not folders:
