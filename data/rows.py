@@ -67,6 +67,16 @@ def messages_of(turns: list[dict[str, Any]], images: list[Any]) -> list[dict[str
     return messages
 
 
+def check_said(messages: list[dict[str, Any]]) -> None:
+    """Raise :class:`BadSample` where a turn says nothing, or nobody answers."""
+    for number, message in enumerate(messages, 1):
+        if message["role"] != "system" and not any((part.get("text") or "").strip() for part in message["content"]):
+            kind = "question" if message["role"] == "user" else "answer"
+            raise BadSample(f"empty {kind}: in turn {number}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadSample("no answer: there is no turn of the assistant to learn from")
+
+
 def _text_of(content: Any) -> str:
     """The text of a turn, `<image>` for each image in it."""
     if isinstance(content, str):

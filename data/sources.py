@@ -267,6 +267,27 @@ def read_source(source: DataSource) -> tuple[Dataset | IterableDataset, str | No
         ) from error
 
 
+def what_it_is(source: DataSource) -> str:
+    """What `read_source` takes a source for, in words."""
+    path = Path(existing(source.path))
+    stream = ", streamed" if source.streaming else ""
+    if source.path.startswith(SYNTHETIC):
+        return f"scenes that are rendered{stream}: {source.path}"
+    if path.is_file():
+        return f"file {path}{stream}"
+    if not path.is_dir():
+        return f"dataset {source.path} of the Hub, split {source.split}{stream}"
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return f"saved dataset {path}{stream}"
+    folder = path / source.split if (path / source.split).is_dir() else path
+    if any((folder / name).is_file() for name in ("metadata.jsonl", "metadata.csv")):
+        return f"folder with metadata {folder}{stream}"
+    parquet = any(name.endswith(".parquet") for name in list_folder(path)[0])
+    return (
+        f"folder of parquet {path}, split {source.split}{stream}" if parquet else f"folder of images {folder}{stream}"
+    )
+
+
 def open_source(source: DataSource, stage: str) -> OpenedSource:
     """A source with its columns; what is wrong with it as a whole is a `ValueError` that names it."""
     if not source.weight > 0:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
 import os
-import re
 import textwrap
 import typing
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..configuration_panorama import PanoramaConfig
 from ..data.augmentation import Augmentation
+from ..data.files import package_path
 from ..data.sources import DataSource
 from ..geometry_panorama import ViewOptions
 from ..stages_panorama import PARTS, STAGES
@@ -271,19 +270,6 @@ def load_config(arguments: Sequence[str]) -> TrainConfig:
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write every option, so that the run can be repeated with this file alone."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
-
-
-def package_path(path: str) -> str:
-    """`PACKAGE:PATH` is a path inside an installed Python package; any other path stays, `~` expanded."""
-    match = re.fullmatch(r"(\w{2,}):(.*)", path)
-    if match is None or "//" in path:
-        return os.path.expanduser(path)
-    spec = importlib.util.find_spec(match[1])
-    folders = list(spec.submodule_search_locations or []) if spec is not None else []
-    if not folders:
-        raise ValueError(f"{path!r} names the package {match[1]!r}, which is not installed: pip install it")
-    paths = [Path(folder, match[2]) for folder in folders]
-    return str(next((path for path in paths if path.exists()), paths[0]))
 
 
 def describe() -> str:
