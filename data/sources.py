@@ -430,7 +430,8 @@ def try_panoramas(opened: OpenedSource, row: dict[str, Any]) -> list[str | bytes
 
 @cache
 def _say_once(words: str) -> None:
-    logger.warning("%s", words)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+        logger.warning("%s", words)
 
 
 _real_path = lru_cache(maxsize=100_000)(os.path.realpath)

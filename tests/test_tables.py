@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from panorama_vlm.data.collators import ConversationCollator
+from panorama_vlm.data.files import PANORAMAS, is_panorama
 from panorama_vlm.data.samples import open_data
 from panorama_vlm.data.sources import DataSource
 from panorama_vlm.evaluation.formats import read_items
@@ -217,3 +218,9 @@ def test_a_file_of_broken_rows_says_what_is_wrong_with_them(tmp_path, content, r
     (tmp_path / "t.jsonl").write_text(content)
     with pytest.raises(ValueError, match=reason):
         open_data([DataSource(str(tmp_path / "t.jsonl"), streaming=streaming)], stage="finetune", seed=0)
+
+
+def test_the_endings_are_those_of_the_docs():
+    text = (Path(__file__).resolve().parent.parent / "docs/data.md").read_text().split("by its ending:")[1]
+    assert set(text.split("Left out")[0].replace("`", "").rstrip(" .\n").split()) == set(PANORAMAS)
+    assert all(is_panorama(f"a{ending.upper()}") for ending in PANORAMAS)
