@@ -77,6 +77,10 @@ BROKEN = {  # what a table holds -> the answers of good rows and, in their place
     "never closed": ('p.jpg,q,"open\np.jpg,q,b\np.jpg,q,c\n', ["lines 2 to 4", "b", "c"]),
     "closed in a later row": ('p.jpg,q,"open\np.jpg,q,"b"\np.jpg,q,c\n', ["lines 2 to 3", "b", "c"]),
     "closed at the end of a later row": ('p.jpg,q,"open\np.jpg,q,b"\np.jpg,q,c\np.jpg,q,d"\n', None),
+    "closed at the end of a later row, of URLs": (
+        'https://x/p.jpg?s,q,"open\nhttps://x/p.jpg?s,q,b"\n',
+        ["lines 2 to 3", 'b"'],
+    ),
     "inside of quotes": ('p.jpg,q,"a "word" inside"\np.jpg,q,b\n', ["line 2", "b"]),
     "before a comma": ('p.jpg,q,a\np.jpg,"q" x,b\np.jpg,q,"c\nc"\n', ["a", "line 3", "c\nc"]),
     "a literal one": ('p.jpg,q,5" wide\np.jpg,q,"5"" wide"\n', ['5" wide', '5" wide']),
@@ -95,7 +99,7 @@ def test_a_stray_quote_costs_the_row_it_stands_in_and_no_other(tmp_path, kind, m
         expected = ["Trees, grass, sky.\nA bench, a path, a dog.".replace(",", mark)]
     table = tmp_path / ("t.tsv" if mark == "\t" else "t.csv")
     table.write_text(("url,query,annotation\n" + lines).replace(",", mark))
-    for found, wanted in zip(answers(table), expected, strict=True):
+    for found, wanted in zip(answers(table, images=str(tmp_path)), expected, strict=True):
         assert found.startswith(f"broken row: {wanted}: ") if wanted.startswith("line") else found == wanted
 
 
