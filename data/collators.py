@@ -194,7 +194,8 @@ class VisionCollator(_Collator):
 
 class ConversationCollator(_Collator):
     """Batches of the later stages: `input_ids`, `attention_mask`, `labels`, `pixel_values` (and `view_mask`) of
-    conversations about panoramas.
+    conversations about panoramas. Of several answers that are right, one is drawn from the seed, the epoch and the
+    sample.
 
     Args:
         processor: of the model. Samples of more than its `max_text_length` text tokens are skipped.
@@ -228,7 +229,8 @@ class ConversationCollator(_Collator):
         self.step_deg = 1 if cache_dir is None else 45
 
     def prepare(self, sample: RawSample) -> dict[str, torch.Tensor]:
-        messages = self._checked(sample["messages"] if "messages" in sample else conversation(**sample), sample)
+        messages = sample["messages"] if "messages" in sample else conversation(**sample)
+        messages = self._checked(self._one_answer(messages, sample), sample)
         further = [self._checked(each, sample) for each in sample.get("further", [])]
         shown = AS_IT_IS
         if (found := self._augmented(messages, sample)) is not None:
@@ -241,6 +243,12 @@ class ConversationCollator(_Collator):
             self.check_comparable(inputs)
         self.add_labels(inputs, sample, shown)
         return inputs
+
+    def _one_answer(self, messages: list[dict[str, Any]], sample: RawSample) -> list[dict[str, Any]]:
+        """The conversation with one of the answers that are right, where there are several."""
+        answers = sample.get("answers") or messages[-1:]
+        generator = np.random.default_rng((self.seed, sample.get("epoch", 0), sample.get("index", 0), 4))
+        return [*messages[:-1], answers[generator.integers(len(answers))]] if len(answers) > 1 else messages
 
     def _augmented(
         self, messages: list[dict[str, Any]], sample: RawSample

@@ -1,9 +1,57 @@
-"""Files: which one a row means."""
+"""Files: which of a folder are panoramas, and which one a row means."""
 
 from __future__ import annotations
 
 import os
 from urllib.parse import unquote, urlsplit
+
+PANORAMAS = (  # endings of files that may hold one; `.insp` is the JPEG of a camera with two lenses
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".insp", ".png", ".webp", ".tif", ".tiff", ".bmp", ".dib"),
+    *(".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pnm", ".exr", ".hdr"),
+)
+
+
+_OF_SYSTEMS = ("__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin")
+
+
+def is_panorama(name: str) -> bool:
+    """Whether a file of this name may hold a panorama."""
+    return name.lower().endswith(PANORAMAS)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether what has this name was put beside the data by a system (`._park.jpg`, `Thumbs.db`) or is hidden."""
+    return name.startswith(".") or name.lower() in _OF_SYSTEMS
+
+
+def list_folder(folder: str | os.PathLike[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The files of a folder and of those inside of it, sorted, and what is left out: reason -> paths."""
+    found: list[str] = []
+    left_out: dict[str, list[str]] = {"hidden or of the system": [], "links to folders": [], "cannot be read": []}
+    hidden, links, unreadable = left_out.values()
+    for parent, folders, names in os.walk(folder, onerror=lambda error: unreadable.append(str(error.filename))):
+        hidden += [os.path.join(parent, name) for name in (*folders, *names) if is_hidden(name)]
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        links += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
+        found += [os.path.join(parent, name) for name in names if not is_hidden(name)]
+    return sorted(found), {reason: paths for reason, paths in left_out.items() if paths}
+
+
+def panoramas_in(folder: str | os.PathLike[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """As `list_folder`, the files that are panoramas by their names."""
+    found, left_out = list_folder(folder)
+    others: dict[str, list[str]] = {}
+    for path in found:
+        if not is_panorama(path):
+            others.setdefault(os.path.splitext(path)[1].lower() or "without an ending", []).append(path)
+    named = {f"no panoramas ({ending})": paths for ending, paths in others.items()}
+    return [path for path in found if is_panorama(path)], {**left_out, **named}
+
+
+def said_of(left_out: dict[str, list[str]]) -> str:
+    """What is left out in words, the commonest first."""
+    by_number = sorted(left_out.items(), key=lambda each: -len(each[1]))
+    return "; ".join(f"{len(paths)} {reason}, such as {os.path.basename(paths[0])!r}" for reason, paths in by_number)
 
 
 def names_in_url(url: str) -> list[str]:

@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetsError
 
 from ..processing_panorama import IMAGE_TOKEN
+from .files import is_panorama
 
 logger = logging.getLogger(__name__)
 
 RawSample = dict[str, Any]
 _LARGE = 50_000_000  # bytes; what takes more than a few seconds is announced
-_FORMAT = 1  # of the tables that are kept: to be raised when `text_rows` gives something else of the same file
+_LONGEST_FIELD = 1 << 30  # characters; a table may hold images in base64
+_FORMAT = 2  # of the tables that are kept: to be raised when `text_rows` gives something else of the same file
 ERROR = "__error__"  # a column with what is wrong with a row of a text file
+LISTS = "__lists__"  # a column with the names of those of a text file that hold a list, as JSON
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -88,27 +93,136 @@ def conversation(image: Any, query: str, annotation: str | None = None, **_: Any
 
 
 def text_rows(path: str, state: Any = None) -> Iterator[dict[str, str | None]]:
-    """Rows of a .csv, .json (a list) or .jsonl file. Values are strings, lists and objects as JSON; a row that cannot
-    be read has its reason in the column `ERROR`.
+    """Rows of a .csv, .tsv, .json (a list) or .jsonl file. Values are strings, lists and objects as JSON; which columns
+    of a row hold a list of plain values, and not a string that looks like one, says the column `LISTS`. A row that
+    cannot be read has its reason in the column `ERROR`.
 
     Args:
         path: of the file.
         state: what tells its contents from earlier ones, for whoever keeps what was read.
     """
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        is_list = path.endswith(".json") and file.read(1000).lstrip().startswith("[")
+    for fields, reason in (table_rows if path.lower().endswith((".csv", ".tsv")) else _json_rows)(path):
+        try:
+            if reason is not None:
+                raise ValueError(reason)
+            if not isinstance(fields, dict):
+                raise ValueError(f"it must be a JSON object, got {str(fields)[:80]!r}")
+            lists = [name for name, value in fields.items() if _is_plain_list(value)]
+            row = {name: _as_text(value) for name, value in fields.items()}
+            yield {**row, LISTS: json.dumps(lists)} if lists else row
+        except (ValueError, RecursionError) as error:
+            yield {ERROR: _printable(str(error))}
+
+
+def _json_rows(path: str) -> Iterator[tuple[Any, str | None]]:
+    """The values of a file of JSON, or why one cannot be read."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        if path.lower().endswith(".json") and file.read(1000).lstrip().startswith("["):
+            file.seek(0)
+            yield from ((value, None) for value in json.load(file))
+            return
         file.seek(0)
-        rows: Iterable[Any] = csv.DictReader(file) if path.endswith(".csv") else filter(str.strip, file)
-        for row in json.load(file) if is_list else rows:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line), None
+                except json.JSONDecodeError as error:
+                    yield (
+                        None,
+                        f"line {number} is not JSON: {error.msg} at {error.colno} of {line.strip()[:60]!r}",
+                    )
+                except (ValueError, RecursionError) as error:
+                    yield None, f"line {number} is not JSON: {error}"
+
+
+class _Lines:
+    """The lines of a file, which can be given back."""
+
+    def __init__(self, file: Iterable[str]):
+        self.file, self.waiting = iter(file), deque[str]()
+        self.taken: list[str] = []  # since `begin`
+        self.number = 1  # of the first of them
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self.waiting.popleft() if self.waiting else next(self.file)
+        self.taken.append(line)
+        return line
+
+    def begin(self) -> None:
+        self.number += len(self.taken)
+        self.taken = []
+
+    def give_back(self) -> None:
+        """All but the first since `begin`."""
+        self.waiting.extendleft(reversed(self.taken[1:]))
+        del self.taken[1:]
+
+
+def table_rows(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """The rows of a .csv or .tsv file (also with semicolons), or why one cannot be read; blank lines are none.
+
+    A quote that is not closed where it should be would swallow the rows after it: only the row that it begins in is
+    broken, and reading goes on in the next line.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        header = file.readline()
+        file.seek(0)
+        found = (mark for mark in ",\t;" if mark in header)
+        delimiter = "\t" if os.fspath(path).lower().endswith(".tsv") else next(found, ",")
+        lines = _Lines(file)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        names = next(reader, [])
+        while True:
+            lines.begin()
             try:
-                fields = json.loads(row) if isinstance(row, str) and not is_list else row
-                if not isinstance(fields, dict):
-                    raise ValueError(f"it must be a JSON object, got {str(row)[:80]!r}")
-                if None in fields:
-                    raise ValueError(f"it has more fields than the header: {fields[None]}")
-                yield {name: _as_text(value) for name, value in fields.items()}
-            except (ValueError, RecursionError) as error:
-                yield {ERROR: _printable(str(error))}
+                values = next(reader, None)
+                if values is None:
+                    return
+                if len(lines.taken) > 1:
+                    _check_nothing_swallowed(values, delimiter)
+            except csv.Error as error:
+                last = lines.number + len(lines.taken) - 1
+                where = f"line {last}" if last == lines.number else f"lines {lines.number} to {last}"
+                yield {}, f"{where}: {error}; a quote is open, or one inside of quotes is not doubled"
+                lines.give_back()
+                continue
+            if len(values) > len(names):
+                yield {}, f"line {lines.number}: it has more fields than the header: {values[len(names) :]}"
+            elif values:
+                yield dict(zip_longest(names, values)), None
+
+
+def _check_nothing_swallowed(values: list[str], delimiter: str) -> None:
+    """Raise `csv.Error` where a value of several lines holds what looks like a row: as many fields, and a picture's
+    name where the row has one."""
+    named = [place for place, value in enumerate(values) if is_panorama(value)]
+    for line in (line for value in values for line in value.splitlines()[1:]):
+        fields = line.split(delimiter)
+        if len(fields) == len(values) and any(is_panorama(fields[place]) for place in named):
+            raise csv.Error(f"a value holds another row, {_printable(line[:60])!r}")
+
+
+def references_of(value: Any) -> list[Any]:
+    """The answers that are right, of which a list of texts holds several; a list of numbers, a place, is one.
+
+    Raises:
+        BadSample: for a list that holds something else, or nothing.
+    """
+    if not isinstance(value, list):
+        return [value]
+    if value and all(isinstance(each, str) and each.strip() for each in value):
+        return value
+    if value and all(isinstance(each, int | float) for each in value):
+        return [json.dumps(value)]
+    raise BadSample(f"broken row: a list of answers must hold texts, got {str(value)[:80]}")
+
+
+def _is_plain_list(value: Any) -> bool:
+    return isinstance(value, list) and not any(isinstance(each, dict | list) for each in value)
 
 
 def _as_text(value: Any) -> str | None:

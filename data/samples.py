@@ -107,8 +107,8 @@ class Samples:
     """Samples of one or more sources, read when asked for, their images undecoded.
 
     Map-style: `len(samples)` distinct samples, `samples[i]`. With a stream among the sources: no length, `stream()`.
-    A raw sample is a dict of `image` (stage `vision`) or `messages`, `name`, `source`, `index` and, where it cannot be
-    used, `error`.
+    A raw sample is a dict of `image` (stage `vision`) or `messages`, `name`, `source`, `index`, where several answers
+    are right, `answers` (messages, any of which may be the last one), and, where it cannot be used, `error`.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,12 @@ from datasets import (
 )
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetsError
-from PIL import Image as PILImage
 
 from ..synthetic.write import SYNTHETIC, World, parse_world, warn_without_cutouts
 from .augmentation import KNOWLEDGE, RULES, knowledge_of
-from .files import names_in_url
+from .files import list_folder, names_in_url, panoramas_in, said_of
 from .label_maps import LabelColumn
-from .rows import ERROR, BadSample, RawSample, messages_of, text_rows, text_table
+from .rows import ERROR, LISTS, BadSample, RawSample, messages_of, references_of, text_rows, text_table
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +52,16 @@ class DataSource:
     """Where samples come from.
 
     Args:
-        path: a folder (with `metadata.jsonl` or `metadata.csv`, of images, of parquet, or a saved dataset), a `.csv`
-            (as QuIC-360: `url, query, annotation`), `.json` or `.jsonl` (as LLaVA: `image, conversations`) or
+        path: a folder (with `metadata.jsonl` or `metadata.csv`, of images, of parquet, or a saved dataset), a `.csv` or
+            `.tsv` (as QuIC-360: `url, query, annotation`), `.json` or `.jsonl` (as LLaVA: `image, conversations`) or
             `.parquet` file, or a dataset on the Hub; `synthetic://?scenes=N&seed=S` renders scenes while training, with
             the options of `python -m panorama_vlm.synthetic` (`width`, `questions`, `kinds`, `backgrounds`).
         images: folder that relative image paths start from; the file's own without it. A URL in an image column names
             the file that ends it, in this folder.
         split, subset: of a saved or a Hub dataset; a folder's subfolder of the split's name wins over the folder.
         image_column, question_column, answer_column, conversation_column, tables_column: found by their usual names
-            without this. `tables` are further conversations about the panorama, a list of lists of turns.
+            without this. An answer that is a list of texts is several that are right, one of which is drawn each time.
+            `tables` are further conversations about the panorama, a list of lists of turns.
         weight: how often each sample is seen in an epoch (0.5: a random half of them, a new one in each epoch). With
             a stream among the sources, its share of the samples, relative to the other weights.
         fetch: whether images that rows name by http or https are fetched (once, then they lie in the cache of
@@ -181,7 +181,10 @@ class OpenedSource:
             raw |= self._labels(row)
             if stage == "vision":
                 return {**raw, "image": images[which]}
-            raw |= {"messages": messages_of(self._turns(row), images), "further": self._further(row)}
+            said = [messages_of(turns, images) for turns in self._turns(row)]
+            raw |= {"messages": said[0], "further": self._further(row)}
+            if len(said) > 1:
+                raw["answers"] = [messages[-1] for messages in said]
             return {**raw, "known": known} if (known := knowledge_of(row)) is not None else raw
         except BROKEN_ROW as error:
             words = f"broken row: {type(error).__name__}: {error}"
@@ -195,15 +198,22 @@ class OpenedSource:
             raise BadSample(f"broken row: {self.columns['tables']!r} must be a list of conversations")
         return [messages_of(turns, []) for turns in found if turns]
 
-    def _turns(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+    def _turns(self, row: dict[str, Any]) -> list[list[dict[str, Any]]]:
+        """The conversation; where the answer is a list of texts, one with each."""
         if "conversation" not in self.columns:
-            question, answer = (row.get(self.columns[what]) for what in ("question", "answer"))
-            return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            asked = {"role": "user", "content": row.get(self.columns["question"])}
+            answers = references_of(self._listed(row, self.columns["answer"]))
+            return [[asked, {"role": "assistant", "content": answer}] for answer in answers]
         turns = row.get(self.columns["conversation"])
         turns = json.loads(turns) if isinstance(turns, str) else turns
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise BadSample(f"broken row: {self.columns['conversation']!r} must be a list of turns")
-        return turns
+        return [turns]
+
+    def _listed(self, row: dict[str, Any], column: str) -> Any:
+        """A value as it was before a text file became a table of strings: lists are lists again."""
+        value = row.get(column)
+        return json.loads(value) if value and column in json.loads(row.get(LISTS) or "[]") else value
 
 
 def read_source(source: DataSource) -> tuple[Dataset | IterableDataset, str | None]:
@@ -220,25 +230,29 @@ def read_source(source: DataSource) -> tuple[Dataset | IterableDataset, str | No
         folder = path / source.split if (path / source.split).is_dir() else path
         metadata = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
         if not metadata:
-            if any(path.rglob("*.parquet")):
+            if any(name.endswith(".parquet") for name in list_folder(path)[0]):
                 patterns = get_data_patterns(str(path))  # splits by the names of files and folders, as on the Hub
                 files = DataFilesDict.from_patterns(patterns, base_path=str(path), allowed_extensions=[".parquet"])
                 by_split = {split: list(names) for split, names in files.items() if names}
                 data = load_dataset("parquet", data_files=by_split, split=source.split, streaming=source.streaming)
                 return data, str(folder)
-            endings = PILImage.registered_extensions()
-            files = sorted(str(file) for file in folder.rglob("*") if file.suffix.lower() in endings)
-            if not files:
-                raise ValueError("the folder has no metadata.jsonl, metadata.csv, images, parquet or saved dataset")
-            rows = Dataset.from_dict({"image": files})
+            names, left_out = panoramas_in(folder)
+            if not names:
+                held = f"; it holds {said_of(left_out)}" if left_out else ""
+                raise ValueError(
+                    f"the folder has no metadata.jsonl, metadata.csv, images, parquet or saved dataset{held}"
+                )
+            if left_out:
+                _say_once(f"{source.path}: {len(names)} panoramas; left out are {said_of(left_out)}")
+            rows = Dataset.from_dict({"image": names})
             return (rows.to_iterable_dataset() if source.streaming else rows), str(folder)
         path = metadata[0]
     if path.is_file():
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             data = load_dataset("parquet", data_files=str(path), split="train", streaming=source.streaming)
             return data, str(path.parent)
-        if path.suffix not in (".csv", ".json", ".jsonl"):
-            raise ValueError("a file must end in .csv, .json, .jsonl or .parquet")
+        if path.suffix.lower() not in (".csv", ".tsv", ".json", ".jsonl"):
+            raise ValueError("a file must end in .csv, .tsv, .json, .jsonl or .parquet")
         if source.streaming:
             return IterableDataset.from_generator(text_rows, gen_kwargs={"path": str(path)}), str(path.parent)
         return text_table(path), str(path.parent)
@@ -278,9 +292,10 @@ def open_source(source: DataSource, stage: str) -> OpenedSource:
             columns.setdefault("image", name)
     text = () if stage == "vision" else ("conversation",) if "conversation" in columns else ("question", "answer")
     if missing := [what for what in ("image", *text) if what not in columns]:
+        named = [name for name in there if name not in (ERROR, LISTS)]
         names = "; ".join(f"{what} ({' or '.join(known)})" for what, known in _KNOWN.items())
         raise ValueError(
-            f"{source.path!r} has the columns {[name for name in there if name != ERROR]} and lacks {missing}. "
+            f"{source.path!r} has the columns {named} and lacks {missing}. "
             f"Known names: {names}. A conversation stands for question and answer; "
             "image_column, question_column, answer_column and conversation_column name others"
         )
@@ -293,7 +308,7 @@ def open_source(source: DataSource, stage: str) -> OpenedSource:
     if missing := [name for name in labels if name not in there]:
         raise ValueError(f"{source.path!r} has no columns {missing} of token labels, its columns are {there}")
     if data.column_names is not None:
-        wanted = dict.fromkeys((*used.values(), *labels, ERROR, *(KNOWLEDGE if text else ())))
+        wanted = dict.fromkeys((*used.values(), *labels, ERROR, LISTS, *(KNOWLEDGE if text else ())))
         data = data.select_columns([name for name in wanted if name in there])
     kind = (data.features or {}).get(used["image"])
     if isinstance(kind, Image):
@@ -366,6 +381,11 @@ def try_panoramas(opened: OpenedSource, row: dict[str, Any]) -> list[str | bytes
         return opened.panoramas(row)
     except BROKEN_ROW:
         return []
+
+
+@cache
+def _say_once(words: str) -> None:
+    logger.warning("%s", words)
 
 
 _real_path = lru_cache(maxsize=100_000)(os.path.realpath)

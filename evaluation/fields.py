@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.rows import BadSample
+from ..data.rows import BadSample, references_of
 from ..data.sources import digest
 from ..places_panorama import BFoV, check_bfov, read_places
 from ..processing_panorama import IMAGE_TOKEN
@@ -55,6 +55,17 @@ def text(row: dict[str, Any], *names: str) -> str | None:
         if words := clean(str(value), name).strip():
             return words
     return None
+
+
+def texts(row: dict[str, Any], *names: str) -> list[str]:
+    """As `text`, of a field that may be a list of several."""
+    for name in names:
+        value = row.get(name)
+        if isinstance(value, list | tuple):
+            return [needed({name: each}, name) for each in references_of(list(value))]
+        if (found := text(row, name)) is not None:
+            return [found]
+    return []
 
 
 def needed(row: dict[str, Any], *names: str) -> str:

@@ -15,7 +15,8 @@ import datasets
 from datasets import Image, List
 from datasets.exceptions import DatasetsError
 
-from ..data.rows import BadSample
+from ..data.files import is_hidden, is_panorama
+from ..data.rows import BadSample, table_rows
 from ..data.sources import BROKEN_ROW, DataSource, read_source
 from .fields import Dropped, Files, shown
 from .items import Item, ReadItems
@@ -25,9 +26,7 @@ __all__ = ["read_items", "rotate_options", "write_predictions"]
 
 _TEXT = (".jsonl", ".json", ".csv", ".tsv")
 _LOOKED_AT = 100  # rows by which a format is known
-_LONGEST_FIELD = 1 << 30  # characters; a table may hold images in base64
 _LISTS = ("data", "items", "questions", "annotations", "samples")  # where a JSON object holds its rows
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 
 @dataclass
@@ -161,7 +160,7 @@ def _text_rows(path: Path, file: str | None = None) -> Iterator[Row]:
     """The rows of a text file, their values as JSON has them (a table's are text)."""
     ending = path.suffix.lower()
     if ending in (".csv", ".tsv"):
-        return _table(path)
+        return (Row(number, fields, reason) for number, (fields, reason) in enumerate(table_rows(path), 1))
     if ending == ".jsonl":
         return _lines(path)
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as opened:
@@ -217,43 +216,15 @@ def _turns(scene: dict[str, Any], image: Any, before: int, file: str | None) -> 
         yield row
 
 
-def _table(path: Path) -> Iterator[Row]:
-    """The rows of a .csv or .tsv file, numbered without the header. A quote that is never closed would swallow rows:
-    it is an error of the row it begins in, which names the lines."""
-    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        header = file.readline()
-        file.seek(0)
-        tabs = path.suffix.lower() == ".tsv" or ("\t" in header and "," not in header)
-        reader = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=True)
-        if not reader.fieldnames:
-            return
-        number, line = 0, reader.reader.line_num
-        while True:
-            number += 1
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield Row(number, {}, f"lines {line + 1} to {reader.reader.line_num}: {error}")
-            else:
-                extra: Any = fields.pop(None, None)
-                if extra is None:
-                    yield Row(number, fields)
-                else:
-                    yield Row(number, {}, f"it has more fields than the header: {shown(extra)}")
-            line = reader.reader.line_num
-
-
 # Folders of scenes
 
 
 def _walk(folder: Path, *endings: str) -> Iterator[Path]:
     """The files below a folder that end so; links to folders are not followed."""
     for parent, folders, names in os.walk(folder):
-        folders.sort()
-        yield from (Path(parent) / name for name in sorted(names) if name.lower().endswith(endings))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        found = (name for name in sorted(names) if name.lower().endswith(endings) and not is_hidden(name))
+        yield from (Path(parent) / name for name in found)
 
 
 def _scenes(found: list[Path], folder: Path) -> _Opened:
@@ -286,7 +257,7 @@ def _annotation(path: Path, folder: Path) -> Iterator[Row]:
     if isinstance(content, Row):
         yield Row(0, {}, content.reason, file)
         return
-    beside = sorted(each for each in path.parent.iterdir() if each.suffix.lower() in _PICTURES)
+    beside = sorted(each for each in path.parent.iterdir() if is_panorama(each.name) and not is_hidden(each.name))
     for row in _objects(content if isinstance(content, list) else [content], path, file):
         row.fields = {"image": str(beside[0]) if beside else None, **row.fields}
         yield row

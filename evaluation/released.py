@@ -35,6 +35,7 @@ from .fields import (
     right_key,
     shown,
     text,
+    texts,
     unpacked,
 )
 from .items import Item
@@ -275,7 +276,9 @@ def _quic360(row: Row, files: Files) -> Found:
     fields = row.fields
     image = _named_by_url(needed(fields, "url"), files)
     asked = question(fields, "query")
-    references, more = [needed(fields, "annotation")], {"url": needed(fields, "url")}
+    references, more = texts(fields, "annotation"), {"url": needed(fields, "url")}
+    if not references:
+        raise Dropped("no annotation")
     yield _item(row, files, image, asked, references=references, id=row.id, kind="caption", more=more)
 
 
@@ -320,7 +323,7 @@ def _panorama(row: Row, files: Files) -> Found:
     if turns := _turns(fields):
         asked = _questions(turns, messages_of(turns, [image]))
     else:
-        asked = [{"question": question(fields, *_QUESTIONS), "answer": text(fields, *_ANSWERS)}]
+        asked = [{"question": question(fields, *_QUESTIONS), "answer": texts(fields, *_ANSWERS)}]
     for which, said in enumerate(asked):
         if len(asked) == 1:
             said.update(_named(fields, ("place", "places", "options", "key")))
@@ -379,7 +382,7 @@ def _listed(fields: dict[str, Any], which: int, count: int) -> dict[str, Any]:
 
 def _told(said: dict[str, Any]) -> dict[str, Any]:
     """The attributes of an item that follow from what is said of its question."""
-    answer, key, among = text(said, "answer"), text(said, "key"), options(said.get("options"))
+    answers, key, among = texts(said, "answer"), text(said, "key"), options(said.get("options"))
     about: dict[str, Any] = {"asked": question(said, "question"), "kind": text(said, "kind") or "answer"}
     if said.get("place") is not None:
         about["places"] = [place(said["place"])]
@@ -389,12 +392,13 @@ def _told(said: dict[str, Any]) -> dict[str, Any]:
         about["more"] = {"turns": turning}
     if key is not None and not among:
         raise Dropped(f"the key {shown(key)} has no options")
-    right = key or answer
-    if right is None and about.get("places") is None:
+    right = answers if key is None else [key]
+    if not right and about.get("places") is None:
         raise Dropped("no answer")
-    if right is None:
-        right = write_places(about["places"])
-    return {**about, **(_choice(among, right) if among else {"references": [right]})}
+    right = right or [write_places(about["places"])]
+    if among and len({right_key(each, among) for each in right}) > 1:
+        raise Dropped(f"the answers {shown(right)} are several of the options")
+    return {**about, **(_choice(among, right[0]) if among else {"references": right})}
 
 
 @dataclass

@@ -443,6 +443,8 @@ def test_no_hostile_row_raises_or_passes(folder, format):
     rows = [{**good, name: value} for name in names for value in values]
     if format == "osr":  # whose answers may be maps
         rows.remove({**good, "answer": {"a": 1}})
+    if format in ("panorama", "quic360"):  # whose answers may be lists
+        rows.remove({**good, ANSWER.get(format, "answer"): ["a"]})
     rows += [without(good, name) for name in names]
     rows += [json.dumps({**good, name: "DEEP"}).replace('"DEEP"', deep) for name in names for deep in (DEEP, NESTED)]
     rows += ["{", "null", "[]", '"text"', "1" * 5000, DEEP, '{"a": ' * 5000, "\x00", "{}"]
@@ -516,9 +518,9 @@ def test_rows_of_tables_that_are_torn_are_named(folder):
     ]
     (folder / "data.tsv").write_text("\n".join(lines) + "\n")
     read = read_items(str(folder / "data.tsv"))
-    assert [item.id for item in read.items] == ["1", "5"]
+    assert [item.id for item in read.items] == ["1", "5", "7"]
     assert [each["row"] for each in read.dropped] == [2, 3, 4, 6]
-    assert "lines 7 to 8" in reasons(read)[-1]  # the quote that is never closed holds the last row
+    assert "lines 7 to 8" in reasons(read)[-1]  # the quote that is never closed, which does not swallow the last row
 
 
 @pytest.mark.parametrize(

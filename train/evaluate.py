@@ -75,7 +75,7 @@ class Evaluator:
         return [said for sample, messages in first if (said := self._answer(sample, messages))]
 
     def _answer(self, sample: RawSample, messages: list[dict[str, Any]]) -> dict[str, Any] | None:
-        prompt, reference = messages[:-1], messages[-1]
+        prompt, right = messages[:-1], sample.get("answers") or messages[-1:]
         synced = self.accelerator.distributed_type != DistributedType.NO
         try:
             words = answer(self.step.plain, self.step.processor, prompt, synced_gpus=synced)
@@ -88,7 +88,7 @@ class Evaluator:
             "question": _words(prompt[-1]),
             "answer": words,
             "trained": self.feed.validation is None,
-            "reference": split_steps(_words(reference)).answer,
+            "reference": "; ".join(split_steps(_words(each)).answer for each in right),
         }
 
 
