@@ -1,6 +1,7 @@
 """What a conversation teaches and asks: every way of writing it, every template, every word that somebody may type."""
 
 import base64
+import copy
 import importlib.util
 import io
 import logging
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from panorama_vlm import PanoramaProcessor
+from panorama_vlm import PanoramaImageProcessor, PanoramaProcessor
 from panorama_vlm.conversations_panorama import normalized, turns_of_the_assistant
 from transformers import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -47,16 +48,15 @@ TOOLS = (
 
 
 @pytest.fixture
-def speaking(make):
+def speaking(tokenizer):
     """`speaking(template, *tokens)` -> a processor with a template of its own, whose tokenizer knows the tokens; those
     with a `!` are special in the vocabulary alone, as Phi's `<|end|>` and Gemma's `<end_of_turn>` are."""
 
     def build(template, *tokens):
-        _, processor = make()
-        tokenizer = processor.tokenizer
-        tokenizer.add_tokens([AddedToken(token.strip("!"), special=token.endswith("!")) for token in tokens])
+        own = copy.deepcopy(tokenizer)
+        own.add_tokens([AddedToken(token.strip("!"), special=token.endswith("!")) for token in tokens])
         template = PanoramaProcessor.teach_template(template)
-        return PanoramaProcessor(processor.image_processor, tokenizer, template, num_image_tokens=80)
+        return PanoramaProcessor(PanoramaImageProcessor(image_size=64), own, template, num_image_tokens=80)
 
     return build
 
