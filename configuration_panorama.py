@@ -32,15 +32,8 @@ AUTO_MAP = {
 _TRANSFORMERS_OPTIONS = (
     *(field.name for field in fields(PretrainedConfig)),
     *("_name_or_path", "attn_implementation", "auto_map", "custom_pipelines", "experts_implementation", "model_type"),
-    *(
-        "name_or_path",
-        "num_labels",
-        "output_attentions",
-        "per_layer_config",
-        "quantization_config",
-        "tie_last_hidden_states",
-    ),
-    *("tie_word_embeddings", "torch_dtype"),
+    *("name_or_path", "num_labels", "output_attentions", "per_layer_config", "quantization_config"),
+    *("tie_last_hidden_states", "tie_word_embeddings", "torch_dtype"),
 )
 # SigLIP2 base, patch 16, 256 pixels, and Qwen3-0.6B: the shapes where none are given.
 _DEFAULT_VISION = {"model_type": "siglip_vision_model", "image_size": 256, "vision_use_head": False}

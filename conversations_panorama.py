@@ -3,8 +3,6 @@ template's own, and where in a rendered conversation the assistant speaks."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import (
     _CONTROL_TOKEN_END,
     _CONTROL_TOKEN_START,
-    _encode_chat_piece,
     _get_control_token_patterns,
     encode_marked_chat,
     mark_control_tokens,
 )
+
+from .reading_panorama import from_base64
 
 try:
     from jinja2 import TemplateError
@@ -101,15 +100,7 @@ def _part(part: Any) -> Message:
     others = {name: value for name, value in given.items() if name not in _SOURCES}
     if found is None:
         return others
-    return {**others, "image": _from_base64(given[found]) if found == "base64" else given[found]}
-
-
-def _from_base64(text: Any) -> bytes:
-    text = str(text).partition(";base64,")[2] or text if str(text).startswith("data:") else text
-    try:
-        return base64.b64decode("".join(text.split()) if isinstance(text, str) else text, validate=True)
-    except (binascii.Error, TypeError, ValueError) as error:
-        raise ValueError(f"the base64 of an image cannot be decoded: {error}, in {str(text)[:40]!r}...") from None
+    return {**others, "image": from_base64(given[found]) if found == "base64" else given[found]}
 
 
 def image_parts(messages: Sequence[Message]) -> list[Message]:
@@ -181,17 +172,17 @@ def is_marked(messages: Sequence[Message]) -> bool:
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Tokens of consecutive pieces of one rendered conversation; nothing is added to them, and what is marked as text
     (:func:`as_text`) is read as text. Each piece is read for itself, as a prompt and its answer are."""
-    newline = tokenizer.encode("\n", add_special_tokens=False)
-    pieces: list[list[int]] = []
-    for index, text in enumerate(texts):
-        if not text:
-            pieces.append([])
-        elif _CONTROL_TOKEN_START in text or _CONTROL_TOKEN_END in text:
-            pieces.append(encode_marked_chat(tokenizer, text))
-        elif index == 0:
-            pieces.append(tokenizer.encode(text, add_special_tokens=False))
-        else:
-            pieces.append(_encode_chat_piece(tokenizer, text, False, newline))
+
+    def read(text: str) -> list[int]:
+        if _CONTROL_TOKEN_START in text or _CONTROL_TOKEN_END in text:
+            return encode_marked_chat(tokenizer, text)
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    newline = read("\n")
+    pieces = [read(text) if index == 0 or not text else read("\n" + text) for index, text in enumerate(texts)]
+    for index, (text, ids) in enumerate(zip(texts, pieces, strict=True)):
+        if index > 0 and text:  # it was read behind a newline: SentencePiece puts a space before what begins a text
+            pieces[index] = ids[len(newline) :] if ids[: len(newline)] == newline else read(text)
     return pieces
 
 

@@ -95,11 +95,25 @@ class PanoramaGenerationMixin(GenerationMixin):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None, panoramas: Panoramas
     ) -> Panoramas:
         """The panoramas whose placeholders the cache does not hold: of a conversation that goes on, all are handed over
-        again, with the whole of `input_ids`, and what was seen is not looked at twice."""
+        again, with the whole of `input_ids`, and what was seen is not looked at twice.
+
+        Raises:
+            ValueError: where the cache holds more than `input_ids`, or ends in the middle of a panorama, and where a
+                panorama that it does not hold is not there.
+        """
         length = int(cache.get_seq_length()) if cache is not None else 0
         goes_on = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
+        if length == 0:
+            return panoramas
+        if goes_on and length >= input_ids.shape[1]:
+            raise ValueError(
+                f"past_key_values hold {length} tokens, and input_ids {input_ids.shape[1]}: hand over the whole "
+                "conversation, or what is new of it with the attention_mask of the whole"
+            )
         pixel_values, view_mask, further = panoramas.values()
-        if pixel_values is None or length == 0 or not goes_on:
+        if pixel_values is None and self.model.is_placeholder(input_ids[:, length * goes_on :]).any():
+            raise ValueError("input_ids hold <image> tokens that past_key_values do not: hand over their pixel_values")
+        if pixel_values is None or not goes_on:
             return panoramas
         counts = torch.tensor(self.config.image_tokens_per_view)
         shown = torch.ones(len(pixel_values), len(counts)) if view_mask is None else view_mask.cpu()
@@ -189,17 +203,16 @@ def sort_inputs(
 
 def _check_guesses(model: Any, prompt: torch.Tensor, kwargs: dict[str, Any]) -> None:
     """Refuse what guesses the next tokens where it cannot read the prompt."""
-    token = model.config.image_token_id
-    if not model.model.is_placeholder(prompt).any():
-        return
     config, assistant = kwargs.get("generation_config") or model.generation_config, kwargs.get("assistant_model")
-    if kwargs.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens) is not None:
-        words = model.config.text_config.vocab_size
-        if token >= words:
-            raise ValueError(
-                f"prompt_lookup_num_tokens: the prompt holds <image>, number {token}, but the language model has "
-                f"{words} words: model.resize_token_embeddings({token + 1}) makes room for it"
-            )
+    looks_up = kwargs.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens) is not None
+    if not (looks_up or assistant is not None) or not model.model.is_placeholder(prompt).any():
+        return
+    token, words = model.config.image_token_id, model.config.text_config.vocab_size
+    if looks_up and token >= words:
+        raise ValueError(
+            f"prompt_lookup_num_tokens: the prompt holds <image>, number {token}, but the language model has "
+            f"{words} words: model.resize_token_embeddings({token + 1}) makes room for it"
+        )
     if assistant is None:
         return
     words = assistant.get_input_embeddings().num_embeddings

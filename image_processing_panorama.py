@@ -1,7 +1,5 @@
 """The image processor: an equirectangular (ERP) panorama in, the views of a plan out."""
 
-import base64
-import binascii
 import hashlib
 import inspect
 import json
@@ -26,7 +24,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from .geometry_panorama import Direction, View, ViewOptions, ViewPlan, check_direction
 from .options_panorama import IMAGE_MEAN, IMAGE_STD, check_option_names, check_resembling_names
-from .reading_panorama import ImageSource, content_digest, load_file_bytes, read_panorama
+from .reading_panorama import ImageSource, content_digest, from_base64, load_file_bytes, read_panorama
 from .sampling_panorama import erp_to_views, needed_width, tilted_pixels, use_one_thread_in_a_worker, view_mask
 
 logger = logging.getLogger(__name__)
@@ -174,19 +172,11 @@ class PanoramaImageProcessor(BaseImageProcessor):
         """
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        if not isinstance(image_url_or_urls, str):
-            return image_url_or_urls
-        if image_url_or_urls.startswith("data:"):
-            kind, _, data = image_url_or_urls.partition(",")
-            try:
-                return base64.b64decode(data)
-            except binascii.Error as error:
-                raise ValueError(f"cannot read a data URL of {len(data)} characters ({kind[:60]!r}): {error}") from None
-        return (
-            load_image(image_url_or_urls)
-            if image_url_or_urls.startswith(("http://", "https://"))
-            else image_url_or_urls
-        )
+        if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith("data:"):
+            return from_base64(image_url_or_urls)
+        if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(("http://", "https://")):
+            return load_image(image_url_or_urls)
+        return image_url_or_urls
 
     def preprocess(
         self, images: ImageSource | Sequence[Any], *, return_tensors: str | None = None, **kwargs: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -692,6 +693,9 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             raise ValueError("stage 'vision' needs pixel_values, got None")
         expected = self.config.vision_stage_expected_views
         pixel_values = self.model.check_pixels(pixel_values, expected if expected and expected > 1 else None)
+        if self.training and torch.is_grad_enabled() and self.vicreg_projector is not None:
+            if not next(self.vicreg_projector.parameters()).requires_grad:
+                warnings.warn("the VICReg projector is frozen: set_stage('vision') lets it train", stacklevel=4)
         tokens = self.model.encode_views(pixel_values)  # [B, V, S, D_latent]
         features = self._overlap_features(tokens)  # [B, V, S, D]
         label_loss, label_figures = self._label_loss(tokens, token_classes, token_places)

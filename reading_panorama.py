@@ -1,5 +1,6 @@
 """Reading: whatever holds a panorama in, its pixels on the whole sphere out."""
 
+import base64
 import hashlib
 import io
 import math
@@ -92,6 +93,24 @@ def open_image(source: Any) -> Any:
         source.seek(0)
         return _open(source, str(getattr(source, "name", "image in a file object")))
     return source
+
+
+def from_base64(text: str) -> bytes:
+    """The bytes of a file in base64, with or without `data:TYPE;base64,` before it.
+
+    Raises:
+        ValueError: for what is no base64, and for a data URL in another form; of its text, which may be long, only the
+            head is repeated.
+    """
+    head, comma, data = str(text).partition(",")
+    if not head.startswith("data:"):
+        head, data = "no data URL", str(text)
+    elif not comma or not head.lower().endswith(";base64"):
+        raise ValueError(f"cannot read a data URL that begins with {str(text)[:60]!r}: it must be in base64")
+    try:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except ValueError as error:
+        raise ValueError(f"cannot read base64 of {len(data)} characters ({head[:60]!r}): {error}") from None
 
 
 def read_panorama(

@@ -12,7 +12,8 @@ import pytest
 import torch
 from panorama_vlm import PanoramaImageProcessor, PanoramaProcessor
 from panorama_vlm.conversations_panorama import normalized, turns_of_the_assistant
-from transformers import AddedToken
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AddedToken, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 CHATML = (
@@ -217,6 +218,22 @@ def test_messages_that_are_objects_are_read_as_dicts():
     assert read == {"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "sky"}]}
 
 
+def test_a_typed_token_does_not_put_a_space_before_an_answer(tokenizer):
+    """SentencePiece's tokenizers put one before what begins a text, and an answer does not."""
+    words = [AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>", "<image>")]
+    letters = {letter: place for place, letter in enumerate("▁\n<>|_?abcdefghijklmnopqrstuvwxyz")}
+    bpe = Tokenizer(models.BPE(letters, []))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    own = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", extra_special_tokens=words[:1])
+    template = PanoramaProcessor.teach_template(CHATML)
+    processor = PanoramaProcessor(PanoramaImageProcessor(image_size=64), own, template, num_image_tokens=80)
+    firsts = []
+    for answer in ("yes", "yes<|im_end|>no"):
+        batch = processor.apply_chat_template(said("who", answer), return_labels=True)
+        firsts.append(int(batch["labels"][0][batch["labels"][0] != -100][0]))
+    assert firsts == [letters["y"]] * 2
+
+
 def test_what_is_no_message_is_refused_in_a_sentence(speaking):
     processor = speaking(CHATML)
     for messages, error, words in (
@@ -224,7 +241,11 @@ def test_what_is_no_message_is_refused_in_a_sentence(speaking):
         (["hi", "there"], TypeError, "a message is a dict"),
         ([{"role": "user", "content": 3}], TypeError, "a string or a list of parts"),
         ([{"role": "user", "content": [3]}], TypeError, "a part of a message is a dict"),
-        ([{"role": "user", "content": [{"type": "image", "base64": "?" * 9999}]}], ValueError, "base64 of an image"),
+        (
+            [{"role": "user", "content": [{"type": "image", "base64": "?" * 9999}]}],
+            ValueError,
+            "cannot read base64 of 9999",
+        ),
     ):
         for options in ({"tokenize": True}, {"return_labels": True}):
             with pytest.raises(error, match=words) as raised:

@@ -230,6 +230,11 @@ def test_a_conversation_goes_on_without_looking_again(model_and_processor, panor
     }
     wanted = model.generate(**whole, **OPTIONS)
     del looked[:]
+    mask = torch.ones_like(ids)
+    with pytest.raises(ValueError, match="<image> tokens that past_key_values do not"):
+        model.generate(input_ids=ids, attention_mask=mask, **OPTIONS, past_key_values=cache)
+    with pytest.raises(ValueError, match="hand over the whole conversation"):
+        model.generate(input_ids=ids[:, :30], attention_mask=mask[:, :30], **OPTIONS, past_key_values=cache)
     assert torch.equal(model.generate(**whole, **OPTIONS, past_key_values=cache), wanted)
     assert len(looked) == 1  # at the new one alone
     cut = DynamicCache(config=model.config.text_config)
