@@ -194,10 +194,11 @@ def turns_of_the_assistant(
 ) -> list[Turn]:
     """Where in a rendered conversation the assistant speaks, found by comparing renderings.
 
-    Each turn is rendered once more with a character in place of its words that stands nowhere else, and one behind the
-    words before it; what the template writes between the two begins as the generation prompt does, and where that
-    ends, the model goes on by itself. So it does not matter what the words are, whether the template shows them as they
-    are (it may leave out thoughts, or add empty ones), and what it makes of earlier turns.
+    Each turn (all at once, where that shows the same) is rendered once more with a character in place of its words that
+    stands nowhere else, and one behind the words before it; what the template writes between the two begins as the
+    generation prompt does, and where that ends, the model goes on by itself. So it does not matter what the words are,
+    whether the template shows them as they are (it may leave out thoughts, or add empty ones), and what it makes of
+    earlier turns.
 
     Args:
         render: messages -> text, with `add_generation_prompt=True` for a prompt.
@@ -210,13 +211,12 @@ def turns_of_the_assistant(
     """
     free = (chr(code) for code in _PRIVATE if chr(code) not in text)
     marks = next(free), next(free)
-    found = [
-        (index, *_words_of_turn(render, messages, text, index, *marks))
-        for index, message in enumerate(messages)
-        if message["role"] == "assistant"
-    ]
-    if not found:
+    spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not spoken:
         return []
+    found = _words_of_all(render, messages, text, spoken, *marks) or [
+        (index, *_words_of_turn(render, messages, text, index, *marks)) for index in spoken
+    ]
     last, _, _, at_the_end = found[-1]
     if last < len(messages) - 1:  # what closes the turn that is the last one
         _, _, at_the_end = _rendered_with(render, [*messages[:last]], messages[: last + 1], last, marks[0])
@@ -242,6 +242,42 @@ def _closing_length(after: str, at_the_end: str, tokens: re.Pattern[str]) -> int
         if end:
             return end
     return 0
+
+
+def _words_of_all(
+    render: Callable[..., str], messages: Sequence[Message], text: str, spoken: Sequence[int], words: str, before: str
+) -> list[tuple[int, int, int, str]] | None:
+    """What :func:`_words_of_turn` says of each turn, from two renderings for all of them: where the template shows the
+    words as they are, and writes the same before them in every turn. `None` where it does not."""
+    others = list(messages)
+    for index in spoken:
+        others[index] = {"role": "assistant", "content": words}
+        if index == 0 or index - 1 in spoken:
+            return None
+        others[index - 1] = _with_behind(others[index - 1], before)
+    try:
+        pieces = [piece.rpartition(before) for piece in render(others).split(words)]
+    except TemplateError:
+        return None
+    headers = {header for _, _, header in pieces[:-1]}
+    if len(pieces) != len(spoken) + 1 or len(headers) > 1 or not all(mark for _, mark, _ in pieces[:-1]):
+        return None
+    (header,) = headers
+    last = spoken[-1]
+    prompt = _generation_prompt(render, [*messages[: last - 1], others[last - 1]], before, header)
+    shown = [piece[0] + piece[2] for piece in pieces]
+    if not text.startswith(shown[0]):
+        return None
+    end, found = len(shown[0]), []
+    for index, behind in zip(spoken, shown[1:], strict=True):
+        said = words_of(messages[index]["content"])
+        start = end
+        end = next((start + len(each) for each in (said, said.strip()) if text.startswith(each + behind, start)), -1)
+        if end < 0:
+            return None
+        found.append((index, start - len(header) + len(os.path.commonprefix([header, prompt])), end, text[end:]))
+        end += len(behind)
+    return found if end == len(text) else None
 
 
 def _words_of_turn(

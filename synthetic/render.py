@@ -300,8 +300,10 @@ def _shadows(scene: Scene, points: Tensor) -> Tensor:
             continue
         reach = 0.75 * thing.extent
         x, _, z = thing.position
-        away = torch.hypot(points[:, 0] - x, points[:, 2] - z) / reach
-        light = torch.minimum(light, 0.35 + 0.65 * away.clamp(0, 1) ** 1.5)
+        across, along = points[:, 0] - x, points[:, 2] - z
+        near = torch.nonzero((across.abs() < reach) & (along.abs() < reach))[:, 0]
+        away = torch.hypot(across[near], along[near]) / reach
+        light[near] = torch.minimum(light[near], 0.35 + 0.65 * away.clamp(0, 1) ** 1.5)
     return light
 
 

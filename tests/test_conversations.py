@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from panorama_vlm import PanoramaImageProcessor, PanoramaProcessor
+from panorama_vlm import PanoramaImageProcessor, PanoramaProcessor, conversations_panorama
 from panorama_vlm.conversations_panorama import normalized, turns_of_the_assistant
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AddedToken, PreTrainedTokenizerFast
@@ -328,6 +328,36 @@ def test_training_and_asking_agree_on_the_first_token(make, tokenizer, writes_bo
     rendered = processor.apply_chat_template(said("Hi"), add_generation_prompt=True)
     again = processor(text=rendered, return_tensors="pt")["input_ids"]
     assert (again == tokenizer.bos_token_id).sum() == 1  # once, whoever writes it
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKS, LATE_SYSTEM, OPEN_ENDED, TOOLS])
+def test_turns_found_at_once_are_those_found_one_by_one(monkeypatch, template):
+    rendered = []
+
+    def render(messages, add_generation_prompt=False):
+        rendered.append(messages)
+        given = {"add_generation_prompt": add_generation_prompt, "eos_token": "</s>"}
+        return render_jinja_template([messages], chat_template=template, **given)[0][0]
+
+    def found(*turns):
+        roles = ["user", "assistant"] * len(turns)
+        messages = [
+            {"role": role, **(turn if isinstance(turn, dict) else {"content": turn})}
+            for role, turn in zip(roles, turns, strict=False)
+        ]
+        text = render(messages)
+        del rendered[:]
+        return turns_of_the_assistant(render, messages, text, ["<|im_end|>", "</s>", "<|user|>"])
+
+    tool = {"content": "so", "tool_calls": [{"function": {"name": "so"}}]}
+    conversations = [("Q?", a, "Q?", f"<think>\n{b}</think>{a}", a, b) for a in HOSTILE for b in HOSTILE]
+    for turns in [*conversations, ("so?", "so", "so?", tool, "so?", "so", " so ")]:
+        at_once = found(*turns)
+        with monkeypatch.context() as patch:
+            patch.setattr(conversations_panorama, "_words_of_all", lambda *_: None)
+            assert at_once == found(*turns)
+    found(*["Q?", "so"] * 10)
+    assert len(rendered) == (21 if template == THINKS else 2)
 
 
 # The templates that language models come with, as TRL carries them; what is said when a turn ends in the middle and at
