@@ -200,6 +200,7 @@ class PanoramaConfig(PretrainedConfig):
             views["image_size"] = tower_of(self.vision_config).image_size(self.vision_config)
         for name, value in asdict(ViewOptions(**views)).items():
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
+        tower_of(self.vision_config).check(self.vision_config, self.image_size)
         width = tower_of(self.vision_config).width(self.vision_config)
         follows = RESAMPLERS[self.resampler_type].output_width(self, width)
         if latent_dimension is None:

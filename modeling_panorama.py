@@ -35,7 +35,7 @@ from .resampler_panorama import RESAMPLERS, initialize_start, start_at
 from .stages_panorama import TRAINED_PARTS, Stage, StagesMixin
 from .token_labels_panorama import TokenLabelHead
 from .tokens_panorama import further_codes, image_tokens, pooled, pooling_weights
-from .towers_panorama import outputs_of, tower_of
+from .towers_panorama import new_tower, outputs_of, tower_of
 
 ENGINES = ("vllm", "sglang")  # what the attention implementations of serving engines begin with
 LANGUAGE_HEAD = r"^lm_head\."  # its weights' names in a folder
@@ -104,12 +104,13 @@ class PanoramaModel(PanoramaPreTrainedModel):
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower
+        self.vision_tower = new_tower(config.vision_config) if vision_tower is None else vision_tower
         self.resampler = RESAMPLERS[config.resampler_type](
             config, tower_of(config.vision_config).width(config.vision_config)
         )
         self.projection = PanoramaProjection(config)
         self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
+        self.run_tower = tower_of(config.vision_config)
         self.view_plan = config.view_plan
         self.token_grid = config.token_grid
         self.in_pieces = InPieces()
@@ -170,7 +171,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
         images = pixel_values.flatten(0, 1).to(self.vision_tower.dtype)  # [B * V, 3, H, W]
         needed = images.requires_grad or any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(needed and torch.is_grad_enabled()):
-            run = partial(tower_of(self.config.vision_config), self.vision_tower)
+            run = partial(self.run_tower, self.vision_tower)
             tokens = self.in_pieces(run, images, self.vision_tower)  # [B * V, patches, D_vision]
         return tokens.unflatten(0, pixel_values.shape[:2])
 
