@@ -66,14 +66,18 @@ class PanoramaConfig(PretrainedConfig):
         vision_name, language_model_name: Hub ids or folders the two were composed from; for the record.
         latent_dimension: width D_latent of the resampled tokens. Where it is not given, 768, or what follows from the
             tower's width where the resampler has no weights.
-        resampler_type: `"mlp"`, `"avg_pool"` or `"perceiver"`; or, without weights, `"identity"` (the tower's tokens as
-            they are) or `"pixel_shuffle"` (blocks of tokens side by side in one).
-        resampler_depth: linear layers of the MLPs, or layers of the perceiver.
+        resampler_type: `"mlp"`, `"avg_pool"`, `"perceiver"`, `"qformer"`, `"c_abstractor"` or `"bimamba"`; or, without
+            weights, `"identity"` (the tower's tokens as they are) or `"pixel_shuffle"` (blocks of tokens side by side
+            in one). `docs/backbones.md` says what each is and costs.
+        resampler_depth: linear layers of the MLPs, or layers of the others; of `"c_abstractor"` before its pooling and
+            as many behind it.
         resampler_skip: whether the resampler starts by keeping what the tower says: a layer that leads past the MLP (of
-            `"perceiver"` its own skips), orthogonal at the start, when the rest adds nothing. Where it is not given,
+            layers with skips their own), orthogonal at the start, when the rest adds nothing. Where it is not given,
             `True`; a file that does not say is from before there was one.
-        resampler_pool: side of the block of tokens that `"avg_pool"` averages and `"pixel_shuffle"` joins.
-        resampler_queries, resampler_heads: queries a view (a square number) and attention heads of `"perceiver"`.
+        resampler_pool: side of the block of tokens that `"avg_pool"` and `"c_abstractor"` average and
+            `"pixel_shuffle"` joins.
+        resampler_queries, resampler_heads: queries a view (a square number) and attention heads of `"perceiver"` and
+            `"qformer"`.
         view_strategy, fov_deg, overlap_ratio, pitch_rows, pole_caps, image_size: what is cut out of a panorama, see
             :class:`ViewOptions`; `image_size` is the vision tower's own where it is not given.
         token_selection: `"owned"` sends each direction seen by tiles to the language model once, `"all"` every token.

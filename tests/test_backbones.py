@@ -170,6 +170,14 @@ def test_a_language_model_goes_through_its_life(family, tokenizer, panoramas, as
     through_its_life(tower_config("siglip"), language_config(family), tokenizer, panoramas[0], ask, tmp_path, **options)
 
 
+@pytest.mark.parametrize("kind", ["mlp", "avg_pool", "perceiver", "qformer", "c_abstractor", "bimamba"])
+def test_a_resampler_goes_through_its_life(kind, tokenizer, panoramas, ask, tmp_path):
+    options = {"resampler_type": kind, "resampler_queries": 4, "resampler_heads": 4}
+    through_its_life(
+        tower_config("siglip"), language_config("qwen3"), tokenizer, panoramas[0], ask, tmp_path, **options
+    )
+
+
 def test_a_tower_of_the_backbone_api_gives_the_feature_map_of_the_stage_that_is_named():
     torch.manual_seed(0)
     config = tower_config("resnet, stage 3")
