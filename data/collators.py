@@ -28,9 +28,9 @@ from ..token_labels_panorama import LabelMaps, token_labels
 from .augmentation import NO_AUGMENTATION, Augmentation, augmented, heading_step, limited
 from .fetching import fetch
 from .label_maps import read_label_maps
-from .rows import BadSample, RawSample, conversation
+from .rows import BadSample, RawSample, check_said, conversation
 
-_BAD_INPUT = (
+BAD_INPUT = (
     *(ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError),
     *(OSError, EOFError, SyntaxError, zlib.error, struct.error),
     *(PILImage.DecompressionBombError, TemplateError),
@@ -87,7 +87,7 @@ class _Collator:
             maps = None
         elif "label_files" in sample:
             align = self.processor.image_processor.align_heading
-            maps = read_label_maps(_images(sample)[0], **sample["label_files"], align_heading=align)
+            maps = read_label_maps(images_of(sample)[0], **sample["label_files"], align_heading=align)
         panoramas = len(inputs["pixel_values"])
         if maps is not None and panoramas != 1:
             raise BadSample(f"token labels: they are of one panorama, and the sample has {panoramas}")
@@ -112,11 +112,11 @@ class _Collator:
                     raise BadSample(sample["error"])
                 with self._each_warning_once():
                     good.append(self.prepare(sample))
-            except _BAD_INPUT as error:
+            except BAD_INPUT as error:
                 reason = str(error)
                 if not isinstance(error, BadSample) and not reason.startswith("too long: "):
                     of_image = not isinstance(error, ValueError | TypeError | TemplateError) or "cannot read" in reason
-                    files = ", ".join(image if isinstance(image, str) else "in bytes" for image in _images(sample))
+                    files = ", ".join(image if isinstance(image, str) else "in bytes" for image in images_of(sample))
                     reason = f"{'unreadable image' if of_image else 'unusable sample'}: {files}: {reason}"
                 if skipped is None:
                     raise BadSample(reason) from error
@@ -285,7 +285,7 @@ class ConversationCollator(_Collator):
             return None
         start = next(place for place, message in enumerate(messages) if message["role"] == "user")
         first = messages[start]["content"]
-        if first[0]["type"] != "image" or len(_images({"messages": messages})) != 1:
+        if first[0]["type"] != "image" or len(images_of({"messages": messages})) != 1:
             warnings.warn(
                 "independent_questions: a sample whose questions are not about one panorama, which stands before the "
                 f"first of them, is taught as one conversation, such as {sample.get('name')}",
@@ -300,21 +300,20 @@ class ConversationCollator(_Collator):
         shown = [[*before, {**b[0], "content": [image, *b[0]["content"]]}, *b[1:]] for b in blocks]
         return self.processor.pack_conversations(shown)
 
-    def _checked(self, turns: list[dict[str, Any]], sample: RawSample) -> list[dict[str, Any]]:
+    @staticmethod
+    def _checked(turns: list[dict[str, Any]], sample: RawSample) -> list[dict[str, Any]]:
         """Messages with their images present, each of which says something."""
-        messages: list[dict[str, Any]] = []
-        for message in turns:
-            parts = [
-                {**part, "image": _present(part["image"], sample)} if part["type"] == "image" else part
-                for part in message["content"]
-            ]
-            if message["role"] != "system" and not any((part.get("text") or "").strip() for part in parts):
-                kind = "question" if message["role"] == "user" else "answer"
-                raise BadSample(f"empty {kind}: in turn {len(messages) + 1}")
-            messages.append({**message, "content": parts})
-        if not any(message["role"] == "assistant" for message in messages):
-            raise BadSample("no answer: there is no turn of the assistant to learn from")
-        return messages
+        check_said(turns)
+        return [
+            {
+                **message,
+                "content": [
+                    {**part, "image": _present(part["image"], sample)} if part["type"] == "image" else part
+                    for part in message["content"]
+                ],
+            }
+            for message in turns
+        ]
 
 
 def _planned(inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
@@ -352,29 +351,41 @@ def _seen_by_each(good: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor
     return {"attention_mask": mask, "position_ids": positions}
 
 
-def _images(sample: RawSample) -> list[Any]:
+def images_of(sample: RawSample) -> list[Any]:
+    """The images of a sample, in the order of its messages."""
     parts = [part for message in sample.get("messages", []) for part in message["content"]]
     return [sample["image"]] if "image" in sample else [part["image"] for part in parts if part["type"] == "image"]
 
 
-def _present(image: Any, sample: RawSample) -> Any:
-    """The image, if it is there. Rows come from outside: of what has a protocol, a file of the Hub dataset that is
-    streamed is fetched, and what http and https name only where the source says so."""
-    if not isinstance(image, str):
-        return image
+def where_it_lies(image: str, sample: RawSample) -> str:
+    """Where what a row names lies: `file`, `web` or `hub`. Rows come from outside: of what has a protocol, a file of
+    the Hub dataset that is streamed is fetched, and what http and https name only where the source says so; anything
+    else is a :class:`BadSample`."""
     if image.startswith(("http://", "https://")):
         if "fetch" not in sample:
             raise BadSample(
                 f"missing image: {image} is a URL; download it and name its folder with `images`, or give the source "
                 "`fetch: true`"
             )
-        return fetch(image, sample["fetch"])
+        return "web"
     if "://" in image:
         own = re.match(rf"hf://datasets/{re.escape(sample.get('source') or '')}[@/]", image)
         if own is None or "::" in image:
             raise BadSample(f"missing image: {image} has a protocol that is not read; download it")
-        with fsspec.open(image, "rb") as file:
-            return file.read()
+        return "hub"
     if not os.path.isfile(image):
         raise BadSample(f"missing image: {image} does not exist")
+    return "file"
+
+
+def _present(image: Any, sample: RawSample) -> Any:
+    """The image, if it is there."""
+    if not isinstance(image, str):
+        return image
+    where = where_it_lies(image, sample)
+    if where == "web":
+        return fetch(image, sample["fetch"])
+    if where == "hub":
+        with fsspec.open(image, "rb") as file:
+            return file.read()
     return image

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
+import unicodedata
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 PANORAMAS = (  # endings of files that may hold one; `.insp` is the JPEG of a camera with two lenses
@@ -52,6 +56,32 @@ def said_of(left_out: dict[str, list[str]]) -> str:
     """What is left out in words, the commonest first."""
     by_number = sorted(left_out.items(), key=lambda each: -len(each[1]))
     return "; ".join(f"{len(paths)} {reason}, such as {os.path.basename(paths[0])!r}" for reason, paths in by_number)
+
+
+def spellings(name: str) -> list[str]:
+    """A name, and the same in the other forms of Unicode (macOS takes accents apart, most else does not)."""
+    if name.isascii():
+        return [name]
+    return list(dict.fromkeys((name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))))
+
+
+def existing(path: str) -> str:
+    """A path, `~` expanded, in the form of Unicode in which it exists, if it does."""
+    forms = spellings(os.path.expanduser(path))
+    return next(filter(os.path.exists, forms), forms[0])
+
+
+def package_path(path: str) -> str:
+    """`PACKAGE:PATH` is a path inside an installed Python package; any other path stays, `~` expanded."""
+    match = re.fullmatch(r"(\w{2,}):(.*)", path)
+    if match is None or "//" in path:
+        return os.path.expanduser(path)
+    spec = importlib.util.find_spec(match[1])
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    if not folders:
+        raise ValueError(f"{path!r} names the package {match[1]!r}, which is not installed: pip install it")
+    paths = [Path(folder, match[2]) for folder in folders]
+    return str(next((path for path in paths if path.exists()), paths[0]))
 
 
 def names_in_url(url: str) -> list[str]:

@@ -67,6 +67,16 @@ def messages_of(turns: list[dict[str, Any]], images: list[Any]) -> list[dict[str
     return messages
 
 
+def check_said(messages: list[dict[str, Any]]) -> None:
+    """Raise :class:`BadSample` where a turn says nothing, or nobody answers."""
+    for number, message in enumerate(messages, 1):
+        if message["role"] != "system" and not any((part.get("text") or "").strip() for part in message["content"]):
+            kind = "question" if message["role"] == "user" else "answer"
+            raise BadSample(f"empty {kind}: in turn {number}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadSample("no answer: there is no turn of the assistant to learn from")
+
+
 def _text_of(content: Any) -> str:
     """The text of a turn, `<image>` for each image in it."""
     if isinstance(content, str):
@@ -127,10 +137,8 @@ def _json_rows(path: str) -> Iterator[tuple[Any, str | None]]:
                 try:
                     yield json.loads(line), None
                 except json.JSONDecodeError as error:
-                    yield (
-                        None,
-                        f"line {number} is not JSON: {error.msg} at {error.colno} of {line.strip()[:60]!r}",
-                    )
+                    where = f"at {error.colno} of {line.strip()[:60]!r}"
+                    yield None, f"line {number} is not JSON: {error.msg} {where}"
                 except (ValueError, RecursionError) as error:
                     yield None, f"line {number} is not JSON: {error}"
 
@@ -199,10 +207,10 @@ def table_rows(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], s
 def _check_nothing_swallowed(values: list[str], delimiter: str) -> None:
     """Raise `csv.Error` where a value of several lines holds what looks like a row: as many fields, and a picture's
     name where the row has one."""
-    named = [place for place, value in enumerate(values) if is_panorama(value)]
+    named = [place for place, value in enumerate(values) if is_panorama(value.split("?")[0])]
     for line in (line for value in values for line in value.splitlines()[1:]):
         fields = line.split(delimiter)
-        if len(fields) == len(values) and any(is_panorama(fields[place]) for place in named):
+        if len(fields) == len(values) and any(is_panorama(fields[place].split("?")[0]) for place in named):
             raise csv.Error(f"a value holds another row, {_printable(line[:60])!r}")
 
 

@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from datasets.exceptions import DatasetsError
 
 from ..synthetic.write import SYNTHETIC, World, parse_world, warn_without_cutouts
 from .augmentation import KNOWLEDGE, RULES, knowledge_of
-from .files import list_folder, names_in_url, panoramas_in, said_of
+from .files import existing, list_folder, names_in_url, panoramas_in, said_of, spellings
 from .label_maps import LabelColumn
 from .rows import ERROR, LISTS, BadSample, RawSample, messages_of, references_of, text_rows, text_table
 
@@ -134,7 +135,7 @@ class OpenedSource:
             return []
         value = row.get(self.columns["image"])
         if isinstance(value, str) and value.startswith("["):
-            value = json.loads(value)
+            value = _names_in(value)
         found: list[str | bytes] = []
         for image in value if isinstance(value, list) else [value]:
             if isinstance(image, dict):
@@ -151,7 +152,7 @@ class OpenedSource:
 
     def _found(self, names: list[str], said: str) -> str:
         """The file of the first of these names that there is; of none the first, to be reported."""
-        paths = [self._allowed(os.path.join(self.root or "", name)) for name in names]
+        paths = [self._allowed(os.path.join(self.root or "", form)) for name in names for form in spellings(name)]
         if not paths:
             raise BadSample(f"missing image: {said} names no file")
         return paths[0] if len(paths) == 1 else next(filter(os.path.isfile, paths), paths[0])
@@ -218,7 +219,7 @@ class OpenedSource:
 
 def read_source(source: DataSource) -> tuple[Dataset | IterableDataset, str | None]:
     """The rows of a source, and the folder that its relative image paths start from."""
-    path = Path(source.path).expanduser()
+    path = Path(existing(source.path))
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             saved = load_from_disk(str(path))
@@ -266,12 +267,35 @@ def read_source(source: DataSource) -> tuple[Dataset | IterableDataset, str | No
         ) from error
 
 
+def what_it_is(source: DataSource) -> str:
+    """What `read_source` takes a source for, in words."""
+    path = Path(existing(source.path))
+    stream = ", streamed" if source.streaming else ""
+    if source.path.startswith(SYNTHETIC):
+        return f"scenes that are rendered{stream}: {source.path}"
+    if path.is_file():
+        return f"file {path}{stream}"
+    if not path.is_dir():
+        return f"dataset {source.path} of the Hub, split {source.split}{stream}"
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return f"saved dataset {path}{stream}"
+    folder = path / source.split if (path / source.split).is_dir() else path
+    if any((folder / name).is_file() for name in ("metadata.jsonl", "metadata.csv")):
+        return f"folder with metadata {folder}{stream}"
+    parquet = any(name.endswith(".parquet") for name in list_folder(path)[0])
+    return (
+        f"folder of parquet {path}, split {source.split}{stream}" if parquet else f"folder of images {folder}{stream}"
+    )
+
+
 def open_source(source: DataSource, stage: str) -> OpenedSource:
     """A source with its columns; what is wrong with it as a whole is a `ValueError` that names it."""
     if not source.weight > 0:
         raise ValueError(f"the weight of {source.path!r} must be positive, got {source.weight}. Typical value: 1.0")
     if source.path.startswith(SYNTHETIC):
         return SyntheticSource.open(source)
+    if source.images is not None:
+        source = replace(source, images=existing(source.images))
     try:
         data, root = read_source(source)
         first = list(data.take(100)) if data.column_names is None else []
@@ -293,11 +317,18 @@ def open_source(source: DataSource, stage: str) -> OpenedSource:
     text = () if stage == "vision" else ("conversation",) if "conversation" in columns else ("question", "answer")
     if missing := [what for what in ("image", *text) if what not in columns]:
         named = [name for name in there if name not in (ERROR, LISTS)]
+        reason = _first_error(data if isinstance(data, Dataset) else first) if ERROR in there else None
+        if not named:
+            raise ValueError(
+                f"{source.path!r}: none of its rows can be read: {reason}. A .jsonl file holds an object a line, a "
+                ".json file the same or a list of objects"
+            )
+        broken = f". Rows that cannot be read are left out: {reason}" if reason else ""
         names = "; ".join(f"{what} ({' or '.join(known)})" for what, known in _KNOWN.items())
         raise ValueError(
             f"{source.path!r} has the columns {named} and lacks {missing}. "
             f"Known names: {names}. A conversation stands for question and answer; "
-            "image_column, question_column, answer_column and conversation_column name others"
+            f"image_column, question_column, answer_column and conversation_column name others{broken}"
         )
     if text and "tables" in columns:
         text = (*text, "tables")
@@ -375,6 +406,20 @@ class SyntheticSource(OpenedSource):
         return {**raw, "messages": messages, "further": further, "known": knowledge_of(said)}
 
 
+def _names_in(value: str) -> str | list[str]:
+    """The names of images in a JSON list; any other text is one name, such as `[360] park.jpg`."""
+    try:
+        names = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else value
+
+
+def _first_error(rows: Iterable[dict[str, Any]]) -> str | None:
+    """Why the first row that cannot be read cannot be."""
+    return next((row[ERROR] for row in rows if row.get(ERROR)), None)
+
+
 def try_panoramas(opened: OpenedSource, row: dict[str, Any]) -> list[str | bytes]:
     """The images of a row; none where it is broken, which its collator reports."""
     try:
@@ -385,7 +430,8 @@ def try_panoramas(opened: OpenedSource, row: dict[str, Any]) -> list[str | bytes
 
 @cache
 def _say_once(words: str) -> None:
-    logger.warning("%s", words)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+        logger.warning("%s", words)
 
 
 _real_path = lru_cache(maxsize=100_000)(os.path.realpath)

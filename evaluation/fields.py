@@ -14,8 +14,10 @@ import re
 from base64 import b64decode
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
+from ..data.files import spellings
 from ..data.rows import BadSample, references_of
 from ..data.sources import digest
 from ..places_panorama import BFoV, check_bfov, read_places
@@ -308,8 +310,8 @@ class Files:
         if "://" in name:
             raise Dropped(f"the image is an address, not a file: {shown(name)}")
         outside = False
-        for folder in self.folders:
-            path = os.path.normpath(os.path.join(folder, name))
+        for folder, form in product(self.folders, spellings(name)):
+            path = os.path.normpath(os.path.join(folder, form))
             real = os.path.realpath(path)
             if any(_lies_in(real, each) for each in self.folders):
                 found = real

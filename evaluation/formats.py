@@ -15,7 +15,7 @@ import datasets
 from datasets import Image, List
 from datasets.exceptions import DatasetsError
 
-from ..data.files import is_hidden, is_panorama
+from ..data.files import existing, is_hidden, is_panorama
 from ..data.rows import BadSample, table_rows
 from ..data.sources import BROKEN_ROW, DataSource, read_source
 from .fields import Dropped, Files, shown
@@ -62,7 +62,7 @@ def read_items(
     Raises:
         ValueError: for what cannot be read as a whole, an unknown format, or fields that fit none.
     """
-    path, images = os.fspath(path), None if images is None else os.fspath(images)
+    path, images = os.fspath(path), None if images is None else existing(os.fspath(images))
     if format is not None and format not in FORMATS:
         raise ValueError(f"there is no format {format!r}, only {', '.join(FORMATS)}")
     if limit is not None and limit < 1:
@@ -135,9 +135,9 @@ def write_predictions(path: str | os.PathLike[str], answers: Mapping[str, str]) 
 
 
 def _open(path: str, split: str) -> _Opened:
-    place = Path(path).expanduser()
     if "\0" in path:
         raise ValueError("there is no such file or folder")
+    place = Path(existing(path))
     if place.is_dir() and not any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
         folder = place / split if (place / split).is_dir() else place
         for name in ("metadata.jsonl", "metadata.csv"):

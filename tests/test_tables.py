@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -9,10 +10,14 @@ import pytest
 import torch
 from datasets import Dataset
 from panorama_vlm.data.collators import ConversationCollator
+from panorama_vlm.data.files import PANORAMAS, is_panorama
 from panorama_vlm.data.samples import open_data
 from panorama_vlm.data.sources import DataSource
 from panorama_vlm.evaluation.formats import read_items
+from panorama_vlm.train.config import load_config
 from PIL import Image
+
+QA = {"query": "q", "annotation": "a"}
 
 
 def pictures(folder, *names):
@@ -72,6 +77,10 @@ BROKEN = {  # what a table holds -> the answers of good rows and, in their place
     "never closed": ('p.jpg,q,"open\np.jpg,q,b\np.jpg,q,c\n', ["lines 2 to 4", "b", "c"]),
     "closed in a later row": ('p.jpg,q,"open\np.jpg,q,"b"\np.jpg,q,c\n', ["lines 2 to 3", "b", "c"]),
     "closed at the end of a later row": ('p.jpg,q,"open\np.jpg,q,b"\np.jpg,q,c\np.jpg,q,d"\n', None),
+    "closed at the end of a later row, of URLs": (
+        'https://x/p.jpg?s,q,"open\nhttps://x/p.jpg?s,q,b"\n',
+        ["lines 2 to 3", 'b"'],
+    ),
     "inside of quotes": ('p.jpg,q,"a "word" inside"\np.jpg,q,b\n', ["line 2", "b"]),
     "before a comma": ('p.jpg,q,a\np.jpg,"q" x,b\np.jpg,q,"c\nc"\n', ["a", "line 3", "c\nc"]),
     "a literal one": ('p.jpg,q,5" wide\np.jpg,q,"5"" wide"\n', ['5" wide', '5" wide']),
@@ -90,7 +99,7 @@ def test_a_stray_quote_costs_the_row_it_stands_in_and_no_other(tmp_path, kind, m
         expected = ["Trees, grass, sky.\nA bench, a path, a dog.".replace(",", mark)]
     table = tmp_path / ("t.tsv" if mark == "\t" else "t.csv")
     table.write_text(("url,query,annotation\n" + lines).replace(",", mark))
-    for found, wanted in zip(answers(table), expected, strict=True):
+    for found, wanted in zip(answers(table, images=str(tmp_path)), expected, strict=True):
         assert found.startswith(f"broken row: {wanted}: ") if wanted.startswith("line") else found == wanted
 
 
@@ -156,3 +165,66 @@ def test_the_picture_beside_an_annotation_is_not_the_one_that_a_system_put_there
     (tmp_path / "scene/._annotation.json").write_bytes(b"\0\5\x16\7")
     read = read_items(tmp_path)
     assert [item.panorama for item in read.items] == ["scene/rgb.png"] and not read.dropped
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pictures(tmp_path / "images", "p.jpg")
+    rows(tmp_path / "t.csv", "url,query,annotation", "https://x.org/p.jpg,q,a")
+    (sample,) = open_data([DataSource("~/t.csv", images="~/images")], stage="finetune", seed=0)[0]
+    assert shown(sample) == str(tmp_path / "images/p.jpg")
+    (item,) = read_items("~/t.csv", images="~/images").items
+    assert item.image == str(tmp_path / "images/p.jpg")
+    config = load_config(["tiny.yaml", "--output", "~/run", "--cache_dir", "~/cache", "--compose.vision", "~/tower"])
+    assert (config.output, config.cache_dir) == (str(tmp_path / "run"), str(tmp_path / "cache"))
+    assert config.compose.vision == str(tmp_path / "tower")
+
+
+@pytest.mark.parametrize("name", ["[360] park.jpg", "[360]", "[].jpg", '["p.jpg", 3]', "[[p].jpg"])
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_brackets_in_a_name_are_no_list(tmp_path, name, ending):
+    pictures(tmp_path, name, "p.jpg")
+    quoted = '"' + name.replace('"', '""') + '"'
+    lines = ["file_name,query,annotation", f"{quoted},q,a"] if ending == "csv" else [{"file_name": name, **QA}]
+    (sample,) = open_data([DataSource(rows(tmp_path / f"t.{ending}", *lines))], stage="finetune", seed=0)[0]
+    assert shown(sample) == str(tmp_path / name)
+
+
+def test_a_list_of_names_in_a_table_is_one(tmp_path):
+    pictures(tmp_path, "p.jpg", "q.jpg")
+    table = rows(tmp_path / "t.csv", "images,query,annotation", '"[""p.jpg"", ""q.jpg""]",q,a')
+    samples, _ = open_data([DataSource(table)], stage="vision", seed=0)
+    assert [sample["image"] for sample in samples] == [str(tmp_path / name) for name in ("p.jpg", "q.jpg")]
+
+
+@pytest.mark.parametrize(("on_disk", "in_table"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_name_finds_its_file_in_either_form_of_unicode(tmp_path, on_disk, in_table):
+    written, asked = (unicodedata.normalize(form, "Grüße/café 전경.jpg") for form in (on_disk, in_table))
+    pictures(tmp_path / unicodedata.normalize(on_disk, "Bücher"), written)
+    table = rows(tmp_path / "t.jsonl", {"file_name": asked, **QA})
+    images = str(tmp_path / unicodedata.normalize(in_table, "Bücher"))
+    (sample,) = open_data([DataSource(table, images=images)], stage="finetune", seed=0)[0]
+    assert Path(shown(sample)).is_file()
+    (item,) = read_items(table, images=images).items
+    assert Path(item.image).is_file()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"file_name": "p.jpg",\n "query": "q"}\n', r"t.jsonl': none of its rows can be read: line 1 is not JSON: .*"),
+        ('"p.jpg"\n', "none of its rows can be read: it must be a JSON object, got 'p.jpg'"),
+        ('{"a": 1}\n{"b":\n', r"has the columns \['a'\] and lacks .*cannot be read are left out: line 2 is not JSON: "),
+    ],
+)
+def test_a_file_of_broken_rows_says_what_is_wrong_with_them(tmp_path, content, reason, streaming):
+    (tmp_path / "t.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=reason):
+        open_data([DataSource(str(tmp_path / "t.jsonl"), streaming=streaming)], stage="finetune", seed=0)
+
+
+def test_the_endings_are_those_of_the_docs():
+    text = (Path(__file__).resolve().parent.parent / "docs/data.md").read_text().split("by its ending:")[1]
+    assert set(text.split("Left out")[0].replace("`", "").rstrip(" .\n").split()) == set(PANORAMAS)
+    assert all(is_panorama(f"a{ending.upper()}") for ending in PANORAMAS)

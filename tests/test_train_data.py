@@ -223,7 +223,7 @@ def test_columns_of_other_names_are_named(tmp_path):
         (lambda p: DataSource(numbered(p, 1), weight=0), "weight of .* must be positive, got 0"),
         (lambda p: DataSource(folder(p, [{"file_name": "p.jpg"}])), r"lacks \['question', 'answer'\]"),
         (lambda p: DataSource(folder(p, [])), "has no samples"),
-        (lambda p: DataSource(folder(p, ["no json"])), "lacks"),
+        (lambda p: DataSource(folder(p, ["no json"])), "rows can be read: line 1 is not JSON: Expecting value at 1 of"),
         (lambda p: DataSource(numbered(p, 3), images=str(p / "x")), "none of the first 3 images .* `images` must name"),
     ],
 )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
-import re
+import os
 import textwrap
 import typing
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..configuration_panorama import PanoramaConfig
 from ..data.augmentation import Augmentation
+from ..data.files import package_path
 from ..data.sources import DataSource
 from ..geometry_panorama import ViewOptions
 from ..stages_panorama import PARTS, STAGES
@@ -253,6 +253,9 @@ def load_config(arguments: Sequence[str]) -> TrainConfig:
         name = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise ValueError(f"in {where}: {name}{str(error).splitlines()[0]}") from error
     assert isinstance(config, TrainConfig)
+    for name in ("output", "cache_dir", "model", "resume"):  # in a file no shell expands ~
+        if isinstance(value := getattr(config, name), str):
+            setattr(config, name, os.path.expanduser(value))
     config.data = [_resolve(source) for source in config.data]
     for stage in STAGES:
         options = config.stage_config(stage)
@@ -267,19 +270,6 @@ def load_config(arguments: Sequence[str]) -> TrainConfig:
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write every option, so that the run can be repeated with this file alone."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
-
-
-def package_path(path: str) -> str:
-    """`PACKAGE:PATH` is a path inside an installed Python package; any other path stays."""
-    match = re.fullmatch(r"(\w{2,}):(.*)", path)
-    if match is None or "//" in path:
-        return path
-    spec = importlib.util.find_spec(match[1])
-    folders = list(spec.submodule_search_locations or []) if spec is not None else []
-    if not folders:
-        raise ValueError(f"{path!r} names the package {match[1]!r}, which is not installed: pip install it")
-    paths = [Path(folder, match[2]) for folder in folders]
-    return str(next((path for path in paths if path.exists()), paths[0]))
 
 
 def describe() -> str:
