@@ -8,6 +8,7 @@ its name from there.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +35,10 @@ def initialize_start(layer: nn.Module) -> bool:
     """Gives a layer marked by :func:`start_at`, or a Mamba mixer, its weights, and tells whether it is one. As all
     of `init`, it leaves alone what was loaded."""
     if hasattr(layer, "init_mamba2_weights"):  # as Mamba2PreTrainedModel does, which is not there
-        layer.init_mamba2_weights()
-        init.kaiming_uniform_(layer.conv1d.weight, a=5**0.5)
-        init.zeros_(layer.conv1d.bias)
+        mixer: Any = layer
+        mixer.init_mamba2_weights()
+        init.kaiming_uniform_(mixer.conv1d.weight, a=5**0.5)
+        init.zeros_(mixer.conv1d.bias)
         return True
     start = getattr(layer, "panorama_start", None)
     if start is None or not isinstance(layer, nn.Linear):
