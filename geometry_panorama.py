@@ -427,6 +427,34 @@ def ray_code(rays: np.ndarray, num_frequencies: int) -> np.ndarray:
     return np.concatenate([rays, np.sin(phases), np.cos(phases)], -1)
 
 
+def yaw_code(rays: np.ndarray, width: int) -> np.ndarray:
+    """Position code of the yaw of rays [..., 3] -> [..., width]: sines and then cosines of the yaw, counted from behind
+    in [0, 2 pi), times 10000^(-2i / width). So PanoLLaVA v1.0 codes it (after Vaswani et al. 2017, section 3.5), of
+    columns counted over the views; here it is the yaw of the ray itself. It knows no pitch, and jumps behind.
+
+    Raises:
+        ValueError: for an odd width.
+    """
+    if width % 2:
+        raise ValueError(f"a code of the yaw has sines and cosines: its width must be even, got {width}")
+    yaw, _ = ray_angles(rays)
+    phases = np.radians(yaw + 180.0)[..., None] * 10000.0 ** (-2.0 * np.arange(width // 2) / width)
+    return np.concatenate([np.sin(phases), np.cos(phases)], -1)
+
+
+def yaw_places(rays: np.ndarray, cell_deg: float) -> np.ndarray:
+    """Where rays [..., 3] stand in a panorama that is read from its left edge, behind, to its right: [...], the yaw in
+    turns, 0.5 in front. Of the rays of one column what lies above stands before what lies below, all of them within a
+    cell of `cell_deg` degrees of yaw."""
+    yaw, pitch = ray_angles(rays)
+    return 0.5 + yaw / 360.0 - pitch / 180.0 * cell_deg / 360.0
+
+
+def narrowest_cell(plan: ViewPlan, grid: Grid) -> float:
+    """The narrowest column of tokens of a plan's views, in degrees of yaw."""
+    return min(view.fov for view in plan.views) / grid[1]
+
+
 @lru_cache(maxsize=64)
 def ray_correspondences(
     plan: ViewPlan, grid: Grid, overlap_pairs: tuple[str, ...] = ("neighbours",)
