@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 
 from .options_panorama import IMAGE_MEAN
+from .photo_sphere_panorama import PhotoSphere, photo_sphere_of, xmp_packets
 
 try:  # takes less time and memory for a JPEG; Pillow gives the same pixels
     import simplejpeg
@@ -32,7 +32,6 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF", "JPEG2000", "BMP", "P
 _SAME_FORMAT = {"MPO": "JPEG"}  # several JPEGs in one file: what phones write
 _MAGIC = {b"GIF8": "a GIF", b"%PDF": "a PDF", b"<svg": "an SVG", b"<!DO": "a web page", b"<htm": "a web page"}
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
-_GPANO = "{http://ns.google.com/photos/1.0/panorama/}"
 _NAME = "panorama_name"  # attribute of an image, for messages: Pillow would map the file that `filename` names
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -49,24 +48,6 @@ class Panorama:
 
     pixels: torch.Tensor
     covered: tuple[float, float, float, float] | None = None
-
-
-@dataclass(frozen=True)
-class PhotoSphere:
-    """Google's Photo Sphere XMP (https://developers.google.com/streetview/spherical-metadata), as far as it is used.
-
-    Args:
-        full: (height, width) of the whole sphere in pixels of the file.
-        crop: (height, width) of the part of it that the file holds.
-        top, left: where this part begins.
-        heading: compass direction of the middle of the whole sphere, in degrees; `None` where it is not known.
-    """
-
-    full: tuple[int, int] | None
-    crop: tuple[int, int] | None
-    top: int = 0
-    left: int = 0
-    heading: float | None = None
 
 
 def open_image(source: Any) -> Any:
@@ -162,31 +143,7 @@ def to_erp_tensor(source: ImageSource) -> torch.Tensor:
 
 def read_photo_sphere(image: Image.Image) -> PhotoSphere | None:
     """The Photo Sphere data of an opened image, `None` where it has none; what cannot be understood is warned about."""
-    packet = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
-    if not packet:
-        return None
-    packet = packet.encode() if isinstance(packet, str) else bytes(packet)
-    if b"GPano" not in packet:
-        return None
-    try:
-        if b"<!DOCTYPE" in packet:
-            raise ElementTree.ParseError("a document type is not allowed")
-        root = ElementTree.fromstring(packet[packet.index(b"<") : packet.rindex(b">") + 1])
-        found: dict[str, str] = {}
-        for element in root.iter():
-            found.update({key: value for key, value in element.attrib.items() if key.startswith(_GPANO)})
-            if element.tag.startswith(_GPANO) and element.text:
-                found[element.tag] = element.text
-        numbers = {key.removeprefix(_GPANO): float(value) for key, value in found.items() if _is_number(value)}
-        sizes = ("FullPanoHeightPixels", "FullPanoWidthPixels")
-        crops = ("CroppedAreaImageHeightPixels", "CroppedAreaImageWidthPixels")
-        full = tuple(int(numbers[key]) for key in sizes) if all(key in numbers for key in sizes) else None
-        crop = tuple(int(numbers[key]) for key in crops) if all(key in numbers for key in crops) else None
-        top, left = (int(numbers.get(f"CroppedArea{side}Pixels", 0)) for side in ("Top", "Left"))
-        return PhotoSphere(full, crop, top, left, numbers.get("PoseHeadingDegrees"))  # type: ignore[arg-type]
-    except (ElementTree.ParseError, ValueError, OverflowError) as error:
-        warnings.warn(f"the Photo Sphere data of {_name(image)} cannot be read, ignored: {error}", stacklevel=3)
-        return None
+    return photo_sphere_of(xmp_packets(image), _name(image))
 
 
 def load_file_bytes(source: Any) -> Any:
@@ -494,10 +451,3 @@ def _mirror(panorama: Panorama) -> Panorama:
         left = (1 - covered[3]) % 1
         covered = (covered[0], covered[1], left, left + covered[3] - covered[2])
     return Panorama(panorama.pixels.flip(1), covered)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
