@@ -24,14 +24,14 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
-from .geometry_panorama import Direction, View, ViewOptions, ViewPlan, check_direction
+from .geometry_panorama import Direction, View, ViewOptions, ViewPlan, camera_rotation, check_direction
 from .options_panorama import IMAGE_MEAN, IMAGE_STD, check_option_names, check_resembling_names
 from .reading_panorama import ImageSource, content_digest, load_file_bytes, read_panorama
-from .sampling_panorama import erp_to_views, needed_width, tilted_pixels, use_one_thread_in_a_worker, view_mask
+from .sampling_panorama import erp_to_views, needed_width, use_one_thread_in_a_worker, view_mask
 
 logger = logging.getLogger(__name__)
 
-_READ_OPTIONS = ("strict_aspect", "align_heading")
+READ_OPTIONS = ("strict_aspect", "align_heading", "level")  # of the constructor, for :func:`read_panorama`
 _CALL_OPTIONS = ("device", "yaw_offsets", "mirrored", "tilts", "further_views")
 # What transformers writes into the file of a processor, or hands over with it; and the options of image processors that
 # resize, crop and rescale, which have no effect here.
@@ -43,7 +43,7 @@ _TRANSFORMERS_OPTIONS = (
     "processor_class",
     *ImagesKwargs.__annotations__,
 )
-_CACHE_VERSION = 1  # to be raised when the same file and options give other views
+_CACHE_VERSION = 2  # to be raised when the same file and options give other views
 
 
 class Shown(NamedTuple):
@@ -74,6 +74,7 @@ class PanoramaImageProcessorKwargs(ImagesKwargs, total=False):
     pole_caps: bool
     strict_aspect: bool
     align_heading: bool
+    level: bool
     yaw_offsets: list[float]
     mirrored: list[bool]
     tilts: list[Any]
@@ -92,6 +93,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         strict_aspect: refuse an image that is not 2:1 and has no Photo Sphere data. Else it is taken as a band around
             the horizon, with a warning.
         align_heading: turn panoramas whose Photo Sphere data say where north is, so that north is in front.
+        level: level panoramas whose Photo Sphere data say how their camera was tilted (pitch and roll), as viewers do.
         cache_dir: a folder that keeps prepared views (as uint8, to half a grey level) for the next time; keyed by the
             content of the file and by every option that changes views. Not saved with the processor.
     """
@@ -106,6 +108,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = IMAGE_STD,
         strict_aspect: bool = False,
         align_heading: bool = False,
+        level: bool = True,
         cache_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ):
@@ -120,6 +123,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         self.image_std = list(image_std)
         self.strict_aspect = strict_aspect
         self.align_heading = align_heading
+        self.level = level
         self.cache_dir = cache_dir
 
     @classmethod
@@ -354,16 +358,16 @@ def _sample_views(
         fill=options["image_mean"],
         yaw_offset=shown.yaw_offset,
         mirrored=shown.mirrored,
-        **{name: options[name] for name in _READ_OPTIONS},
+        resample=False,
+        **{name: options[name] for name in READ_OPTIONS},
     )
-    pixels = panorama.pixels
+    pixels, rotation = panorama.pixels.to(out.device), panorama.rotation
     if any(shown.tilt):
-        pixels = torch.from_numpy(tilted_pixels(pixels.cpu().numpy(), *shown.tilt))
-    pixels = pixels.to(out.device)
-    erp_to_views(pixels.permute(2, 0, 1), plan, views.image_size, out=out)
+        rotation = (np.eye(3) if rotation is None else rotation) @ camera_rotation(*shown.tilt)
+    erp_to_views(pixels.permute(2, 0, 1), plan, views.image_size, out=out, rotation=rotation)
     if pixels.is_floating_point():
         out.mul_(255)
-    return view_mask(views.plan, panorama.covered, shown.tilt)
+    return view_mask(views.plan, panorama.covered, rotation)
 
 
 def _read_prepared(file: Path) -> dict[str, torch.Tensor] | None:

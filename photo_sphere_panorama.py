@@ -22,6 +22,8 @@ class PhotoSphere:
         crop: (height, width) of the part of it that the file holds.
         top, left: where this part begins.
         heading: compass direction of the middle of the whole sphere, in degrees; `None` where it is not known.
+        pitch, roll: degrees that the camera looked up (the middle lies above the horizon by this) and leaned to the
+            right (the horizon turns to the left in the image, as roll rises).
     """
 
     full: tuple[int, int] | None
@@ -29,6 +31,8 @@ class PhotoSphere:
     top: int = 0
     left: int = 0
     heading: float | None = None
+    pitch: float = 0.0
+    roll: float = 0.0
 
 
 def photo_sphere_of(packets: list[bytes], name: str) -> PhotoSphere | None:
@@ -55,7 +59,9 @@ def photo_sphere_of(packets: list[bytes], name: str) -> PhotoSphere | None:
     full = tuple(int(numbers[key]) for key in sizes) if all(key in numbers for key in sizes) else None
     crop = tuple(int(numbers[key]) for key in crops) if all(key in numbers for key in crops) else None
     top, left = (int(numbers.get(f"CroppedArea{side}Pixels", 0)) for side in ("Top", "Left"))
-    return PhotoSphere(full, crop, top, left, numbers.get("PoseHeadingDegrees"))  # type: ignore[arg-type]
+    heading = numbers.get("PoseHeadingDegrees")
+    pitch, roll = (numbers.get(f"Pose{angle}Degrees", 0.0) for angle in ("Pitch", "Roll"))
+    return PhotoSphere(full, crop, top, left, heading, pitch, roll)  # type: ignore[arg-type]
 
 
 def xmp_packets(image: Image.Image) -> list[bytes]:

@@ -8,7 +8,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 
+from .geometry_panorama import camera_rotation, yaw_rotation
 from .options_panorama import IMAGE_MEAN
 from .photo_sphere_panorama import PhotoSphere, photo_sphere_of, xmp_packets
+from .sampling_panorama import rotated_pixels
 
 try:  # takes less time and memory for a JPEG; Pillow gives the same pixels
     import simplejpeg
@@ -33,6 +35,7 @@ _SAME_FORMAT = {"MPO": "JPEG"}  # several JPEGs in one file: what phones write
 _MAGIC = {b"GIF8": "a GIF", b"%PDF": "a PDF", b"<svg": "an SVG", b"<!DO": "a web page", b"<htm": "a web page"}
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 _NAME = "panorama_name"  # attribute of an image, for messages: Pillow would map the file that `filename` names
+_LEFT_RIGHT = np.diag([-1.0, 1.0, 1.0])
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -44,10 +47,14 @@ class Panorama:
         pixels: [H, W, 3], uint8, or float32 in [0, 1].
         covered: the part of it that the image covers, as shares of its rows and columns (top, bottom, left, right);
             the rest is filled. Right may pass 1: the part goes on at the left edge. `None` where it is all.
+        seen: bool [h, w] on the whole sphere, of any resolution: what of this the camera saw. `None` where it is all.
+        rotation: [3, 3], turns directions of what is shown into those of the pixels; `None` where they are the same.
     """
 
     pixels: torch.Tensor
     covered: tuple[float, float, float, float] | None = None
+    seen: torch.Tensor | None = None
+    rotation: np.ndarray | None = None
 
 
 def open_image(source: Any) -> Any:
@@ -84,6 +91,8 @@ def read_panorama(
     align_heading: bool = False,
     yaw_offset: float = 0.0,
     mirrored: bool = False,
+    level: bool = True,
+    resample: bool = True,
 ) -> Panorama:
     """Decode a panorama, no larger than it has to be, and place it on the sphere.
 
@@ -100,6 +109,8 @@ def read_panorama(
         align_heading: turn the panorama so that its front looks north, where it says where north is.
         yaw_offset: degrees to the right of the front (or of north) that become the front.
         mirrored: exchange left and right after that.
+        level: level a panorama whose camera was not, by the pitch and roll of its Photo Sphere data.
+        resample: whether its pixels are resampled for this; else :attr:`Panorama.rotation` says how they lie.
 
     Raises:
         TypeError: for what is no image.
@@ -131,8 +142,11 @@ def read_panorama(
     panorama = _place(pixels, sphere, needed_width, fill, strict_aspect, name, size)
     if align_heading and sphere is not None and sphere.heading is not None:
         yaw_offset -= sphere.heading
+    if level and sphere is not None and (sphere.pitch or sphere.roll):
+        panorama = replace(panorama, rotation=camera_rotation(sphere.pitch, sphere.roll).T)
     panorama = _turn(panorama, yaw_offset) if yaw_offset % 360 else panorama
-    return _mirror(panorama) if mirrored else panorama
+    panorama = _mirror(panorama) if mirrored else panorama
+    return _resample(panorama) if resample and panorama.rotation is not None else panorama
 
 
 def to_erp_tensor(source: ImageSource) -> torch.Tensor:
@@ -435,13 +449,18 @@ def _area_of(sphere: PhotoSphere | None, height: int, width: int, name: str) -> 
 
 def _turn(panorama: Panorama, yaw: float) -> Panorama:
     """The panorama with another front: `yaw` degrees to the right of the present one, to the nearest column."""
+    if panorama.rotation is not None:
+        return replace(panorama, rotation=panorama.rotation @ yaw_rotation(yaw))
     width = panorama.pixels.shape[1]
     shift = round(yaw / 360 * width) % width
     covered = panorama.covered
     if covered is not None and covered[3] - covered[2] < 1:
         left = (covered[2] - shift / width) % 1
         covered = (covered[0], covered[1], left, left + covered[3] - covered[2])
-    return Panorama(panorama.pixels.roll(-shift, dims=1), covered)
+    seen = panorama.seen
+    if seen is not None:
+        seen = seen.roll(-round(yaw / 360 * seen.shape[1]), dims=1)
+    return replace(panorama, pixels=panorama.pixels.roll(-shift, dims=1), covered=covered, seen=seen)
 
 
 def _mirror(panorama: Panorama) -> Panorama:
@@ -450,4 +469,30 @@ def _mirror(panorama: Panorama) -> Panorama:
     if covered is not None and covered[3] - covered[2] < 1:
         left = (1 - covered[3]) % 1
         covered = (covered[0], covered[1], left, left + covered[3] - covered[2])
-    return Panorama(panorama.pixels.flip(1), covered)
+    seen, rotation = panorama.seen, panorama.rotation
+    if rotation is not None:
+        rotation = _LEFT_RIGHT @ rotation @ _LEFT_RIGHT
+    return Panorama(panorama.pixels.flip(1), covered, None if seen is None else seen.flip(1), rotation)
+
+
+def _resample(panorama: Panorama) -> Panorama:
+    """The panorama with pixels that lie as it is shown."""
+    assert panorama.rotation is not None
+    pixels = torch.from_numpy(rotated_pixels(panorama.pixels.cpu().numpy(), panorama.rotation))
+    seen = seen_everywhere(panorama)
+    if seen is not None:
+        seen = torch.from_numpy(
+            rotated_pixels(seen.numpy().astype(np.float32)[..., None], panorama.rotation)[..., 0] >= 0.5
+        )
+    return Panorama(pixels.to(panorama.pixels.device), seen=seen)
+
+
+def seen_everywhere(panorama: Panorama) -> torch.Tensor | None:
+    """What the camera saw, bool [h, w] on the whole sphere of the pixels; `None` where it is all."""
+    if panorama.covered is None:
+        return panorama.seen
+    height, width = panorama.pixels.shape[:2] if panorama.seen is None else panorama.seen.shape
+    top, bottom, left, right = panorama.covered
+    row, column = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
+    inside = ((row > top) & (row < bottom))[:, None] & ((column - left) % 1 < right - left)
+    return inside if panorama.seen is None else inside & panorama.seen
