@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+import zlib
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -11,6 +12,34 @@ from PIL import Image
 # A prefix is only a name (writers use GPano, ns2, …); some leave the last slash out.
 _NAMESPACE = re.compile(r"\{https?://ns\.google\.com/photos/1\.0/panorama/?\}(\w+)")
 _MENTIONED = re.compile(r"ns\.google\.com/photos/1\.0/panorama|GPano")
+_USED = (
+    "ProjectionType",
+    "FullPanoHeightPixels",
+    "FullPanoWidthPixels",
+    "CroppedAreaImageHeightPixels",
+    "CroppedAreaImageWidthPixels",
+    "CroppedAreaTopPixels",
+    "CroppedAreaLeftPixels",
+    "PoseHeadingDegrees",
+    "PosePitchDegrees",
+    "PoseRollDegrees",
+)
+_JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
+_JPEG_EXTENDED = b"http://ns.adobe.com/xmp/extension/\0"
+_PNG_PROFILES = ("Raw profile type xmp", "Raw profile type APP1")
+_JPEG_2000_XMP = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")
+_MOST_TEXT = 1 << 26  # bytes of a packet
+_ENCODINGS = {
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"<\0\0\0": "utf-32-le",
+    b"\0\0\0<": "utf-32-be",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+    b"<\0": "utf-16-le",
+    b"\0<": "utf-16-be",
+    b"\xef\xbb\xbf": "utf-8-sig",
+}
 
 
 @dataclass(frozen=True)
@@ -44,13 +73,18 @@ def photo_sphere_of(packets: list[bytes], name: str) -> PhotoSphere | None:
     """
     found: dict[str, str] = {}
     for packet in packets:
-        text = packet.decode("utf-8", "replace")
+        text = _decoded(packet)
         if not _MENTIONED.search(text):
             continue
         try:
-            found |= _values(text)
+            values = _values(text)
         except (ElementTree.ParseError, ValueError) as error:
             warnings.warn(f"the Photo Sphere data of {name} cannot be read, ignored: {error}", stacklevel=4)
+            continue
+        for key, value in values:
+            if key in _USED and not _is_same(value, found.setdefault(key, value)):
+                words = f"the Photo Sphere data of {name} contradict each other: {key} is {found[key]} and {value}"
+                warnings.warn(f"{words}; the first is taken", stacklevel=4)
     if not found:
         return None
     numbers = {key: float(value) for key, value in found.items() if _is_number(value)}
@@ -65,21 +99,109 @@ def photo_sphere_of(packets: list[bytes], name: str) -> PhotoSphere | None:
 
 
 def xmp_packets(image: Image.Image) -> list[bytes]:
-    """All XMP of an opened image, as its file has it."""
-    packets = [image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")]
-    return [packet.encode() if isinstance(packet, str) else bytes(packet) for packet in packets if packet]
+    """All XMP of an opened image, as its file has it: of a JPEG and PNG every packet, wherever it lies."""
+    packets = [*_jpeg_packets(getattr(image, "applist", [])), *_png_packets(image), *_jpeg_2000_packets(image)]
+    known = (image.info.get(key) for key in ("xmp", "XML:com.adobe.xmp"))
+    packets += [packet.encode() if isinstance(packet, str) else bytes(packet) for packet in known if packet]
+    return list(dict.fromkeys(packets))
 
 
-def _values(text: str) -> dict[str, str]:
-    """Name -> value of the Photo Sphere properties in a packet; they are attributes or elements."""
+def _jpeg_packets(segments: list[tuple[str, bytes]]) -> list[bytes]:
+    """Of the segments of a JPEG. What is too long for one follows in extensions, each with the digest of all of it (32
+    characters), its length, where this part begins, and the part (XMP specification, part 3, 1.1.3.1)."""
+    packets, extended = [], dict[bytes, dict[int, bytes]]()
+    for marker, data in segments:
+        if marker == "APP1" and data.startswith(_JPEG_XMP):
+            packets.append(data.removeprefix(_JPEG_XMP))
+        elif marker == "APP1" and data.startswith(_JPEG_EXTENDED):
+            data = data.removeprefix(_JPEG_EXTENDED)
+            if len(data) > 40:
+                extended.setdefault(data[:36], {})[int.from_bytes(data[36:40])] = data[40:]
+    return packets + [b"".join(parts[start] for start in sorted(parts)) for parts in extended.values()]
+
+
+def _png_packets(image: Image.Image) -> list[bytes]:
+    """Of the text of a PNG: XMP, and the profiles in hex that ImageMagick writes. Pillow reads what lies after the
+    pixels when it decodes them; of an image that is not decoded yet it is looked up here."""
+    texts = {key: value for key, value in image.info.items() if str(key).startswith(_PNG_PROFILES)}
+    packets = [_unhex(str(value)) for value in texts.values()]
+    file = getattr(image, "fp", None)
+    if image.format != "PNG" or file is None or not getattr(image, "tile", None):
+        return packets
+    before = file.tell()
+    file.seek(8)
+    while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+        length, after = int.from_bytes(head[:4]), file.tell() + int.from_bytes(head[:4]) + 4
+        if head[4:] in (b"iTXt", b"zTXt", b"tEXt") and length < _MOST_TEXT:
+            keyword, _, text = file.read(length).partition(b"\0")
+            if head[4:] == b"iTXt" and keyword == b"XML:com.adobe.xmp":
+                content = text[2:].split(b"\0", 2)[-1]  # after the flags, the language and the translated keyword
+                packets.append(_inflate(content) if text[:1] == b"\1" else content)
+            elif keyword.decode("latin-1") in _PNG_PROFILES:
+                packets.append(_unhex((_inflate(text[1:]) if head[4:] == b"zTXt" else text).decode("latin-1")))
+        file.seek(after)
+    file.seek(before)
+    return packets
+
+
+def _unhex(profile: str) -> bytes:
+    """What a raw profile of ImageMagick holds: its name, its length, and its bytes in hex."""
+    try:
+        _, _, content = profile.split(maxsplit=2)
+        return bytes.fromhex(content).removeprefix(_JPEG_XMP)
+    except ValueError:
+        return b""
+
+
+def _inflate(data: bytes) -> bytes:
+    try:
+        return zlib.decompressobj().decompress(data, _MOST_TEXT)
+    except zlib.error:
+        return b""
+
+
+def _jpeg_2000_packets(image: Image.Image) -> list[bytes]:
+    """Of the boxes of a JPEG 2000 file that is not decoded yet, which Pillow does not look into (ISO 15444-1, I.4)."""
+    file = getattr(image, "fp", None)
+    if image.format != "JPEG2000" or file is None or not getattr(image, "tile", None):
+        return []
+    before, start, packets = file.tell(), 0, []
+    while True:
+        file.seek(start)
+        head = file.read(24)
+        length = int.from_bytes(head[:4])
+        if len(head) < 24 or length < 8:  # the last one, or one of more than 4 GiB: the pixels
+            break
+        if head[4:] == b"uuid" + _JPEG_2000_XMP and length < _MOST_TEXT:
+            packets.append(file.read(length - 24))
+        start += length
+    file.seek(before)
+    return packets
+
+
+def _decoded(packet: bytes) -> str:
+    """The text of a packet in UTF-8, UTF-16 or UTF-32, with a mark of the order of its bytes or without."""
+    for mark, encoding in _ENCODINGS.items():
+        if packet.startswith(mark):
+            return packet.decode(encoding, "replace")
+    return packet.decode("utf-8", "replace")
+
+
+def _values(text: str) -> list[tuple[str, str]]:
+    """Names and values of the Photo Sphere properties in a packet; they are attributes or elements."""
     if "<!DOCTYPE" in text:
         raise ElementTree.ParseError("a document type is not allowed")
-    found: dict[str, str] = {}
+    found = []
     for element in ElementTree.fromstring(text[text.index("<") : text.rindex(">") + 1]).iter():
         for key, value in (*element.attrib.items(), (element.tag, element.text or "")):
             if (match := _NAMESPACE.fullmatch(key)) and value.strip():
-                found[match[1]] = value.strip()
+                found.append((match[1], value.strip()))
     return found
+
+
+def _is_same(value: str, other: str) -> bool:
+    both_numbers = _is_number(value) and _is_number(other)
+    return float(value) == float(other) if both_numbers else value.lower() == other.lower()
 
 
 def _is_number(text: str) -> bool:

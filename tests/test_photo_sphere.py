@@ -1,17 +1,24 @@
 """What files say about the part of the sphere that they show. The pictures in `inputs/` encode each pixel's ray as a
 colour, so that where it belongs can be computed."""
 
+import hashlib
+import io
+import json
 import math
+import shutil
+import struct
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from panorama_vlm import PanoramaImageProcessor
 from panorama_vlm.geometry_panorama import View
-from panorama_vlm.reading_panorama import read_panorama
+from panorama_vlm.reading_panorama import PhotoSphere, read_panorama, read_photo_sphere
 from panorama_vlm.sampling_panorama import rotated_pixels
-from panorama_vlm.tests.test_reading import crop_values, encoded, photo_sphere
+from panorama_vlm.tests.test_reading import XMP, crop_values, encoded, photo_sphere
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scipy.spatial.transform import Rotation
 
 INPUTS = Path(__file__).parent / "inputs"
@@ -35,11 +42,114 @@ def degrees_off(panorama, inset=0):
     return float(np.degrees(np.arccos(np.clip((shown * there).sum(-1), -1, 1))).mean())
 
 
-@pytest.mark.parametrize("name", ["ok.jpg", "prefix_ns2.jpg"])
+@pytest.mark.parametrize("name", ["ok.jpg", "prefix_ns2.jpg", "xmp_after_idat.png", "imagemagick.png"])
 def test_a_crop_lies_where_its_colours_say(name):
     panorama = read_panorama(INPUTS / name)
     assert panorama.covered == (0.25, 0.75, 0.25, 0.75)
     assert degrees_off(panorama) < 0.6
+
+
+# Where it lies in a file
+
+CROP = crop_values((1024, 512), (512, 256), 100, 200, PoseHeadingDegrees=123.5)
+SPHERE = PhotoSphere(full=(512, 1024), crop=(256, 512), top=100, left=200, heading=123.5)
+
+
+def exiftool(*arguments):
+    if shutil.which("exiftool") is None:
+        pytest.skip("exiftool is missing: apt-get install libimage-exiftool-perl")
+    return subprocess.run(["exiftool", *map(str, arguments)], check=True, capture_output=True).stdout
+
+
+def by_exiftool(path):
+    (found,) = json.loads(exiftool("-json", "-n", "-XMP-GPano:all", path))
+    size = [int(found[f"FullPano{side}Pixels"]) for side in ("Height", "Width")]
+    crop = [int(found[f"CroppedAreaImage{side}Pixels"]) for side in ("Height", "Width")]
+    corner = [int(found[f"CroppedArea{side}Pixels"]) for side in ("Top", "Left")]
+    return PhotoSphere(tuple(size), tuple(crop), *corner, found.get("PoseHeadingDegrees"))
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "avif", "jp2"])
+def test_what_exiftool_writes_is_read_in_every_format(panoramas, tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    panoramas[0].save(path)
+    exiftool("-overwrite_original", *(f"-XMP-GPano:{key}={value}" for key, value in CROP.items()), path)
+    with Image.open(path) as image:
+        assert read_photo_sphere(image) == SPHERE == by_exiftool(path)
+        np.asarray(image)  # it can still be decoded
+        if ending != "jp2":
+            assert read_photo_sphere(image) == SPHERE  # and then as well
+
+
+def jpeg_with(image, *segments):
+    """A JPEG with these segments of application data."""
+    data = encoded(image, "JPEG")
+    more = b"".join(b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment for segment in segments)
+    return data[:2] + more + data[2:]
+
+
+MAIN, EXTENSION = b"http://ns.adobe.com/xap/1.0/\0", b"http://ns.adobe.com/xmp/extension/\0"
+
+
+def extended(packet, parts, note=True):
+    """A main packet that names an extension, and the extension in parts, the last one first."""
+    digest = hashlib.md5(packet).hexdigest().upper().encode()
+    main = XMP.replace(
+        "rdf:about=",
+        f'xmlns:xmpNote="http://ns.adobe.com/xmp/note/" xmpNote:HasExtendedXMP="{digest.decode()}" rdf:about=',
+    )
+    step = -(-len(packet) // parts)
+    heads = [EXTENSION + digest + struct.pack(">II", len(packet), start) for start in range(0, len(packet), step)]
+    pieces = [head + packet[step * number : step * (number + 1)] for number, head in enumerate(heads)]
+    return [MAIN + (main % ("", "")).encode(), *reversed(pieces)]
+
+
+def stored():
+    """The same data as they come in JPEGs."""
+    packet = photo_sphere(**CROP)
+    first, second = dict(list(CROP.items())[:4]), dict(list(CROP.items())[4:])
+    return {
+        "two packets": [MAIN + photo_sphere(**first), MAIN + photo_sphere(**second)],
+        "after another": [MAIN + (XMP % ("", "")).encode(), MAIN + packet],
+        "extended": extended(packet, 3),
+        "UTF-16, little": [MAIN + packet.decode().encode("utf-16")],
+        "UTF-16, big, without a mark": [MAIN + packet.decode().encode("utf-16-be")],
+        "UTF-8 with a mark": [MAIN + packet.decode().encode("utf-8-sig")],
+        "another prefix": [MAIN + packet.replace(b"GPano", b"p")],
+        "no last slash": [MAIN + packet.replace(b"panorama/", b"panorama")],
+    }
+
+
+@pytest.mark.parametrize("how", stored())
+def test_photo_sphere_data_are_read_however_they_are_stored(panoramas, tmp_path, how):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(jpeg_with(panoramas[0], *stored()[how]))
+    with Image.open(path) as image:
+        assert read_photo_sphere(image) == SPHERE
+    if shutil.which("exiftool") and how != "UTF-16, big, without a mark":
+        assert by_exiftool(path) == SPHERE
+
+
+def test_packets_that_contradict_each_other_are_told(panoramas):
+    segments = [
+        MAIN + photo_sphere(**CROP),
+        MAIN + photo_sphere(**(CROP | {"CroppedAreaTopPixels": 50, "PoseHeadingDegrees": "123.50"})),
+    ]
+    with Image.open(io.BytesIO(jpeg_with(panoramas[0], *segments))) as image:
+        with pytest.warns(UserWarning, match="CroppedAreaTopPixels is 100 and 50; the first is taken") as caught:
+            assert read_photo_sphere(image) == SPHERE
+    assert len(caught) == 1
+
+
+def test_damaged_text_of_a_png_is_no_photo_sphere_data(panoramas):
+    info = PngInfo()
+    info.add_text("Raw profile type xmp", "\nxmp\n  12\nno hex")
+    info.add_text("Raw profile type APP1", "")
+    info.add(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0no zlib")
+    data = encoded(panoramas[0], pnginfo=info)
+    with Image.open(io.BytesIO(data)) as image:
+        assert read_photo_sphere(image) is None
+    assert read_panorama(data).covered is None
 
 
 # Pose
