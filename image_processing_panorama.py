@@ -75,6 +75,7 @@ class PanoramaImageProcessorKwargs(ImagesKwargs, total=False):
     strict_aspect: bool
     align_heading: bool
     level: bool
+    min_seen: float
     yaw_offsets: list[float]
     mirrored: list[bool]
     tilts: list[Any]
@@ -94,6 +95,8 @@ class PanoramaImageProcessor(BaseImageProcessor):
             the horizon, with a warning.
         align_heading: turn panoramas whose Photo Sphere data say where north is, so that north is in front.
         level: level panoramas whose Photo Sphere data say how their camera was tilted (pitch and roll), as viewers do.
+        min_seen: the share of a view, in [0, 1), that must show something the camera saw; views that show less are left
+            out (`view_mask`). Where no view shows as much, those count that show most.
         cache_dir: a folder that keeps prepared views (as uint8, to half a grey level) for the next time; keyed by the
             content of the file and by every option that changes views. Not saved with the processor.
     """
@@ -109,6 +112,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         strict_aspect: bool = False,
         align_heading: bool = False,
         level: bool = True,
+        min_seen: float = 0.01,
         cache_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ):
@@ -117,6 +121,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         for name, value in asdict(ViewOptions(**given)).items():
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
+        check_min_seen(min_seen)
         if min(image_std) <= 0:
             raise ValueError(f"image_std must be positive, got {list(image_std)}. Typical value: [0.5, 0.5, 0.5]")
         self.image_mean = list(image_mean)
@@ -124,6 +129,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         self.strict_aspect = strict_aspect
         self.align_heading = align_heading
         self.level = level
+        self.min_seen = min_seen
         self.cache_dir = cache_dir
 
     @classmethod
@@ -211,8 +217,9 @@ class PanoramaImageProcessor(BaseImageProcessor):
 
         Returns:
             `pixel_values` [B, V, 3, image_size, image_size], and where a panorama is partial `view_mask` [B, V], false
-            for a view that shows nothing the camera saw. With `further_views` there are E more, the most that a
-            panorama has, and `further_views` [B, E, 3] says where they look, NaN where a panorama has fewer.
+            for a view of which less than `min_seen` shows something the camera saw. With `further_views` there are E
+            more, the most that a panorama has, and `further_views` [B, E, 3] says where they look, NaN where a panorama
+            has fewer.
 
         Raises:
             ValueError: for a panorama that cannot be read or is not what an option asks for, it is named; for an option
@@ -223,6 +230,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         options = {name: getattr(self, name) for name in self.option_names()}
         options |= {name: value for name, value in kwargs.items() if value is not None and name in options}
         view_options = ViewOptions(**{name: options[name] for name in ViewOptions.names()})
+        check_min_seen(options["min_seen"])
         sources = flatten_images(images)
         shown = check_shown(kwargs, len(sources))
         further = check_further_views(kwargs.get("further_views"), len(sources))
@@ -301,6 +309,16 @@ class PanoramaImageProcessor(BaseImageProcessor):
         return stored["mask"]
 
 
+def check_min_seen(share: float) -> None:
+    """See that a share of a view can be one.
+
+    Raises:
+        ValueError: where it cannot.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"min_seen must be in [0, 1), got {share}. Typical value: 0.01")
+
+
 def check_shown(given: dict[str, Any], panoramas: int) -> list[Shown]:
     """How each panorama is shown, by the options of a call.
 
@@ -367,7 +385,7 @@ def _sample_views(
     erp_to_views(pixels.permute(2, 0, 1), plan, views.image_size, out=out, rotation=rotation)
     if pixels.is_floating_point():
         out.mul_(255)
-    return view_mask(views.plan, panorama.covered, rotation)
+    return view_mask(views.plan, panorama.covered, rotation, panorama.seen, options["min_seen"])
 
 
 def _read_prepared(file: Path) -> dict[str, torch.Tensor] | None:

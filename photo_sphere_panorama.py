@@ -4,7 +4,7 @@ import math
 import re
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from xml.etree import ElementTree
 
 from PIL import Image
@@ -96,6 +96,35 @@ def photo_sphere_of(packets: list[bytes], name: str) -> PhotoSphere | None:
     heading = numbers.get("PoseHeadingDegrees")
     pitch, roll = (numbers.get(f"Pose{angle}Degrees", 0.0) for angle in ("Pitch", "Roll"))
     return PhotoSphere(full, crop, top, left, heading, pitch, roll)  # type: ignore[arg-type]
+
+
+def with_tiff_position(sphere: PhotoSphere | None, image: Image.Image, name: str) -> PhotoSphere | None:
+    """Photo Sphere data, and what the tags of a TIFF say that holds a cropped layer of a panorama, as stitchers write
+    them: XPosition and YPosition in units of its resolution (TIFF 6.0, page 55), and Pixar's size of the whole image.
+    What Photo Sphere data say goes first."""
+    tags = getattr(image, "tag_v2", {})
+    try:
+        left, top = (
+            round(float(tags.get(place, 0)) * float(tags.get(unit, 1))) for place, unit in ((286, 282), (287, 283))
+        )
+        full = int(tags[33301]), int(tags[33300])
+    except KeyError:
+        if (left or top) and sphere is None:
+            words = f"{name} lies at {left}, {top} of a larger image by its TIFF tags, which do not say how large a one"
+            warnings.warn(f"{words}: ignored", stacklevel=4)
+        return sphere
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        warnings.warn(f"the TIFF tags of {name} do not say where it lies, ignored: {error}", stacklevel=4)
+        return sphere
+    crop = (image.height, image.width)
+    if full == crop:
+        return sphere
+    if sphere is None or sphere.full is None:
+        return replace(sphere or PhotoSphere(None, None), full=full, crop=crop, top=top, left=left)
+    if (sphere.full, sphere.crop, sphere.top, sphere.left) != (full, crop, top, left):
+        words = f"the Photo Sphere data and the TIFF tags of {name} contradict each other about where it lies"
+        warnings.warn(f"{words}; the Photo Sphere data are taken", stacklevel=4)
+    return sphere
 
 
 def xmp_packets(image: Image.Image) -> list[bytes]:

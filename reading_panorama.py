@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from .geometry_panorama import camera_rotation, yaw_rotation
 from .options_panorama import IMAGE_MEAN
-from .photo_sphere_panorama import PhotoSphere, photo_sphere_of, xmp_packets
+from .photo_sphere_panorama import PhotoSphere, photo_sphere_of, with_tiff_position, xmp_packets
 from .sampling_panorama import rotated_pixels
 
 try:  # takes less time and memory for a JPEG; Pillow gives the same pixels
@@ -125,21 +125,21 @@ def read_panorama(
             size = image.size
             _check_size(name, size)
             sphere = read_photo_sphere(image)
-            pixels = _decode(image, needed_width, sphere, fill, is_ours)
+            pixels, seen = _decode(image, needed_width, sphere, fill, is_ours)
         except _BROKEN as error:
             raise ValueError(f"cannot read {name}: {str(error).removeprefix(f'cannot read {name}: ')}") from error
         finally:
             if is_ours and not hasattr(source, "read"):  # a file object stays open for its owner
                 image.close()
     elif isinstance(image, np.ndarray | torch.Tensor):
-        pixels = _from_array(image, fill)
+        pixels, seen = _from_array(image, fill)
         _check_size(name, (pixels.shape[1], pixels.shape[0]))
     else:
         raise TypeError(
             "a panorama must be a path, bytes, a file object, a PIL image, an array or a tensor, got "
             f"{type(image).__name__}"
         )
-    panorama = _place(pixels, sphere, needed_width, fill, strict_aspect, name, size)
+    panorama = _place(pixels, seen, sphere, needed_width, fill, strict_aspect, name, size)
     if align_heading and sphere is not None and sphere.heading is not None:
         yaw_offset -= sphere.heading
     if level and sphere is not None and (sphere.pitch or sphere.roll):
@@ -156,8 +156,10 @@ def to_erp_tensor(source: ImageSource) -> torch.Tensor:
 
 
 def read_photo_sphere(image: Image.Image) -> PhotoSphere | None:
-    """The Photo Sphere data of an opened image, `None` where it has none; what cannot be understood is warned about."""
-    return photo_sphere_of(xmp_packets(image), _name(image))
+    """The Photo Sphere data of an opened image, or what the tags of a TIFF say in their place; `None` where it has
+    none. What cannot be understood is warned about."""
+    sphere = photo_sphere_of(xmp_packets(image), _name(image))
+    return with_tiff_position(sphere, image, _name(image))
 
 
 def load_file_bytes(source: Any) -> Any:
@@ -257,9 +259,9 @@ def _is_lazy(image: Image.Image) -> bool:
 
 def _decode(
     image: Image.Image, needed_width: float, sphere: PhotoSphere | None, fill: Sequence[float], is_ours: bool
-) -> torch.Tensor:
-    """Pixels [H, W, 3] of an image; a JPEG that is not decoded yet is decoded small. `is_ours`: whether nobody else
-    will look at it."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Pixels [H, W, 3] of an image, and what of it is seen, as :func:`_from_array`; a JPEG that is not decoded yet is
+    decoded small. `is_ours`: whether nobody else will look at it."""
     if _family(image.format) == "JPEG" and _is_lazy(image):
         scale = _jpeg_scale(image, needed_width, sphere)
         width, height = image.width // scale, image.height // scale
@@ -267,7 +269,7 @@ def _decode(
         file.seek(0)
         if simplejpeg is not None and image.mode in ("L", "RGB") and _orientation(image) == 1:
             try:
-                return torch.from_numpy(simplejpeg.decode_jpeg(file.read(), min_height=height, min_width=width))
+                return torch.from_numpy(simplejpeg.decode_jpeg(file.read(), min_height=height, min_width=width)), None
             except ValueError:  # where the least is wrong; whether it can be read, Pillow decides
                 file.seek(0)
         if not is_ours:  # opened a second time: the one that was handed in would be small for its owner, too
@@ -291,7 +293,7 @@ def _decode(
     for top in range(0, image.height, 256):  # rows at a time: PIL makes two copies of what it hands over
         bottom = min(top + 256, image.height)
         pixels.numpy()[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
-    return pixels
+    return pixels, None
 
 
 def _jpeg_scale(image: Image.Image, needed_width: float, sphere: PhotoSphere | None) -> int:
@@ -313,8 +315,9 @@ def _orientation(image: Image.Image) -> int:
 # Arrays
 
 
-def _from_array(image: np.ndarray | torch.Tensor, fill: Sequence[float]) -> torch.Tensor:
-    """[H, W, 3], uint8 or float32 in [0, 1]."""
+def _from_array(image: np.ndarray | torch.Tensor, fill: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Pixels [H, W, 3], uint8 or float32 in [0, 1], and what of them is not fully transparent, bool [H, W]; `None`
+    where that is all."""
     given = image.dtype
     is_uint16 = given == torch.uint16
     if isinstance(image, np.ndarray):  # torch knows no big-endian numbers, and few operations on uint16
@@ -339,9 +342,13 @@ def _from_array(image: np.ndarray | torch.Tensor, fill: Sequence[float]) -> torc
         if not is_uint16:
             raise ValueError(f"a panorama must be of dtype uint8, uint16 or float, got {given}")
         image = image.float() / 65535
+    seen = None
     if image.shape[-1] == 4:
+        seen = image[..., 3] > 0
+        if not seen.any():
+            raise ValueError("all of it is transparent: there is nothing to see")
         image = _over_fill(image, fill)
-    return image.expand(-1, -1, 3).contiguous()
+    return image.expand(-1, -1, 3).contiguous(), None if seen is None or bool(seen.all()) else seen
 
 
 def _over_fill(image: torch.Tensor, fill: Sequence[float]) -> torch.Tensor:
@@ -360,6 +367,7 @@ def _over_fill(image: torch.Tensor, fill: Sequence[float]) -> torch.Tensor:
 
 def _place(
     pixels: torch.Tensor,
+    seen: torch.Tensor | None,
     sphere: PhotoSphere | None,
     needed_width: float,
     fill: Sequence[float],
@@ -367,13 +375,14 @@ def _place(
     name: str,
     size: tuple[int, int] | None,
 ) -> Panorama:
-    """Pixels [h, w, 3] at their place on the whole sphere; `size` is (width, height) of the file, for messages."""
+    """Pixels [h, w, 3], and what of them is seen, at their place on the whole sphere; `size` is (width, height) of the
+    file, for messages."""
     height, width = pixels.shape[:2]
     area = _area_of(sphere, height, width, name)
     if area is None:
         area = _middle_of_the_sphere(height, width)
         if area is None:
-            return Panorama(pixels)
+            return Panorama(pixels, seen=seen)
         degrees = f"{360 * width / area[1]:.0f} x {180 * height / area[0]:.0f}"
         shown = size or (width, height)
         if (shown[0] < shown[1]) != (width < height):  # it was turned upright
@@ -387,7 +396,7 @@ def _place(
         warnings.warn(f"{problem}: taken as the middle {degrees} degrees of the sphere", stacklevel=4)
     full_height, full_width, top, left = area
     if (full_height, full_width) == (height, width):
-        return Panorama(pixels)
+        return Panorama(pixels, seen=seen)
     covered = _shares(area, height, width)
 
     # Reduced before it is laid on the canvas, so that the canvas is no larger than what is needed.
@@ -404,7 +413,11 @@ def _place(
         part = (reduced.round() if pixels.dtype == torch.uint8 else reduced).to(pixels.dtype)
     canvas = neutral.expand(full_height // k, full_width // k, 3).clone()
     canvas[row : row + rows, column : column + columns] = part
-    return Panorama(canvas, covered)
+    if seen is not None:
+        whole = seen.new_zeros(full_height, full_width)
+        whole[top : top + height, left : left + width] = seen
+        seen = whole
+    return Panorama(canvas, covered, seen)
 
 
 def covered_by_size(height: int, width: int) -> tuple[float, float, float, float] | None:

@@ -79,26 +79,39 @@ def _backend_for(erp: torch.Tensor) -> Backend:
 
 
 def view_mask(
-    plan: ViewPlan, covered: tuple[float, float, float, float] | None, rotation: np.ndarray | None = None
+    plan: ViewPlan,
+    covered: tuple[float, float, float, float] | None,
+    rotation: np.ndarray | None = None,
+    seen: torch.Tensor | None = None,
+    min_seen: float = 0.0,
 ) -> torch.Tensor:
     """Which views show something that the camera saw, bool [V].
 
     Args:
         plan: the views.
-        covered: the part of the sphere that the camera saw, as :attr:`Panorama.covered` has it.
+        covered, seen: the part of the sphere that the camera saw, as :class:`Panorama` has it.
         rotation: as :func:`erp_to_views` has it.
+        min_seen: the share of a view that must show it, of 64 x 64 places; where no view shows as much, those count
+            that show most.
     """
-    if covered is None:
+    if covered is None and seen is None:
         return torch.ones(plan.num_views, dtype=torch.bool)
-    top, bottom, left, right = covered
-    mask = []
+    shares = []
     for view in _rotated(plan, rotation):
         row, column = (_rotated_directions if view.roll else _directions)(
             view, 64, 1
         )  # shares of the sphere's rows and columns
-        inside = (row > top) & (row < bottom) & ((column - left) % 1 < right - left)
-        mask.append(bool(inside.any()))
-    return torch.tensor(mask)
+        inside = np.ones(row.shape, bool)
+        if covered is not None:
+            top, bottom, left, right = covered
+            inside &= (row > top) & (row < bottom) & ((column - left) % 1 < right - left)
+        if seen is not None:
+            height, width = seen.shape
+            places = (row * height).astype(int).clip(0, height - 1), (column * width).astype(int) % width
+            inside &= seen.cpu().numpy()[places]
+        shares.append(inside.mean())
+    least = min(min_seen, max(shares))
+    return torch.tensor([share > 0 and share >= least for share in shares])
 
 
 def tilted_pixels(pixels: np.ndarray, pitch: float, roll: float) -> np.ndarray:

@@ -17,7 +17,7 @@ from panorama_vlm.geometry_panorama import View
 from panorama_vlm.reading_panorama import PhotoSphere, read_panorama, read_photo_sphere
 from panorama_vlm.sampling_panorama import rotated_pixels
 from panorama_vlm.tests.test_reading import XMP, crop_values, encoded, photo_sphere
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 from scipy.spatial.transform import Rotation
 
@@ -245,10 +245,109 @@ def test_the_mask_of_a_tilted_partial_panorama_is_turned_along():
         crop = crop_values((512, 256), (160, 96), int(generator.integers(0, 160)), int(generator.integers(0, 352)))
         data = with_pose(white, PosePitchDegrees=pitch, PoseRollDegrees=roll, **crop)
         out = processor(data, yaw_offsets=[yaw], mirrored=[roll > 0], return_tensors="pt")
-        mask, shown = out["view_mask"][0], out["pixel_values"][0].amax((1, 2, 3))
-        assert (mask | (shown < 0.2)).all() and (~mask | (shown > 0)).all()
+        mask, shown = out["view_mask"][0], out["pixel_values"][0].mean((1, 2, 3))
+        least = min(0.01, shown.max())
+        assert (mask | (shown < least + 0.004)).all() and (~mask | (shown > least - 0.004)).all()
         masked += int((~mask).sum())
         panorama = read_panorama(data, yaw_offset=yaw, mirrored=roll > 0)
         assert panorama.covered is None and panorama.rotation is None
         assert (panorama.seen == (panorama.pixels[..., 0] > 191)).float().mean() > 0.995
     assert masked > 50
+
+
+# Transparency, and layers of stitchers
+
+
+def test_what_is_fully_transparent_is_not_seen():
+    alpha = np.array(Image.open(INPUTS / "alpha.png"))[..., 3]
+    panorama = read_panorama(INPUTS / "alpha.png")
+    np.testing.assert_array_equal(panorama.seen, alpha > 0)
+    shown, there = rays_of(panorama.pixels.numpy()), View("erp").rays((64, 128))
+    apart = np.degrees(np.arccos(np.clip((shown * there).sum(-1), -1, 1)))
+    assert apart[alpha > 0].max() < 1
+    assert (np.abs(panorama.pixels.numpy()[alpha == 0] - 127.5) <= 0.5).all()
+    turned = read_panorama(INPUTS / "alpha.png", yaw_offset=90, mirrored=True)
+    np.testing.assert_array_equal(turned.seen, np.roll(alpha > 0, -32, axis=1)[:, ::-1])
+
+
+@pytest.mark.parametrize("tilt", [(0.0, 0.0), (30.0, -70.0)])
+@pytest.mark.parametrize("min_seen", [0.0, 0.01, 0.25])
+def test_views_of_a_mask_of_any_shape_are_left_out_where_they_see_too_little(tilt, min_seen):
+    """Brute force: white where there is something, black elsewhere; the white share of each view is its mean."""
+    rays = View("erp").rays((256, 512))
+    generator = np.random.default_rng(1)
+    options = {"image_size": 96, "view_strategy": "anyres_e2p", "fov_deg": 60.0, "pitch_rows": [-60, 0, 60]}
+    processor = PanoramaImageProcessor(**options, image_mean=(0, 0, 0), image_std=(1, 1, 1), min_seen=min_seen)
+    masked = 0
+    for _ in range(4):  # caps around any direction, with a hole
+        middle = generator.normal(size=3)
+        near = rays @ (middle / np.linalg.norm(middle))
+        seen = (near > math.cos(math.radians(generator.uniform(15, 60)))) & (near < 0.99)
+        rgba = np.dstack([np.full((256, 512, 3), 255, np.uint8), np.where(seen, 255, 0).astype(np.uint8)])
+        out = processor(Image.fromarray(rgba), tilts=[tilt], return_tensors="pt")
+        mask, shown = out["view_mask"][0], out["pixel_values"][0].mean((1, 2, 3))
+        least = min(min_seen, float(shown.max()))
+        assert (mask | (shown < least + 0.01)).all()
+        assert (~mask | (shown > least - 0.01)).all() and mask.any()
+        masked += int((~mask).sum())
+    assert masked > 8
+    with pytest.raises(ValueError, match=r"min_seen must be in \[0, 1\), got 1.5"):
+        processor(Image.fromarray(rgba), min_seen=1.5)
+
+
+def test_transparency_within_a_crop_lies_where_the_crop_does(panoramas):
+    part = panoramas[0].crop((0, 0, 120, 128)).convert("RGBA")
+    alpha = Image.new("L", part.size, 255)
+    alpha.paste(0, (0, 0, 60, 128))
+    part.putalpha(alpha)
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", photo_sphere(**crop_values((512, 256), part.size, 64, 196)).decode())
+    for needed_width in (math.inf, 128):
+        panorama = read_panorama(encoded(part, pnginfo=info), needed_width)
+        wanted = np.zeros((256, 512), bool)
+        wanted[64:192, 256:316] = True
+        np.testing.assert_array_equal(panorama.seen, wanted)
+        assert panorama.covered == (0.25, 0.75, 196 / 512, 316 / 512)
+
+
+def layer(full=(1024, 512), position=(200, 100), resolution=150.0, **more):
+    """The tags that nona writes into a cropped layer."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[282] = tags[283] = resolution
+    tags[286], tags[287] = (place / resolution for place in position)
+    if full is not None:
+        tags[33300], tags[33301] = full
+    for tag, value in more.items():
+        tags[int(tag[1:])] = value
+    return tags
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_cropped_layer_of_a_stitcher_lies_where_its_tags_say(panoramas, tmp_path, mode):
+    tifffile = pytest.importorskip("tifffile")
+    part = panoramas[0].convert(mode)
+    part.save(tmp_path / "layer.tif", tiffinfo=layer())
+    with tifffile.TiffFile(tmp_path / "layer.tif") as file:  # an independent reader
+        tags = {tag.name: tag.value for tag in file.pages[0].tags}
+    place = [tags[f"{axis}Position"][0] / tags[f"{axis}Position"][1] for axis in "XY"]
+    place = [round(at * tags["XResolution"][0] / tags["XResolution"][1]) for at in place]
+    full = tags["ImageFullWidth"], tags["ImageFullLength"]
+    assert (full, place) == ((1024, 512), [200, 100])
+    panorama = read_panorama(tmp_path / "layer.tif")
+    assert panorama.covered == (100 / 512, 356 / 512, 200 / 1024, 712 / 1024)
+    np.testing.assert_array_equal(panorama.pixels[100:356, 200:712], np.array(panoramas[0]))
+
+
+def test_tags_of_a_tiff_that_say_too_little_or_too_much_are_told(panoramas):
+    def read(**options):
+        return read_photo_sphere(Image.open(io.BytesIO(encoded(panoramas[0], "TIFF", **options))))
+
+    assert read() is None
+    assert read(tiffinfo=layer((512, 256), (0, 0))) is None
+    with pytest.warns(UserWarning, match="lies at 200, 100 of a larger image.*how large a one: ignored"):
+        assert read(tiffinfo=layer(None)) is None
+    packet = photo_sphere(**crop_values((1024, 512), (512, 256), 90, 200))
+    with pytest.warns(UserWarning, match="contradict each other about where it lies; the Photo Sphere data are taken"):
+        assert read(tiffinfo=layer(t700=packet)).top == 90
+    with pytest.warns(UserWarning, match="do not fit"):
+        read_panorama(encoded(panoramas[0], "TIFF", tiffinfo=layer((600, 200))))
