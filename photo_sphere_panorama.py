@@ -53,6 +53,7 @@ class PhotoSphere:
         heading: compass direction of the middle of the whole sphere, in degrees; `None` where it is not known.
         pitch, roll: degrees that the camera looked up (the middle lies above the horizon by this) and leaned to the
             right (the horizon turns to the left in the image, as roll rises).
+        projection: in small letters.
     """
 
     full: tuple[int, int] | None
@@ -62,6 +63,7 @@ class PhotoSphere:
     heading: float | None = None
     pitch: float = 0.0
     roll: float = 0.0
+    projection: str = "equirectangular"
 
 
 def photo_sphere_of(packets: list[bytes], name: str) -> PhotoSphere | None:
@@ -95,7 +97,8 @@ def photo_sphere_of(packets: list[bytes], name: str) -> PhotoSphere | None:
     top, left = (int(numbers.get(f"CroppedArea{side}Pixels", 0)) for side in ("Top", "Left"))
     heading = numbers.get("PoseHeadingDegrees")
     pitch, roll = (numbers.get(f"Pose{angle}Degrees", 0.0) for angle in ("Pitch", "Roll"))
-    return PhotoSphere(full, crop, top, left, heading, pitch, roll)  # type: ignore[arg-type]
+    projection = found.get("ProjectionType", "equirectangular").lower()
+    return PhotoSphere(full, crop, top, left, heading, pitch, roll, projection)  # type: ignore[arg-type]
 
 
 def with_tiff_position(sphere: PhotoSphere | None, image: Image.Image, name: str) -> PhotoSphere | None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 
+from .cylinder_panorama import unrolled
 from .geometry_panorama import camera_rotation, yaw_rotation
 from .options_panorama import IMAGE_MEAN
 from .photo_sphere_panorama import PhotoSphere, photo_sphere_of, with_tiff_position, xmp_packets
@@ -35,6 +36,7 @@ _SAME_FORMAT = {"MPO": "JPEG"}  # several JPEGs in one file: what phones write
 _MAGIC = {b"GIF8": "a GIF", b"%PDF": "a PDF", b"<svg": "an SVG", b"<!DO": "a web page", b"<htm": "a web page"}
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 _NAME = "panorama_name"  # attribute of an image, for messages: Pillow would map the file that `filename` names
+_PROJECTIONS = ("equirectangular", "cylindrical")  # of Photo Sphere data
 _LEFT_RIGHT = np.diag([-1.0, 1.0, 1.0])
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -125,6 +127,7 @@ def read_panorama(
             size = image.size
             _check_size(name, size)
             sphere = read_photo_sphere(image)
+            _check_projection(sphere)
             pixels, seen = _decode(image, needed_width, sphere, fill, is_ours)
         except _BROKEN as error:
             raise ValueError(f"cannot read {name}: {str(error).removeprefix(f'cannot read {name}: ')}") from error
@@ -139,6 +142,8 @@ def read_panorama(
             "a panorama must be a path, bytes, a file object, a PIL image, an array or a tensor, got "
             f"{type(image).__name__}"
         )
+    if sphere is not None and sphere.projection == "cylindrical":
+        pixels, seen, sphere = _from_cylinder(pixels, seen, sphere, strict_aspect, name)
     panorama = _place(pixels, seen, sphere, needed_width, fill, strict_aspect, name, size)
     if align_heading and sphere is not None and sphere.heading is not None:
         yaw_offset -= sphere.heading
@@ -186,7 +191,8 @@ def content_digest(source: Any) -> str:
         source.fp.seek(0)  # type: ignore[attr-defined]
         data = source.fp.read()  # type: ignore[attr-defined]
     elif isinstance(source, Image.Image):
-        header = f"{source.mode} {source.size} {source.info.get('xmp')!r} {dict(source.getexif())}"
+        colours = None if source.palette is None else (source.getpalette("RGBA"), source.info.get("transparency"))
+        header = f"{source.mode} {source.size} {xmp_packets(source)!r} {dict(source.getexif())} {colours!r}"
         data = header.encode() + source.tobytes()
     elif isinstance(source, np.ndarray | torch.Tensor):
         array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
@@ -363,6 +369,42 @@ def _over_fill(image: torch.Tensor, fill: Sequence[float]) -> torch.Tensor:
 
 
 # The sphere
+
+
+def _check_projection(sphere: PhotoSphere | None) -> None:
+    if sphere is not None and sphere.projection not in _PROJECTIONS:
+        read = " and ".join(_PROJECTIONS)
+        words = f"its Photo Sphere data say that its projection is {sphere.projection!r}, read are {read}"
+        raise ValueError(f"{words}; convert it, or correct ProjectionType where it is wrong")
+
+
+def _from_cylinder(
+    pixels: torch.Tensor, seen: torch.Tensor | None, sphere: PhotoSphere, strict_aspect: bool, name: str
+) -> tuple[torch.Tensor, torch.Tensor | None, PhotoSphere]:
+    """A cylindrical image as the part of the equirectangular one that it covers, and where this lies."""
+    height, width = pixels.shape[:2]
+    turn, left, horizon = width, 0, height / 2
+    crop, full = sphere.crop or sphere.full or (0, 0), sphere.full or (0, 0)
+    scale = width / crop[1] if min(crop) > 0 else 0.0
+    if scale and abs(height / crop[0] / scale - 1) <= 0.02 and 0 <= sphere.left <= full[1] - crop[1]:
+        turn, left = round(full[1] * scale), round(sphere.left * scale)
+        below_the_top = full[0] / 2 - sphere.top
+        if abs(below_the_top - crop[0] / 2) > 0.5:  # else it is the middle, but for a row that cannot be halved
+            horizon = below_the_top * scale
+    else:
+        problem = f"the Photo Sphere data of {name} say that it is cylindrical, and not where its pixels lie"
+        if strict_aspect:
+            raise ValueError(
+                f"{problem}; write GPano data into the file, or use strict_aspect=False to take it as a turn"
+            )
+        warnings.warn(f"{problem}: taken as a whole turn around the horizon", stacklevel=3)
+    if turn > MAX_SIDE:
+        raise ValueError(f"cannot read {name}: the whole turn has {turn} columns, at most {MAX_SIDE} are allowed")
+    rows, top, sphere_height = unrolled(pixels, horizon, turn)
+    if seen is not None:
+        seen = unrolled(seen[..., None].float(), horizon, turn)[0][..., 0] >= 0.5
+    full = (sphere_height, turn)
+    return rows, seen, replace(sphere, full=full, crop=(len(rows), width), top=top, left=left)
 
 
 def _place(

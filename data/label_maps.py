@@ -74,6 +74,7 @@ def _check_panorama(panorama: Any, align_heading: bool, level: bool) -> None:
         "shows a part of the sphere": sphere is not None and sphere.crop not in (None, sphere.full),
         "is rotated by its EXIF orientation": image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
         "is turned by its heading (align_heading)": align_heading and sphere is not None and bool(sphere.heading),
+        "is not equirectangular": sphere is not None and sphere.projection != "equirectangular",
         "is levelled (level)": level and sphere is not None and bool(sphere.pitch or sphere.roll),
     }
     if image is not panorama:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from panorama_vlm import PanoramaImageProcessor
 from panorama_vlm.geometry_panorama import View
-from panorama_vlm.reading_panorama import PhotoSphere, read_panorama, read_photo_sphere
+from panorama_vlm.reading_panorama import Panorama, PhotoSphere, read_panorama, read_photo_sphere
 from panorama_vlm.sampling_panorama import rotated_pixels
 from panorama_vlm.tests.test_reading import XMP, crop_values, encoded, photo_sphere
 from PIL import Image, TiffImagePlugin
@@ -253,6 +253,57 @@ def test_the_mask_of_a_tilted_partial_panorama_is_turned_along():
         assert panorama.covered is None and panorama.rotation is None
         assert (panorama.seen == (panorama.pixels[..., 0] > 191)).float().mean() > 0.995
     assert masked > 50
+
+
+# Projections
+
+
+def cylinder(width, height, horizon, left=0, columns=None):
+    """A cylindrical image whose colours name its rays, [height, columns, 3]."""
+    yaw = ((left + np.arange(columns or width) + 0.5) / width - 0.5) * 2 * math.pi
+    up = (horizon - np.arange(height) - 0.5) * 2 * math.pi / width
+    rays = np.stack(np.broadcast_arrays(np.sin(yaw)[None], up[:, None], np.cos(yaw)[None]), -1)
+    rays = rays / np.linalg.norm(rays, axis=-1, keepdims=True)
+    return Image.fromarray(((rays + 1) * 127.5).round().astype(np.uint8))
+
+
+def cylindrical(full, crop, top, left):
+    return photo_sphere(**crop_values(full, crop, top, left, ProjectionType="cylindrical"))
+
+
+def test_a_cylinder_lies_where_its_colours_say():
+    panorama = read_panorama(INPUTS / "cylindrical.jpg")
+    top, bottom, left, right = panorama.covered
+    assert (top, bottom) == pytest.approx((0.25, 0.75), abs=1.01 / 64) and (left, right) == (0, 1)
+    assert degrees_off(panorama) < 0.7
+    top = math.ceil(top * 64)
+    assert degrees_off(Panorama(panorama.pixels, (top / 64, (top + 1) / 64, 0, 1))) < 1.5  # it was 11
+
+
+@pytest.mark.parametrize(("needed_width", "most"), [(math.inf, 0.45), (256, 0.6)])
+def test_a_cropped_cylinder_whose_horizon_is_not_in_the_middle(needed_width, most):
+    """360 x 512 pixels of a cylinder 1,024 around: pitch from 57 degrees down to -28."""
+    image = cylinder(1024, 360, 256, left=200, columns=512)
+    packet = cylindrical((1024, 1024), (512, 360), 256, 200)
+    panorama = read_panorama(encoded(image, "JPEG", quality=100, subsampling=0, xmp=packet), needed_width)
+    upper, lower = (0.5 - math.degrees(math.atan(rows * 2 * math.pi / 1024)) / 180 for rows in (256, -104))
+    assert panorama.covered == pytest.approx((upper, lower, 200 / 1024, 712 / 1024), abs=2 / 256)
+    assert degrees_off(panorama, inset=1) < most
+
+
+def test_a_cylinder_of_which_no_place_is_known_is_a_whole_turn_with_a_warning():
+    data = encoded(cylinder(256, 80, 40), "JPEG", quality=100, xmp=photo_sphere(ProjectionType="Cylindrical"))
+    with pytest.warns(UserWarning, match="cylindrical, and not where its pixels lie: taken as a whole turn"):
+        assert degrees_off(read_panorama(data)) < 0.7
+    with pytest.raises(ValueError, match="strict_aspect=False"):
+        read_panorama(data, strict_aspect=True)
+
+
+def test_other_projections_are_refused_by_name(panoramas, tmp_path):
+    path = tmp_path / "fish.jpg"
+    path.write_bytes(encoded(panoramas[0], "JPEG", xmp=photo_sphere(ProjectionType="fisheye")))
+    with pytest.raises(ValueError, match=r"cannot read .*fish\.jpg: .*'fisheye', read are equirectangular and cylindr"):
+        read_panorama(path)
 
 
 # Transparency, and layers of stitchers
