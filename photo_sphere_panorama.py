@@ -5,6 +5,7 @@ import re
 import warnings
 import zlib
 from dataclasses import dataclass, replace
+from typing import Any
 from xml.etree import ElementTree
 
 from PIL import Image
@@ -28,6 +29,7 @@ _JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _JPEG_EXTENDED = b"http://ns.adobe.com/xmp/extension/\0"
 _PNG_PROFILES = ("Raw profile type xmp", "Raw profile type APP1")
 _JPEG_2000_XMP = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")
+_TIFF_POSITION = (282, 283, 286, 287, 33300, 33301)  # resolution, position, and the size of the whole image
 _MOST_TEXT = 1 << 26  # bytes of a packet
 _ENCODINGS = {
     b"\xff\xfe\0\0": "utf-32",
@@ -105,7 +107,7 @@ def with_tiff_position(sphere: PhotoSphere | None, image: Image.Image, name: str
     """Photo Sphere data, and what the tags of a TIFF say that holds a cropped layer of a panorama, as stitchers write
     them: XPosition and YPosition in units of its resolution (TIFF 6.0, page 55), and Pixar's size of the whole image.
     What Photo Sphere data say goes first."""
-    tags = getattr(image, "tag_v2", {})
+    tags = tiff_position_tags(image)
     try:
         left, top = (
             round(float(tags.get(place, 0)) * float(tags.get(unit, 1))) for place, unit in ((286, 282), (287, 283))
@@ -128,6 +130,12 @@ def with_tiff_position(sphere: PhotoSphere | None, image: Image.Image, name: str
         words = f"the Photo Sphere data and the TIFF tags of {name} contradict each other about where it lies"
         warnings.warn(f"{words}; the Photo Sphere data are taken", stacklevel=4)
     return sphere
+
+
+def tiff_position_tags(image: Image.Image) -> dict[int, Any]:
+    """The tags of a TIFF that :func:`with_tiff_position` understands; none of any other image."""
+    tags = getattr(image, "tag_v2", {})
+    return {tag: tags[tag] for tag in _TIFF_POSITION if tag in tags}
 
 
 def xmp_packets(image: Image.Image) -> list[bytes]:

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageOps
 from .cylinder_panorama import unrolled
 from .geometry_panorama import camera_rotation, yaw_rotation
 from .options_panorama import IMAGE_MEAN
-from .photo_sphere_panorama import PhotoSphere, photo_sphere_of, with_tiff_position, xmp_packets
+from .photo_sphere_panorama import PhotoSphere, photo_sphere_of, tiff_position_tags, with_tiff_position, xmp_packets
 from .sampling_panorama import rotated_pixels
 
 try:  # takes less time and memory for a JPEG; Pillow gives the same pixels
@@ -191,8 +191,9 @@ def content_digest(source: Any) -> str:
         source.fp.seek(0)  # type: ignore[attr-defined]
         data = source.fp.read()  # type: ignore[attr-defined]
     elif isinstance(source, Image.Image):
-        colours = None if source.palette is None else (source.getpalette("RGBA"), source.info.get("transparency"))
-        header = f"{source.mode} {source.size} {xmp_packets(source)!r} {dict(source.getexif())} {colours!r}"
+        palette = None if source.palette is None else source.getpalette("RGBA")
+        seen = (palette, source.info.get("transparency"), xmp_packets(source), tiff_position_tags(source))
+        header = f"{source.mode} {source.size} {dict(source.getexif())} {seen!r}"
         data = header.encode() + source.tobytes()
     elif isinstance(source, np.ndarray | torch.Tensor):
         array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
