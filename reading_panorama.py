@@ -351,11 +351,13 @@ def _from_array(image: np.ndarray | torch.Tensor, fill: Sequence[float]) -> tupl
         image = image.float() / 65535
     seen = None
     if image.shape[-1] == 4:
-        seen = image[..., 3] > 0
-        if not seen.any():
-            raise ValueError("all of it is transparent: there is nothing to see")
+        alpha = image[..., 3]
+        if float(alpha.min()) == 0:
+            seen = alpha > 0
+            if not seen.any():
+                raise ValueError("all of it is transparent: there is nothing to see")
         image = _over_fill(image, fill)
-    return image.expand(-1, -1, 3).contiguous(), None if seen is None or bool(seen.all()) else seen
+    return image.expand(-1, -1, 3).contiguous(), seen
 
 
 def _over_fill(image: torch.Tensor, fill: Sequence[float]) -> torch.Tensor:
