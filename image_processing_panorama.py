@@ -22,14 +22,14 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
-from .geometry_panorama import Direction, View, ViewOptions, ViewPlan, check_direction
+from .geometry_panorama import Direction, View, ViewOptions, ViewPlan, camera_rotation, check_direction
 from .options_panorama import IMAGE_MEAN, IMAGE_STD, check_option_names, check_resembling_names
 from .reading_panorama import ImageSource, content_digest, from_base64, load_file_bytes, read_panorama
-from .sampling_panorama import erp_to_views, needed_width, tilted_pixels, use_one_thread_in_a_worker, view_mask
+from .sampling_panorama import erp_to_views, needed_width, use_one_thread_in_a_worker, view_mask
 
 logger = logging.getLogger(__name__)
 
-_READ_OPTIONS = ("strict_aspect", "align_heading")
+READ_OPTIONS = ("strict_aspect", "align_heading", "level")  # of the constructor, for :func:`read_panorama`
 _CALL_OPTIONS = ("device", "yaw_offsets", "mirrored", "tilts", "further_views")
 # What transformers writes into the file of a processor, or hands over with it; and the options of image processors that
 # resize, crop and rescale, which have no effect here.
@@ -41,7 +41,7 @@ _TRANSFORMERS_OPTIONS = (
     "processor_class",
     *ImagesKwargs.__annotations__,
 )
-_CACHE_VERSION = 1  # to be raised when the same file and options give other views
+_CACHE_VERSION = 2  # to be raised when the same file and options give other views
 
 
 class Shown(NamedTuple):
@@ -72,6 +72,8 @@ class PanoramaImageProcessorKwargs(ImagesKwargs, total=False):
     pole_caps: bool
     strict_aspect: bool
     align_heading: bool
+    level: bool
+    min_seen: float
     yaw_offsets: list[float]
     mirrored: list[bool]
     tilts: list[Any]
@@ -90,6 +92,9 @@ class PanoramaImageProcessor(BaseImageProcessor):
         strict_aspect: refuse an image that is not 2:1 and has no Photo Sphere data. Else it is taken as a band around
             the horizon, with a warning.
         align_heading: turn panoramas whose Photo Sphere data say where north is, so that north is in front.
+        level: level panoramas whose Photo Sphere data say how their camera was tilted (pitch and roll), as viewers do.
+        min_seen: the share of a view, in [0, 1), that must show something the camera saw; views that show less are left
+            out (`view_mask`). Where no view shows as much, those count that show most.
         cache_dir: a folder that keeps prepared views (as uint8, to half a grey level) for the next time; keyed by the
             content of the file and by every option that changes views. Not saved with the processor.
     """
@@ -104,6 +109,8 @@ class PanoramaImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = IMAGE_STD,
         strict_aspect: bool = False,
         align_heading: bool = False,
+        level: bool = True,
+        min_seen: float = 0.01,
         cache_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ):
@@ -112,12 +119,15 @@ class PanoramaImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         for name, value in asdict(ViewOptions(**given)).items():
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
+        check_min_seen(min_seen)
         if min(image_std) <= 0:
             raise ValueError(f"image_std must be positive, got {list(image_std)}. Typical value: [0.5, 0.5, 0.5]")
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.strict_aspect = strict_aspect
         self.align_heading = align_heading
+        self.level = level
+        self.min_seen = min_seen
         self.cache_dir = cache_dir
 
     @classmethod
@@ -197,8 +207,9 @@ class PanoramaImageProcessor(BaseImageProcessor):
 
         Returns:
             `pixel_values` [B, V, 3, image_size, image_size], and where a panorama is partial `view_mask` [B, V], false
-            for a view that shows nothing the camera saw. With `further_views` there are E more, the most that a
-            panorama has, and `further_views` [B, E, 3] says where they look, NaN where a panorama has fewer.
+            for a view of which less than `min_seen` shows something the camera saw. With `further_views` there are E
+            more, the most that a panorama has, and `further_views` [B, E, 3] says where they look, NaN where a panorama
+            has fewer.
 
         Raises:
             ValueError: for a panorama that cannot be read or is not what an option asks for, it is named; for an option
@@ -209,6 +220,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         options = {name: getattr(self, name) for name in self.option_names()}
         options |= {name: value for name, value in kwargs.items() if value is not None and name in options}
         view_options = ViewOptions(**{name: options[name] for name in ViewOptions.names()})
+        check_min_seen(options["min_seen"])
         sources = flatten_images(images)
         shown = check_shown(kwargs, len(sources))
         further = check_further_views(kwargs.get("further_views"), len(sources))
@@ -287,6 +299,16 @@ class PanoramaImageProcessor(BaseImageProcessor):
         return stored["mask"]
 
 
+def check_min_seen(share: float) -> None:
+    """See that a share of a view can be one.
+
+    Raises:
+        ValueError: where it cannot.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"min_seen must be in [0, 1), got {share}. Typical value: 0.01")
+
+
 def check_shown(given: dict[str, Any], panoramas: int) -> list[Shown]:
     """How each panorama is shown, by the options of a call.
 
@@ -344,16 +366,16 @@ def _sample_views(
         fill=options["image_mean"],
         yaw_offset=shown.yaw_offset,
         mirrored=shown.mirrored,
-        **{name: options[name] for name in _READ_OPTIONS},
+        resample=False,
+        **{name: options[name] for name in READ_OPTIONS},
     )
-    pixels = panorama.pixels
+    pixels, rotation = panorama.pixels.to(out.device), panorama.rotation
     if any(shown.tilt):
-        pixels = torch.from_numpy(tilted_pixels(pixels.cpu().numpy(), *shown.tilt))
-    pixels = pixels.to(out.device)
-    erp_to_views(pixels.permute(2, 0, 1), plan, views.image_size, out=out)
+        rotation = (np.eye(3) if rotation is None else rotation) @ camera_rotation(*shown.tilt)
+    erp_to_views(pixels.permute(2, 0, 1), plan, views.image_size, out=out, rotation=rotation)
     if pixels.is_floating_point():
         out.mul_(255)
-    return view_mask(views.plan, panorama.covered, shown.tilt)
+    return view_mask(views.plan, panorama.covered, rotation, panorama.seen, options["min_seen"])
 
 
 def _read_prepared(file: Path) -> dict[str, torch.Tensor] | None:

@@ -9,17 +9,20 @@ import struct
 import warnings
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
-from xml.etree import ElementTree
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 
+from .cylinder_panorama import unrolled
+from .geometry_panorama import camera_rotation, yaw_rotation
 from .options_panorama import IMAGE_MEAN
+from .photo_sphere_panorama import PhotoSphere, photo_sphere_of, tiff_position_tags, with_tiff_position, xmp_packets
+from .sampling_panorama import rotated_pixels
 
 try:  # takes less time and memory for a JPEG; Pillow gives the same pixels
     import simplejpeg
@@ -33,8 +36,9 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF", "JPEG2000", "BMP", "P
 _SAME_FORMAT = {"MPO": "JPEG"}  # several JPEGs in one file: what phones write
 _MAGIC = {b"GIF8": "a GIF", b"%PDF": "a PDF", b"<svg": "an SVG", b"<!DO": "a web page", b"<htm": "a web page"}
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
-_GPANO = "{http://ns.google.com/photos/1.0/panorama/}"
 _NAME = "panorama_name"  # attribute of an image, for messages: Pillow would map the file that `filename` names
+_PROJECTIONS = ("equirectangular", "cylindrical")  # of Photo Sphere data
+_LEFT_RIGHT = np.diag([-1.0, 1.0, 1.0])
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -46,28 +50,14 @@ class Panorama:
         pixels: [H, W, 3], uint8, or float32 in [0, 1].
         covered: the part of it that the image covers, as shares of its rows and columns (top, bottom, left, right);
             the rest is filled. Right may pass 1: the part goes on at the left edge. `None` where it is all.
+        seen: bool [h, w] on the whole sphere, of any resolution: what of this the camera saw. `None` where it is all.
+        rotation: [3, 3], turns directions of what is shown into those of the pixels; `None` where they are the same.
     """
 
     pixels: torch.Tensor
     covered: tuple[float, float, float, float] | None = None
-
-
-@dataclass(frozen=True)
-class PhotoSphere:
-    """Google's Photo Sphere XMP (https://developers.google.com/streetview/spherical-metadata), as far as it is used.
-
-    Args:
-        full: (height, width) of the whole sphere in pixels of the file.
-        crop: (height, width) of the part of it that the file holds.
-        top, left: where this part begins.
-        heading: compass direction of the middle of the whole sphere, in degrees; `None` where it is not known.
-    """
-
-    full: tuple[int, int] | None
-    crop: tuple[int, int] | None
-    top: int = 0
-    left: int = 0
-    heading: float | None = None
+    seen: torch.Tensor | None = None
+    rotation: np.ndarray | None = None
 
 
 def open_image(source: Any) -> Any:
@@ -122,6 +112,8 @@ def read_panorama(
     align_heading: bool = False,
     yaw_offset: float = 0.0,
     mirrored: bool = False,
+    level: bool = True,
+    resample: bool = True,
 ) -> Panorama:
     """Decode a panorama, no larger than it has to be, and place it on the sphere.
 
@@ -138,6 +130,8 @@ def read_panorama(
         align_heading: turn the panorama so that its front looks north, where it says where north is.
         yaw_offset: degrees to the right of the front (or of north) that become the front.
         mirrored: exchange left and right after that.
+        level: level a panorama whose camera was not, by the pitch and roll of its Photo Sphere data.
+        resample: whether its pixels are resampled for this; else :attr:`Panorama.rotation` says how they lie.
 
     Raises:
         TypeError: for what is no image.
@@ -152,25 +146,31 @@ def read_panorama(
             size = image.size
             _check_size(name, size)
             sphere = read_photo_sphere(image)
-            pixels = _decode(image, needed_width, sphere, fill, is_ours)
+            _check_projection(sphere)
+            pixels, seen = _decode(image, needed_width, sphere, fill, is_ours)
         except _BROKEN as error:
             raise ValueError(f"cannot read {name}: {str(error).removeprefix(f'cannot read {name}: ')}") from error
         finally:
             if is_ours and not hasattr(source, "read"):  # a file object stays open for its owner
                 image.close()
     elif isinstance(image, np.ndarray | torch.Tensor):
-        pixels = _from_array(image, fill)
+        pixels, seen = _from_array(image, fill)
         _check_size(name, (pixels.shape[1], pixels.shape[0]))
     else:
         raise TypeError(
             "a panorama must be a path, bytes, a file object, a PIL image, an array or a tensor, got "
             f"{type(image).__name__}"
         )
-    panorama = _place(pixels, sphere, needed_width, fill, strict_aspect, name, size)
+    if sphere is not None and sphere.projection == "cylindrical":
+        pixels, seen, sphere = _from_cylinder(pixels, seen, sphere, strict_aspect, name)
+    panorama = _place(pixels, seen, sphere, needed_width, fill, strict_aspect, name, size)
     if align_heading and sphere is not None and sphere.heading is not None:
         yaw_offset -= sphere.heading
+    if level and sphere is not None and (sphere.pitch or sphere.roll):
+        panorama = replace(panorama, rotation=camera_rotation(sphere.pitch, sphere.roll).T)
     panorama = _turn(panorama, yaw_offset) if yaw_offset % 360 else panorama
-    return _mirror(panorama) if mirrored else panorama
+    panorama = _mirror(panorama) if mirrored else panorama
+    return _resample(panorama) if resample and panorama.rotation is not None else panorama
 
 
 def to_erp_tensor(source: ImageSource) -> torch.Tensor:
@@ -180,32 +180,10 @@ def to_erp_tensor(source: ImageSource) -> torch.Tensor:
 
 
 def read_photo_sphere(image: Image.Image) -> PhotoSphere | None:
-    """The Photo Sphere data of an opened image, `None` where it has none; what cannot be understood is warned about."""
-    packet = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
-    if not packet:
-        return None
-    packet = packet.encode() if isinstance(packet, str) else bytes(packet)
-    if b"GPano" not in packet:
-        return None
-    try:
-        if b"<!DOCTYPE" in packet:
-            raise ElementTree.ParseError("a document type is not allowed")
-        root = ElementTree.fromstring(packet[packet.index(b"<") : packet.rindex(b">") + 1])
-        found: dict[str, str] = {}
-        for element in root.iter():
-            found.update({key: value for key, value in element.attrib.items() if key.startswith(_GPANO)})
-            if element.tag.startswith(_GPANO) and element.text:
-                found[element.tag] = element.text
-        numbers = {key.removeprefix(_GPANO): float(value) for key, value in found.items() if _is_number(value)}
-        sizes = ("FullPanoHeightPixels", "FullPanoWidthPixels")
-        crops = ("CroppedAreaImageHeightPixels", "CroppedAreaImageWidthPixels")
-        full = tuple(int(numbers[key]) for key in sizes) if all(key in numbers for key in sizes) else None
-        crop = tuple(int(numbers[key]) for key in crops) if all(key in numbers for key in crops) else None
-        top, left = (int(numbers.get(f"CroppedArea{side}Pixels", 0)) for side in ("Top", "Left"))
-        return PhotoSphere(full, crop, top, left, numbers.get("PoseHeadingDegrees"))  # type: ignore[arg-type]
-    except (ElementTree.ParseError, ValueError, OverflowError) as error:
-        warnings.warn(f"the Photo Sphere data of {_name(image)} cannot be read, ignored: {error}", stacklevel=3)
-        return None
+    """The Photo Sphere data of an opened image, or what the tags of a TIFF say in their place; `None` where it has
+    none. What cannot be understood is warned about."""
+    sphere = photo_sphere_of(xmp_packets(image), _name(image))
+    return with_tiff_position(sphere, image, _name(image))
 
 
 def load_file_bytes(source: Any) -> Any:
@@ -232,7 +210,9 @@ def content_digest(source: Any) -> str:
         source.fp.seek(0)  # type: ignore[attr-defined]
         data = source.fp.read()  # type: ignore[attr-defined]
     elif isinstance(source, Image.Image):
-        header = f"{source.mode} {source.size} {source.info.get('xmp')!r} {dict(source.getexif())}"
+        palette = None if source.palette is None else source.getpalette("RGBA")
+        seen = (palette, source.info.get("transparency"), xmp_packets(source), tiff_position_tags(source))
+        header = f"{source.mode} {source.size} {dict(source.getexif())} {seen!r}"
         data = header.encode() + source.tobytes()
     elif isinstance(source, np.ndarray | torch.Tensor):
         array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
@@ -305,9 +285,9 @@ def _is_lazy(image: Image.Image) -> bool:
 
 def _decode(
     image: Image.Image, needed_width: float, sphere: PhotoSphere | None, fill: Sequence[float], is_ours: bool
-) -> torch.Tensor:
-    """Pixels [H, W, 3] of an image; a JPEG that is not decoded yet is decoded small. `is_ours`: whether nobody else
-    will look at it."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Pixels [H, W, 3] of an image, and what of it is seen, as :func:`_from_array`; a JPEG that is not decoded yet is
+    decoded small. `is_ours`: whether nobody else will look at it."""
     if _family(image.format) == "JPEG" and _is_lazy(image):
         scale = _jpeg_scale(image, needed_width, sphere)
         width, height = image.width // scale, image.height // scale
@@ -315,7 +295,7 @@ def _decode(
         file.seek(0)
         if simplejpeg is not None and image.mode in ("L", "RGB") and _orientation(image) == 1:
             try:
-                return torch.from_numpy(simplejpeg.decode_jpeg(file.read(), min_height=height, min_width=width))
+                return torch.from_numpy(simplejpeg.decode_jpeg(file.read(), min_height=height, min_width=width)), None
             except ValueError:  # where the least is wrong; whether it can be read, Pillow decides
                 file.seek(0)
         if not is_ours:  # opened a second time: the one that was handed in would be small for its owner, too
@@ -339,7 +319,7 @@ def _decode(
     for top in range(0, image.height, 256):  # rows at a time: PIL makes two copies of what it hands over
         bottom = min(top + 256, image.height)
         pixels.numpy()[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
-    return pixels
+    return pixels, None
 
 
 def _jpeg_scale(image: Image.Image, needed_width: float, sphere: PhotoSphere | None) -> int:
@@ -361,8 +341,9 @@ def _orientation(image: Image.Image) -> int:
 # Arrays
 
 
-def _from_array(image: np.ndarray | torch.Tensor, fill: Sequence[float]) -> torch.Tensor:
-    """[H, W, 3], uint8 or float32 in [0, 1]."""
+def _from_array(image: np.ndarray | torch.Tensor, fill: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Pixels [H, W, 3], uint8 or float32 in [0, 1], and what of them is not fully transparent, bool [H, W]; `None`
+    where that is all."""
     given = image.dtype
     is_uint16 = given == torch.uint16
     if isinstance(image, np.ndarray):  # torch knows no big-endian numbers, and few operations on uint16
@@ -387,9 +368,15 @@ def _from_array(image: np.ndarray | torch.Tensor, fill: Sequence[float]) -> torc
         if not is_uint16:
             raise ValueError(f"a panorama must be of dtype uint8, uint16 or float, got {given}")
         image = image.float() / 65535
+    seen = None
     if image.shape[-1] == 4:
+        alpha = image[..., 3]
+        if float(alpha.min()) == 0:
+            seen = alpha > 0
+            if not seen.any():
+                raise ValueError("all of it is transparent: there is nothing to see")
         image = _over_fill(image, fill)
-    return image.expand(-1, -1, 3).contiguous()
+    return image.expand(-1, -1, 3).contiguous(), seen
 
 
 def _over_fill(image: torch.Tensor, fill: Sequence[float]) -> torch.Tensor:
@@ -406,8 +393,45 @@ def _over_fill(image: torch.Tensor, fill: Sequence[float]) -> torch.Tensor:
 # The sphere
 
 
+def _check_projection(sphere: PhotoSphere | None) -> None:
+    if sphere is not None and sphere.projection not in _PROJECTIONS:
+        read = " and ".join(_PROJECTIONS)
+        words = f"its Photo Sphere data say that its projection is {sphere.projection!r}, read are {read}"
+        raise ValueError(f"{words}; convert it, or correct ProjectionType where it is wrong")
+
+
+def _from_cylinder(
+    pixels: torch.Tensor, seen: torch.Tensor | None, sphere: PhotoSphere, strict_aspect: bool, name: str
+) -> tuple[torch.Tensor, torch.Tensor | None, PhotoSphere]:
+    """A cylindrical image as the part of the equirectangular one that it covers, and where this lies."""
+    height, width = pixels.shape[:2]
+    turn, left, horizon = width, 0, height / 2
+    crop, full = sphere.crop or sphere.full or (0, 0), sphere.full or (0, 0)
+    scale = width / crop[1] if min(crop) > 0 else 0.0
+    if scale and abs(height / crop[0] / scale - 1) <= 0.02 and 0 <= sphere.left <= full[1] - crop[1]:
+        turn, left = round(full[1] * scale), round(sphere.left * scale)
+        below_the_top = full[0] / 2 - sphere.top
+        if abs(below_the_top - crop[0] / 2) > 0.5:  # else it is the middle, but for a row that cannot be halved
+            horizon = below_the_top * scale
+    else:
+        problem = f"the Photo Sphere data of {name} say that it is cylindrical, and not where its pixels lie"
+        if strict_aspect:
+            raise ValueError(
+                f"{problem}; write GPano data into the file, or use strict_aspect=False to take it as a turn"
+            )
+        warnings.warn(f"{problem}: taken as a whole turn around the horizon", stacklevel=3)
+    if turn > MAX_SIDE:
+        raise ValueError(f"cannot read {name}: the whole turn has {turn} columns, at most {MAX_SIDE} are allowed")
+    rows, top, sphere_height = unrolled(pixels, horizon, turn)
+    if seen is not None:
+        seen = unrolled(seen[..., None].float(), horizon, turn)[0][..., 0] >= 0.5
+    full = (sphere_height, turn)
+    return rows, seen, replace(sphere, full=full, crop=(len(rows), width), top=top, left=left)
+
+
 def _place(
     pixels: torch.Tensor,
+    seen: torch.Tensor | None,
     sphere: PhotoSphere | None,
     needed_width: float,
     fill: Sequence[float],
@@ -415,13 +439,14 @@ def _place(
     name: str,
     size: tuple[int, int] | None,
 ) -> Panorama:
-    """Pixels [h, w, 3] at their place on the whole sphere; `size` is (width, height) of the file, for messages."""
+    """Pixels [h, w, 3], and what of them is seen, at their place on the whole sphere; `size` is (width, height) of the
+    file, for messages."""
     height, width = pixels.shape[:2]
     area = _area_of(sphere, height, width, name)
     if area is None:
         area = _middle_of_the_sphere(height, width)
         if area is None:
-            return Panorama(pixels)
+            return Panorama(pixels, seen=seen)
         degrees = f"{360 * width / area[1]:.0f} x {180 * height / area[0]:.0f}"
         shown = size or (width, height)
         if (shown[0] < shown[1]) != (width < height):  # it was turned upright
@@ -435,7 +460,7 @@ def _place(
         warnings.warn(f"{problem}: taken as the middle {degrees} degrees of the sphere", stacklevel=4)
     full_height, full_width, top, left = area
     if (full_height, full_width) == (height, width):
-        return Panorama(pixels)
+        return Panorama(pixels, seen=seen)
     covered = _shares(area, height, width)
 
     # Reduced before it is laid on the canvas, so that the canvas is no larger than what is needed.
@@ -452,7 +477,11 @@ def _place(
         part = (reduced.round() if pixels.dtype == torch.uint8 else reduced).to(pixels.dtype)
     canvas = neutral.expand(full_height // k, full_width // k, 3).clone()
     canvas[row : row + rows, column : column + columns] = part
-    return Panorama(canvas, covered)
+    if seen is not None:
+        whole = seen.new_zeros(full_height, full_width)
+        whole[top : top + height, left : left + width] = seen
+        seen = whole
+    return Panorama(canvas, covered, seen)
 
 
 def covered_by_size(height: int, width: int) -> tuple[float, float, float, float] | None:
@@ -497,13 +526,18 @@ def _area_of(sphere: PhotoSphere | None, height: int, width: int, name: str) -> 
 
 def _turn(panorama: Panorama, yaw: float) -> Panorama:
     """The panorama with another front: `yaw` degrees to the right of the present one, to the nearest column."""
+    if panorama.rotation is not None:
+        return replace(panorama, rotation=panorama.rotation @ yaw_rotation(yaw))
     width = panorama.pixels.shape[1]
     shift = round(yaw / 360 * width) % width
     covered = panorama.covered
     if covered is not None and covered[3] - covered[2] < 1:
         left = (covered[2] - shift / width) % 1
         covered = (covered[0], covered[1], left, left + covered[3] - covered[2])
-    return Panorama(panorama.pixels.roll(-shift, dims=1), covered)
+    seen = panorama.seen
+    if seen is not None:
+        seen = seen.roll(-round(yaw / 360 * seen.shape[1]), dims=1)
+    return replace(panorama, pixels=panorama.pixels.roll(-shift, dims=1), covered=covered, seen=seen)
 
 
 def _mirror(panorama: Panorama) -> Panorama:
@@ -512,11 +546,30 @@ def _mirror(panorama: Panorama) -> Panorama:
     if covered is not None and covered[3] - covered[2] < 1:
         left = (1 - covered[3]) % 1
         covered = (covered[0], covered[1], left, left + covered[3] - covered[2])
-    return Panorama(panorama.pixels.flip(1), covered)
+    seen, rotation = panorama.seen, panorama.rotation
+    if rotation is not None:
+        rotation = _LEFT_RIGHT @ rotation @ _LEFT_RIGHT
+    return Panorama(panorama.pixels.flip(1), covered, None if seen is None else seen.flip(1), rotation)
 
 
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+def _resample(panorama: Panorama) -> Panorama:
+    """The panorama with pixels that lie as it is shown."""
+    assert panorama.rotation is not None
+    pixels = torch.from_numpy(rotated_pixels(panorama.pixels.cpu().numpy(), panorama.rotation))
+    seen = seen_everywhere(panorama)
+    if seen is not None:
+        seen = torch.from_numpy(
+            rotated_pixels(seen.numpy().astype(np.float32)[..., None], panorama.rotation)[..., 0] >= 0.5
+        )
+    return Panorama(pixels.to(panorama.pixels.device), seen=seen)
+
+
+def seen_everywhere(panorama: Panorama) -> torch.Tensor | None:
+    """What the camera saw, bool [h, w] on the whole sphere of the pixels; `None` where it is all."""
+    if panorama.covered is None:
+        return panorama.seen
+    height, width = panorama.pixels.shape[:2] if panorama.seen is None else panorama.seen.shape
+    top, bottom, left, right = panorama.covered
+    row, column = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
+    inside = ((row > top) & (row < bottom))[:, None] & ((column - left) % 1 < right - left)
+    return inside if panorama.seen is None else inside & panorama.seen

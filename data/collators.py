@@ -86,8 +86,9 @@ class _Collator:
         if any(shown.tilt):
             maps = None
         elif "label_files" in sample:
-            align = self.processor.image_processor.align_heading
-            maps = read_label_maps(images_of(sample)[0], **sample["label_files"], align_heading=align)
+            own = self.processor.image_processor
+            turns = {"align_heading": own.align_heading, "level": own.level}
+            maps = read_label_maps(images_of(sample)[0], **sample["label_files"], **turns)
         panoramas = len(inputs["pixel_values"])
         if maps is not None and panoramas != 1:
             raise BadSample(f"token labels: they are of one panorama, and the sample has {panoramas}")

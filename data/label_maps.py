@@ -35,7 +35,11 @@ class LabelColumn:
 
 
 def read_label_maps(
-    panorama: Any, classes: dict[str, tuple[Any, LabelColumn]], things: Any = None, align_heading: bool = False
+    panorama: Any,
+    classes: dict[str, tuple[Any, LabelColumn]],
+    things: Any = None,
+    align_heading: bool = False,
+    level: bool = True,
 ) -> LabelMaps:
     """The label maps of one panorama.
 
@@ -43,12 +47,12 @@ def read_label_maps(
         panorama: the image itself; it must show the whole sphere, as its pixels lie in the file.
         classes: field -> file (path or bytes) and what it holds; nothing is known of a field without a file.
         things: file of the ids of single things, 0 where none is; their places follow from it.
-        align_heading: whether the panorama is turned to the north by its Photo Sphere data.
+        align_heading, level: whether the panorama is turned to the north and levelled by its Photo Sphere data.
 
     Raises:
         BadSample: for files that cannot be this, each named.
     """
-    _check_panorama(panorama, align_heading)
+    _check_panorama(panorama, align_heading, level)
     maps = {name: _class_map(name, file, column) for name, (file, column) in classes.items() if file is not None}
     if things is None:
         return LabelMaps(maps)
@@ -59,7 +63,7 @@ def read_label_maps(
     return LabelMaps(maps, index, tuple(bfov_of_mask(index == number) for number in range(count)))
 
 
-def _check_panorama(panorama: Any, align_heading: bool) -> None:
+def _check_panorama(panorama: Any, align_heading: bool, level: bool) -> None:
     """See that the pixels of a panorama lie as those of its maps do."""
     image = open_image(panorama)
     if not isinstance(image, Image.Image):
@@ -70,6 +74,8 @@ def _check_panorama(panorama: Any, align_heading: bool) -> None:
         "shows a part of the sphere": sphere is not None and sphere.crop not in (None, sphere.full),
         "is rotated by its EXIF orientation": image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
         "is turned by its heading (align_heading)": align_heading and sphere is not None and bool(sphere.heading),
+        "is not equirectangular": sphere is not None and sphere.projection != "equirectangular",
+        "is levelled (level)": level and sphere is not None and bool(sphere.pitch or sphere.roll),
     }
     if image is not panorama:
         image.close()
