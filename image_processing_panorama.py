@@ -26,12 +26,12 @@ from transformers.processing_utils import ImagesKwargs
 
 from .geometry_panorama import Direction, View, ViewOptions, ViewPlan, check_direction
 from .options_panorama import IMAGE_MEAN, IMAGE_STD, check_option_names, check_resembling_names
-from .reading_panorama import ImageSource, content_digest, load_file_bytes, read_panorama
+from .reading_panorama import MAX_PIXELS, ImageSource, content_digest, load_file_bytes, read_panorama
 from .sampling_panorama import erp_to_views, needed_width, tilted_pixels, use_one_thread_in_a_worker, view_mask
 
 logger = logging.getLogger(__name__)
 
-_READ_OPTIONS = ("strict_aspect", "align_heading")
+_READ_OPTIONS = ("strict_aspect", "align_heading", "max_pixels")
 _CALL_OPTIONS = ("device", "yaw_offsets", "mirrored", "tilts", "further_views")
 # What transformers writes into the file of a processor, or hands over with it; and the options of image processors that
 # resize, crop and rescale, which have no effect here.
@@ -74,6 +74,7 @@ class PanoramaImageProcessorKwargs(ImagesKwargs, total=False):
     pole_caps: bool
     strict_aspect: bool
     align_heading: bool
+    max_pixels: int
     yaw_offsets: list[float]
     mirrored: list[bool]
     tilts: list[Any]
@@ -92,6 +93,9 @@ class PanoramaImageProcessor(BaseImageProcessor):
         strict_aspect: refuse an image that is not 2:1 and has no Photo Sphere data. Else it is taken as a band around
             the horizon, with a warning.
         align_heading: turn panoramas whose Photo Sphere data say where north is, so that north is in front.
+        max_pixels: the most pixels that are held while a file is decoded (4 bytes each in most formats), or that a
+            sphere has of which a file shows a part: beyond it an image is refused. A JPEG that is not progressive is
+            reduced while it is decoded, and counts with what is left.
         cache_dir: a folder that keeps prepared views (as uint8, to half a grey level) for the next time; keyed by the
             content of the file and by every option that changes views. Not saved with the processor.
     """
@@ -106,6 +110,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = IMAGE_STD,
         strict_aspect: bool = False,
         align_heading: bool = False,
+        max_pixels: int = MAX_PIXELS,
         cache_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ):
@@ -120,6 +125,9 @@ class PanoramaImageProcessor(BaseImageProcessor):
         self.image_std = list(image_std)
         self.strict_aspect = strict_aspect
         self.align_heading = align_heading
+        if max_pixels < 1:
+            raise ValueError(f"max_pixels must be positive, got {max_pixels}. Typical value: {MAX_PIXELS}")
+        self.max_pixels = max_pixels
         self.cache_dir = cache_dir
 
     @classmethod
@@ -277,7 +285,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         if options["cache_dir"] is None or further or any(shown.tilt):
             return _sample_views(source, views, options, shown, further, out)
         source = load_file_bytes(source)
-        kept_out = ("cache_dir", "image_std")
+        kept_out = ("cache_dir", "image_std", "max_pixels")
         key = {name: value for name, value in options.items() if name not in kept_out} | asdict(views)
         key |= {"mirrored": True} if shown.mirrored else {}
         text = json.dumps([_CACHE_VERSION, content_digest(source), shown.yaw_offset, key], sort_keys=True)
