@@ -12,8 +12,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote_to_bytes
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -26,7 +29,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from .geometry_panorama import Direction, View, ViewOptions, ViewPlan, check_direction
 from .options_panorama import IMAGE_MEAN, IMAGE_STD, check_option_names, check_resembling_names
-from .reading_panorama import MAX_PIXELS, ImageSource, content_digest, load_file_bytes, read_panorama
+from .reading_panorama import MAX_PIXELS, ImageSource, content_digest, load_file_bytes, open_image, read_panorama
 from .sampling_panorama import erp_to_views, needed_width, tilted_pixels, use_one_thread_in_a_worker, view_mask
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,7 @@ _TRANSFORMERS_OPTIONS = (
     "processor_class",
     *ImagesKwargs.__annotations__,
 )
+_SHORTEST_BASE64 = 64  # characters of a text that may hold a file
 _CACHE_VERSION = 1  # to be raised when the same file and options give other views
 
 
@@ -174,11 +178,12 @@ class PanoramaImageProcessor(BaseImageProcessor):
         return ViewOptions(**{name: getattr(self, name) for name in ViewOptions.names()}).plan
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Fetch what a URL names, and the bytes that a data URL holds; all else stays as it is, for
-        :func:`read_panorama` to open. Lists keep their nesting.
+        """Fetch the bytes of what a URL names, and those that a data URL or base64 holds; all else stays as it is, for
+        :func:`read_panorama` to open, so that each way in gives the same pixels. Lists keep their nesting.
 
         Raises:
-            ValueError: for a data URL that is no base64; of its text, which may be long, only the head is repeated.
+            ValueError: for a data URL that cannot be decoded; of its text, which may be long, only the head is
+                repeated. For a URL that gives nothing.
         """
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
@@ -187,14 +192,12 @@ class PanoramaImageProcessor(BaseImageProcessor):
         if image_url_or_urls.startswith("data:"):
             kind, _, data = image_url_or_urls.partition(",")
             try:
-                return base64.b64decode(data)
+                return base64.b64decode(data) if kind.endswith(";base64") else unquote_to_bytes(data)
             except binascii.Error as error:
                 raise ValueError(f"cannot read a data URL of {len(data)} characters ({kind[:60]!r}): {error}") from None
-        return (
-            load_image(image_url_or_urls)
-            if image_url_or_urls.startswith(("http://", "https://"))
-            else image_url_or_urls
-        )
+        if image_url_or_urls.startswith(("http://", "https://")):
+            return _fetched(image_url_or_urls)
+        return _from_base64(image_url_or_urls) or image_url_or_urls
 
     def preprocess(
         self, images: ImageSource | Sequence[Any], *, return_tensors: str | None = None, **kwargs: Any
@@ -203,8 +206,9 @@ class PanoramaImageProcessor(BaseImageProcessor):
 
         Args:
             images: a panorama, or a list of them, nested or not; B in all, in reading order. Each is a path, bytes, a
-                file object, a PIL image, a row of a `datasets.Image` column, or an array or tensor [H, W, 3],
-                [3, H, W] or [H, W] (with alpha, too), of uint8, uint16, or float in [0, 1]. Sizes may differ.
+                file object, a URL (http, https, data), base64, a PIL image, a row of a `datasets.Image` column, or an
+                array or tensor [H, W, 3], [3, H, W] or [H, W] (with alpha, too), of uint8, uint16, or float in [0, 1].
+                Sizes may differ.
             return_tensors: `"pt"` or `"np"`; without it lists of B tensors.
             kwargs: any option of the constructor, for this call alone (`None` for that of the processor);
                 `yaw_offsets`, degrees to the right of the front of each panorama that become its front; `mirrored`,
@@ -372,6 +376,26 @@ def _sample_views(
     if pixels.is_floating_point():
         out.mul_(255)
     return view_mask(views.plan, panorama.covered, shown.tilt)
+
+
+def _fetched(url: str) -> bytes:
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "panorama-vlm", "Accept": "image/*"}), timeout=60) as answer:
+            return answer.read()
+    except (OSError, HTTPException, ValueError) as error:
+        raise ValueError(f"cannot read {url[:200]}: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _from_base64(text: str) -> bytes | None:
+    """The file that a text without `data:` holds, as transformers takes it; `None` where it is something else."""
+    if len(text) < _SHORTEST_BASE64 or os.path.exists(text):
+        return None
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+        open_image(data).close()
+    except ValueError:  # a path, as a rule
+        return None
+    return data
 
 
 def _read_prepared(file: Path) -> dict[str, torch.Tensor] | None:
