@@ -47,7 +47,7 @@ _TRANSFORMERS_OPTIONS = (
     *ImagesKwargs.__annotations__,
 )
 _SHORTEST_BASE64 = 64  # characters of a text that may hold a file
-_CACHE_VERSION = 1  # to be raised when the same file and options give other views
+_CACHE_VERSION = 2  # to be raised when the same file and options give other views
 
 
 class Shown(NamedTuple):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 
+from .colours_panorama import is_srgb, to_srgb
 from .options_panorama import IMAGE_MEAN
 
 try:  # takes less time and memory for a JPEG; Pillow gives the same pixels
@@ -227,7 +228,8 @@ def content_digest(source: Any) -> str:
         source.fp.seek(0)  # type: ignore[attr-defined]
         data = source.fp.read()  # type: ignore[attr-defined]
     elif isinstance(source, Image.Image):
-        header = f"{source.mode} {source.size} {source.info.get('xmp')!r} {dict(source.getexif())}"
+        kept = [source.info.get(name) for name in ("xmp", "icc_profile")]
+        header = f"{source.mode} {source.size} {kept} {dict(source.getexif())}"
         data = header.encode() + source.tobytes()
     elif isinstance(source, np.ndarray | torch.Tensor):
         array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
@@ -342,7 +344,12 @@ def _decode(
         width, height = image.width // scale, image.height // scale
         file: BinaryIO = image.fp  # type: ignore[attr-defined]
         file.seek(0)
-        if simplejpeg is not None and image.mode in ("L", "RGB") and _orientation(image) == 1:
+        if (
+            simplejpeg is not None
+            and is_srgb(image.info.get("icc_profile"))
+            and image.mode in ("L", "RGB")
+            and _orientation(image) == 1
+        ):
             least = {"min_height": -(-image.height // scale), "min_width": -(-image.width // scale)}
             try:
                 return torch.from_numpy(simplejpeg.decode_jpeg(file.read(), **least)), scale
@@ -385,7 +392,7 @@ def _check_pixels(image: Image.Image, scale: int, max_pixels: int) -> None:
 
 
 def _converted(image: Image.Image, fill: Sequence[float]) -> torch.Tensor:
-    """Pixels [H, W, 3] of a decoded image, uint8 or float32 in [0, 1]."""
+    """Pixels [H, W, 3] of a decoded image, uint8 in sRGB, or float32 in [0, 1] as they are."""
     if image.mode.startswith("I;16"):
         return _from_array(np.array(image).astype(np.uint16), fill)
     if image.mode == "I":  # 16 bit as well, in formats that PIL widens
@@ -395,6 +402,7 @@ def _converted(image: Image.Image, fill: Sequence[float]) -> torch.Tensor:
         return _from_array(values.astype(np.uint16), fill)
     if image.mode == "F":
         return _from_array(np.array(image), fill)
+    image = to_srgb(image, image.info.get("icc_profile"))
     if image.has_transparency_data:
         return _from_array(np.array(image.convert("RGBA")), fill)
     return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
