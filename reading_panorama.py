@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 
 from .colours_panorama import is_srgb, to_srgb
+from .formats_panorama import is_misread, kind_of, open_float_file, register_heic
 from .options_panorama import IMAGE_MEAN
 
 try:  # takes less time and memory for a JPEG; Pillow gives the same pixels
@@ -34,7 +35,6 @@ _STRIP = 64  # rows of an image that are converted at a time
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF", "JPEG2000", "BMP", "PPM")
 _SAME_FORMAT = {"MPO": "JPEG"}  # several JPEGs in one file: what phones write
 _MAGIC = {b"GIF8": "a GIF", b"%PDF": "a PDF", b"<svg": "an SVG", b"<!DO": "a web page", b"<htm": "a web page"}
-_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 _GPANO = "{http://ns.google.com/photos/1.0/panorama/}"
 _NAME = "panorama_name"  # attribute of an image, for messages: Pillow would map the file that `filename` names
 
@@ -266,10 +266,12 @@ def _identified(file: str | BinaryIO) -> Image.Image | None:
     """As `Image.open`, `None` for what is no image, but without its limit of size: that is one for the whole process,
     and of files that are not decoded as a whole."""
     Image.init()
+    image: Any
     opened: Any = open(file, "rb") if isinstance(file, str) else file  # noqa: SIM115
     opened.seek(0)
     head = opened.read(16)
     try:
+        register_heic(head)
         for factory, accept in (Image.OPEN[format] for format in _FORMATS if format in Image.OPEN):
             fits = accept is None or accept(head)
             if not fits or isinstance(fits, str):  # a string says why it cannot be read here
@@ -279,7 +281,13 @@ def _identified(file: str | BinaryIO) -> Image.Image | None:
                 image = factory(opened, file if isinstance(file, str) else "")
             except (SyntaxError, IndexError, TypeError, struct.error):  # of another format, or its head is broken
                 continue
+            if is_misread(image):
+                image = open_float_file(opened, file if isinstance(file, str) else "")
             image._exclusive_fp = opened is not file  # it closes what was opened here
+            return image
+        if kind_of(head) is not None:
+            image = open_float_file(opened, file if isinstance(file, str) else "")
+            image._exclusive_fp = opened is not file
             return image
     except BaseException:
         if opened is not file:
@@ -304,8 +312,6 @@ def _what_is_it(file: str | BinaryIO) -> str:
         head = file.read(16)
     if not head:
         return "it is empty"
-    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
-        return "it is HEIC: pip install pillow-heif and call pillow_heif.register_heif_opener()"
     kinds = [kind for magic, kind in _MAGIC.items() if head.startswith(magic)]
     readable = ", ".join(_FORMATS)
     return (
