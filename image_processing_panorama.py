@@ -29,12 +29,13 @@ from transformers.processing_utils import ImagesKwargs
 
 from .geometry_panorama import Direction, View, ViewOptions, ViewPlan, check_direction
 from .options_panorama import IMAGE_MEAN, IMAGE_STD, check_option_names, check_resembling_names
+from .projections_panorama import Projection
 from .reading_panorama import MAX_PIXELS, ImageSource, content_digest, load_file_bytes, open_image, read_panorama
 from .sampling_panorama import erp_to_views, needed_width, tilted_pixels, use_one_thread_in_a_worker, view_mask
 
 logger = logging.getLogger(__name__)
 
-_READ_OPTIONS = ("strict_aspect", "align_heading", "max_pixels")
+_READ_OPTIONS = ("strict_aspect", "align_heading", "max_pixels", "projection")
 _CALL_OPTIONS = ("device", "yaw_offsets", "mirrored", "tilts", "further_views")
 # What transformers writes into the file of a processor, or hands over with it; and the options of image processors that
 # resize, crop and rescale, which have no effect here.
@@ -79,6 +80,7 @@ class PanoramaImageProcessorKwargs(ImagesKwargs, total=False):
     strict_aspect: bool
     align_heading: bool
     max_pixels: int
+    projection: str
     yaw_offsets: list[float]
     mirrored: list[bool]
     tilts: list[Any]
@@ -100,6 +102,10 @@ class PanoramaImageProcessor(BaseImageProcessor):
         max_pixels: the most pixels that are held while a file is decoded (4 bytes each in most formats), or that a
             sphere has of which a file shows a part: beyond it an image is refused. A JPEG that is not progressive is
             reduced while it is decoded, and counts with what is left.
+        projection: what the images are, where they are not equirectangular: `"cubemap_3x2"`, `"cubemap_6x1"`,
+            `"dual_fisheye:fov=190"`, `"cylindrical"`, `"stereo_side_by_side"`, `"stereo_top_bottom"`, `"vr180"`, with
+            the options of :class:`Projection`; `"equirectangular"` where they are and do not look like it. Without it
+            a picture of 2:1 that clearly is something else is warned of, and refused with `strict_aspect`.
         cache_dir: a folder that keeps prepared views (as uint8, to half a grey level) for the next time; keyed by the
             content of the file and by every option that changes views. Not saved with the processor.
     """
@@ -115,6 +121,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         strict_aspect: bool = False,
         align_heading: bool = False,
         max_pixels: int = MAX_PIXELS,
+        projection: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ):
@@ -132,6 +139,8 @@ class PanoramaImageProcessor(BaseImageProcessor):
         if max_pixels < 1:
             raise ValueError(f"max_pixels must be positive, got {max_pixels}. Typical value: {MAX_PIXELS}")
         self.max_pixels = max_pixels
+        Projection.parse(projection)
+        self.projection = projection
         self.cache_dir = cache_dir
 
     @classmethod
@@ -291,6 +300,8 @@ class PanoramaImageProcessor(BaseImageProcessor):
         source = load_file_bytes(source)
         kept_out = ("cache_dir", "image_std", "max_pixels")
         key = {name: value for name, value in options.items() if name not in kept_out} | asdict(views)
+        if isinstance(source, dict) and source.get("projection"):
+            key["projection"] = source["projection"]
         key |= {"mirrored": True} if shown.mirrored else {}
         text = json.dumps([_CACHE_VERSION, content_digest(source), shown.yaw_offset, key], sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()

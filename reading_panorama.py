@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, ImageOps
 from .colours_panorama import is_srgb, to_srgb
 from .formats_panorama import is_misread, kind_of, open_float_file, register_heic
 from .options_panorama import IMAGE_MEAN
+from .projections_panorama import Projection, hint, looks_like, to_equirectangular
 
 try:  # takes less time and memory for a JPEG; Pillow gives the same pixels
     import simplejpeg
@@ -106,6 +107,7 @@ def read_panorama(
     yaw_offset: float = 0.0,
     mirrored: bool = False,
     max_pixels: int = MAX_PIXELS,
+    projection: str | None = None,
 ) -> Panorama:
     """Decode a panorama, no larger than it has to be, and place it on the sphere.
 
@@ -128,6 +130,8 @@ def read_panorama(
         mirrored: exchange left and right after that.
         max_pixels: the most pixels that are held while a file is decoded, and that a sphere has of which the file
             shows a part.
+        projection: what the image is, where it is not equirectangular (see :class:`Projection`); of a row of a
+            column, its `"projection"`. What the file says of its place is not asked then.
 
     Raises:
         TypeError: for what is no image.
@@ -136,6 +140,10 @@ def read_panorama(
     """
     image = open_image(source)
     sphere, name, area, scale = None, "the panorama", None, 1
+    if isinstance(source, dict):
+        projection = source.get("projection") or projection
+    shape = Projection.parse(projection)
+    is_other = shape.name != "equirectangular"
     if isinstance(image, Image.Image):
         name, is_ours = _name(image), image is not source
         try:
@@ -146,8 +154,11 @@ def read_panorama(
             upright = _orientation(image) < 5
             width, height = image.size if upright else image.size[::-1]
             sphere = read_photo_sphere(image)
-            area = _area_of(sphere, height, width, name)
-            pixels, scale = _decode(image, needed_width, area, fill, is_ours, max_pixels)
+            area = None if is_other else _area_of(sphere, height, width, name)
+            needed = needed_width
+            if is_other:  # columns of the file that are needed
+                area, needed = None, needed_width * max(width, 2 * height) / shape.native_width(height, width)
+            pixels, scale = _decode(image, needed, area, fill, is_ours, max_pixels)
         except Exception as error:  # decoders raise anything
             raise ValueError(f"cannot read {name}: {str(error).removeprefix(f'cannot read {name}: ')}") from error
         finally:
@@ -162,7 +173,16 @@ def read_panorama(
             "a panorama must be a path, bytes, a file object, a PIL image, an array or a tensor, got "
             f"{type(image).__name__}"
         )
-    panorama = _place(pixels, scale, (height, width), area, needed_width, fill, strict_aspect, name, max_pixels)
+    if is_other:
+        try:
+            panorama = Panorama(*to_equirectangular(pixels, shape, needed_width, _neutral(fill, pixels)))
+        except ValueError as error:
+            raise ValueError(f"cannot read {name}: {error}") from None
+        sphere = None
+    else:
+        if projection is None and area is None and abs(width / height - 2) <= 0.02:
+            _check_looks(pixels, strict_aspect, name)
+        panorama = _place(pixels, scale, (height, width), area, needed_width, fill, strict_aspect, name, max_pixels)
     if align_heading and sphere is not None and sphere.heading is not None:
         yaw_offset -= sphere.heading
     panorama = _turn(panorama, yaw_offset) if yaw_offset % 360 else panorama
@@ -212,7 +232,7 @@ def load_file_bytes(source: Any) -> Any:
         OSError: for a file that does not exist or cannot be opened; it is named.
     """
     if isinstance(source, dict) and not source.get("bytes") and source.get("path"):
-        source = str(source["path"])
+        return {**source, "bytes": Path(source["path"]).read_bytes()}
     if isinstance(source, str | os.PathLike):
         return {"bytes": Path(source).read_bytes(), "path": os.fspath(source)}
     return source
@@ -514,6 +534,7 @@ def _place(
             area = (area[0] * unit, area[1] * unit, area[2] * unit, area[3] * unit)
             degrees = f"{360 * width / area[1]:.0f} x {180 * height / area[0]:.0f}"
             problem = f"{name} is {width} x {height} pixels, not 2:1, and has no Photo Sphere data"
+            problem += hint(height, width)
             if strict_aspect:
                 raise ValueError(
                     f"{problem}; give a whole panorama, write GPano data into the file, or use strict_aspect=False to "
@@ -525,8 +546,7 @@ def _place(
     if is_whole and even:
         return Panorama(pixels)
     covered = None if is_whole else _shares(area, height, width)
-    neutral = torch.tensor(fill, device=pixels.device) * (255 if pixels.dtype == torch.uint8 else 1)
-    neutral = (neutral.round() if pixels.dtype == torch.uint8 else neutral).to(pixels.dtype)
+    neutral = _neutral(fill, pixels)
 
     # Reduced before it is laid on the canvas, so that the canvas is no larger than what is needed.
     most = max(1, int(full_width / needed_width))
@@ -548,6 +568,22 @@ def _place(
     canvas = neutral.expand(full_height // k, full_width // k, 3).clone()
     canvas[row : row + rows, column : column + columns] = _means(part, k)
     return Panorama(canvas, covered)
+
+
+def _neutral(fill: Sequence[float], pixels: torch.Tensor) -> torch.Tensor:
+    """The colour of what was not seen, [3], as pixels are."""
+    neutral = torch.tensor(fill, device=pixels.device) * (255 if pixels.dtype == torch.uint8 else 1)
+    return (neutral.round() if pixels.dtype == torch.uint8 else neutral).to(pixels.dtype)
+
+
+def _check_looks(pixels: torch.Tensor, strict_aspect: bool, name: str) -> None:
+    """Say it where a picture of 2:1 is clearly no equirectangular panorama."""
+    found = looks_like(pixels)
+    if found is not None:
+        words = f"no equirectangular panorama: {name} looks like {found}"
+        if strict_aspect:
+            raise ValueError(f"{words}; projection='equirectangular' says that it is one, or use strict_aspect=False")
+        warnings.warn(f"{words}; projection='equirectangular' says that it is one", stacklevel=4)
 
 
 def _check_canvas(height: int, width: int, max_pixels: int) -> None:

@@ -350,6 +350,14 @@ def _images(sample: RawSample) -> list[Any]:
 
 
 def _present(image: Any, sample: RawSample) -> Any:
+    """The image, if it is there, with what its source says of all its images."""
+    found = _found(image, sample)
+    if "projection" not in sample or not isinstance(found, str | bytes):
+        return found
+    return {"bytes" if isinstance(found, bytes) else "path": found, "projection": sample["projection"]}
+
+
+def _found(image: Any, sample: RawSample) -> Any:
     """The image, if it is there. Rows come from outside: of what has a protocol, a file of the Hub dataset that is
     streamed is fetched, and what http and https name only where the source says so."""
     if not isinstance(image, str):

@@ -166,7 +166,7 @@ class Answerer:
         if self.is_ours:
             own = self.processor.image_processor
             options = {"strict_aspect": own.strict_aspect, "align_heading": own.align_heading, "fill": own.image_mean}
-            options["max_pixels"] = own.max_pixels
+            options |= {"max_pixels": own.max_pixels, "projection": own.projection}
             options["needed_width"] = needed_width(own.view_plan, own.image_size)
         pixels = read_panorama(source, **options).pixels
         array = (pixels if pixels.dtype == torch.uint8 else (pixels * 255).round().to(torch.uint8)).numpy()

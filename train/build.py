@@ -76,7 +76,7 @@ def load_start(config: TrainConfig, model: str | None = None) -> tuple[PanoramaV
     statistics = {name: getattr(saved.image_processor, name) for name in ("image_mean", "image_std")}
     processor = PanoramaProcessor.from_config(loaded.config, saved.tokenizer, **statistics)
     processor.chat_template = saved.chat_template
-    for name in ("strict_aspect", "align_heading", "max_pixels"):
+    for name in ("strict_aspect", "align_heading", "max_pixels", "projection"):
         setattr(processor.image_processor, name, getattr(saved.image_processor, name))
     return loaded, processor
 
