@@ -201,9 +201,7 @@ def looks_like(pixels: torch.Tensor) -> str | None:
     rows, columns = (
         np.minimum((np.arange(n) + 0.5) / n * size, size - 1).astype(int) for n, size in ((64, height), (128, width))
     )
-    small = pixels[rows[:, None], columns].float().mean(-1).cpu().numpy()  # [64, 128]
-    unit = 255.0 if pixels.dtype == torch.uint8 else 1.0
-    small = small / unit
+    small = _grey(pixels[rows[:, None], columns])  # [64, 128]
     if small.std() < 0.02:
         return None
     y, x = (np.arange(64) + 0.5) / 32 - 1, (np.arange(128) + 0.5) / 32
@@ -215,18 +213,23 @@ def looks_like(pixels: torch.Tensor) -> str | None:
         return "two pictures side by side: projection='stereo_side_by_side', or 'vr180' where each shows the front half"
     if _alike(small[:32], small[32:]):
         return "two pictures one above the other: projection='stereo_top_bottom'"
-    line = pixels[rows].float().mean(-1).cpu().numpy() / unit  # [64, W]
+    line = _grey(pixels[rows[2::4]])  # [16, W]
     steps = np.abs(np.diff(line, axis=1)).mean(0)
     seam = float(np.abs(line[:, 0] - line[:, -1]).mean())
-    poles = [float(small[edge].std()) for edge in (0, -1)]
-    if seam > max(0.05, 4 * float(np.quantile(steps, 0.99))) and min(poles) > max(
-        0.05, 0.5 * float(small.std(1).mean())
-    ):
+    poles = min(float(_grey(pixels[row, columns]).std()) for row in (0, -1))
+    is_cut = seam > 0.05 and seam > 4 * float(np.quantile(steps, 0.99))
+    if is_cut and poles > max(0.05, 0.5 * float(small.std(1).mean())):
         return (
-            "a photograph or fisheye circles that fill it, since left and right edge do not continue each other and top "
-            "and bottom are no points: projection='dual_fisheye:fov=…' for two circles"
+            "a photograph or fisheye circles that fill it, since left and right edge do not continue each other and "
+            "top and bottom are no points: projection='dual_fisheye:fov=…' for two circles"
         )
     return None
+
+
+def _grey(pixels: torch.Tensor) -> np.ndarray:
+    """[..., 3] -> [...] in [0, 1], float32."""
+    unit = 255 if pixels.dtype == torch.uint8 else 1
+    return pixels.cpu().numpy().astype(np.float32) @ np.full(3, 1 / 3 / unit, np.float32)
 
 
 def hint(height: int, width: int) -> str:
