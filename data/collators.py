@@ -380,13 +380,13 @@ def where_it_lies(image: str, sample: RawSample) -> str:
 
 
 def _present(image: Any, sample: RawSample) -> Any:
-    """The image, if it is there."""
-    if not isinstance(image, str):
-        return image
-    where = where_it_lies(image, sample)
+    """The image, if it is there, with what its source says of all its images."""
+    where = where_it_lies(image, sample) if isinstance(image, str) else None
     if where == "web":
-        return fetch(image, sample["fetch"])
-    if where == "hub":
+        image = fetch(image, sample["fetch"])
+    elif where == "hub":
         with fsspec.open(image, "rb") as file:
-            return file.read()
-    return image
+            image = file.read()
+    if "projection" not in sample or not isinstance(image, str | bytes):
+        return image
+    return {"bytes" if isinstance(image, bytes) else "path": image, "projection": sample["projection"]}

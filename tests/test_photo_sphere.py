@@ -357,7 +357,8 @@ def test_transparency_within_a_crop_lies_where_the_crop_does(panoramas):
         panorama = read_panorama(encoded(part, pnginfo=info), needed_width)
         wanted = np.zeros((256, 512), bool)
         wanted[64:192, 256:316] = True
-        np.testing.assert_array_equal(panorama.seen, wanted)
+        k = 256 // len(panorama.pixels)
+        np.testing.assert_array_equal(panorama.seen, wanted[::k, ::k])
         assert panorama.covered == (0.25, 0.75, 196 / 512, 316 / 512)
 
 
