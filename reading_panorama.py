@@ -168,7 +168,7 @@ def read_panorama(
             if shape.name == "equirectangular":
                 sphere = read_photo_sphere(image)  # before the pixels: some of it is not found after them
             if sphere is not None and projection is None:
-                shape = _shape_of(sphere)
+                shape = shape_of(sphere)
             if _family(image.format) != "JPEG":  # some tell only now which way is up
                 _check_pixels(image, 1, max_pixels)
                 image.load()
@@ -228,6 +228,19 @@ def read_photo_sphere(image: Image.Image) -> PhotoSphere | None:
     none. What cannot be understood is warned about."""
     sphere = photo_sphere_of(xmp_packets(image), _name(image))
     return with_tiff_position(sphere, image, _name(image))
+
+
+def shape_of(sphere: PhotoSphere) -> Projection:
+    """What Photo Sphere data say an image is.
+
+    Raises:
+        ValueError: for what is not read without being told; it is named.
+    """
+    if sphere.projection not in _PROJECTIONS:
+        read = " and ".join(_PROJECTIONS)
+        words = f"its Photo Sphere data say that its projection is {sphere.projection!r}, read are {read}"
+        raise ValueError(f"{words}; convert it, or say with projection= what it is where ProjectionType is wrong")
+    return Projection(sphere.projection)
 
 
 def load_file_bytes(source: Any) -> Any:
@@ -527,15 +540,6 @@ def _over_fill(image: torch.Tensor, fill: Sequence[float]) -> torch.Tensor:
 
 
 # The sphere
-
-
-def _shape_of(sphere: PhotoSphere) -> Projection:
-    """What Photo Sphere data say an image is."""
-    if sphere.projection not in _PROJECTIONS:
-        read = " and ".join(_PROJECTIONS)
-        words = f"its Photo Sphere data say that its projection is {sphere.projection!r}, read are {read}"
-        raise ValueError(f"{words}; convert it, or say with projection= what it is where ProjectionType is wrong")
-    return Projection(sphere.projection)
 
 
 def _from_cylinder(

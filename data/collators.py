@@ -87,8 +87,9 @@ class _Collator:
             maps = None
         elif "label_files" in sample:
             own = self.processor.image_processor
-            turns = {"align_heading": own.align_heading, "level": own.level}
-            maps = read_label_maps(images_of(sample)[0], **sample["label_files"], **turns)
+            how = {"align_heading": own.align_heading, "level": own.level}
+            how["projection"] = sample.get("projection", own.projection)
+            maps = read_label_maps(images_of(sample)[0], **sample["label_files"], **how)
         panoramas = len(inputs["pixel_values"])
         if maps is not None and panoramas != 1:
             raise BadSample(f"token labels: they are of one panorama, and the sample has {panoramas}")

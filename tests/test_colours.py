@@ -9,7 +9,7 @@ from panorama_vlm import PanoramaImageProcessor
 from panorama_vlm.reading_panorama import read_panorama
 from PIL import Image, ImageCms
 
-PROPHOTO = Path(__file__).parent / "files" / "prophoto.jpg"
+PROPHOTO = Path(__file__).parent / "inputs" / "prophoto.jpg"
 # http://www.brucelindbloom.com/index.html?Eqn_RGB_XYZ_Matrix.html, both for D50
 PROPHOTO_TO_XYZ = np.array([[0.7976749, 0.1351917, 0.0313534], [0.2880402, 0.7118741, 0.0000857], [0, 0, 0.82521]])
 XYZ_TO_SRGB = np.array(

@@ -13,7 +13,7 @@ from panorama_vlm.reading_panorama import read_panorama
 from panorama_vlm.tests.test_reading import crop_values, photo_sphere
 from PIL import Image
 
-FLOAT = Path(__file__).parent / "files" / "float32.tif"
+FLOAT = Path(__file__).parent / "inputs" / "float32.tif"
 
 
 def reinhard(light):

@@ -376,18 +376,22 @@ def layer(full=(1024, 512), position=(200, 100), resolution=150.0, **more):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_a_cropped_layer_of_a_stitcher_lies_where_its_tags_say(panoramas, tmp_path, mode):
+    panoramas[0].convert(mode).save(tmp_path / "layer.tif", tiffinfo=layer())
+    panorama = read_panorama(tmp_path / "layer.tif")
+    assert panorama.covered == (100 / 512, 356 / 512, 200 / 1024, 712 / 1024)
+    np.testing.assert_array_equal(panorama.pixels[100:356, 200:712], np.array(panoramas[0]))
+
+
+@pytest.mark.tools
+def test_another_reader_finds_the_layer_at_the_same_place(panoramas, tmp_path):
     tifffile = pytest.importorskip("tifffile")
-    part = panoramas[0].convert(mode)
-    part.save(tmp_path / "layer.tif", tiffinfo=layer())
-    with tifffile.TiffFile(tmp_path / "layer.tif") as file:  # an independent reader
+    panoramas[0].save(tmp_path / "layer.tif", tiffinfo=layer())
+    with tifffile.TiffFile(tmp_path / "layer.tif") as file:
         tags = {tag.name: tag.value for tag in file.pages[0].tags}
     place = [tags[f"{axis}Position"][0] / tags[f"{axis}Position"][1] for axis in "XY"]
     place = [round(at * tags["XResolution"][0] / tags["XResolution"][1]) for at in place]
     full = tags["ImageFullWidth"], tags["ImageFullLength"]
     assert (full, place) == ((1024, 512), [200, 100])
-    panorama = read_panorama(tmp_path / "layer.tif")
-    assert panorama.covered == (100 / 512, 356 / 512, 200 / 1024, 712 / 1024)
-    np.testing.assert_array_equal(panorama.pixels[100:356, 200:712], np.array(panoramas[0]))
 
 
 def test_tags_of_a_tiff_that_say_too_little_or_too_much_are_told(panoramas):

@@ -17,7 +17,7 @@ from panorama_vlm.projections_panorama import Projection, looks_like
 from panorama_vlm.reading_panorama import read_panorama
 from PIL import Image
 
-FILES = Path(__file__).parent / "files"
+FILES = Path(__file__).parent / "inputs"
 SAMPLES = sorted((Path(__file__).parents[1] / "samples").rglob("*.jpg"))
 
 

@@ -520,7 +520,7 @@ def test_a_broken_file_is_an_error_that_names_it_and_the_reason_within_bounds(pa
 @pytest.mark.parametrize(
     ("data", "kind"),
     [
-        ((Path(__file__).parent / "files" / "float32.tif").read_bytes(), "TIFF"),
+        ((Path(__file__).parent / "inputs" / "float32.tif").read_bytes(), "TIFF"),
         (b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 1 +X 2\n" + bytes(8), "Radiance HDR"),
         (b"\x76\x2f\x31\x01\x02\0\0\0", "OpenEXR"),
     ],

@@ -268,6 +268,8 @@ def test_a_heading_or_pose_that_turns_the_panorama_is_not_followed_in_silence(tm
     assert read_label_maps(str(tmp_path / "tilted.jpg"), files, level=False).classes["semantic"].shape == (256, 512)
     with pytest.raises(BadSample, match="level"):
         read_label_maps(str(tmp_path / "tilted.jpg"), files)
+    with pytest.raises(BadSample, match="not equirectangular"):
+        read_label_maps(str(labelled_folder / "semantic0.png"), files, projection="vr180")
 
 
 def test_things_without_names_are_refused(labelled_folder):

@@ -89,7 +89,7 @@ def test_every_way_in_gives_the_same_pixels(folder, address, name, way):
 
 def test_sixteen_bit_in_a_data_url_is_not_white(folder):
     """The file of the report: `load_image` of transformers clips it to 255."""
-    data = (Path(__file__).parent / "files" / "grey16.png").read_bytes()
+    data = (Path(__file__).parent / "inputs" / "grey16.png").read_bytes()
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     processor = PanoramaImageProcessor(image_size=16, image_mean=(0, 0, 0), image_std=(1, 1, 1))
     shown = processor(url, return_tensors="pt")["pixel_values"]
