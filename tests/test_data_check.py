@@ -101,6 +101,12 @@ def test_projections_are_what_the_file_or_the_source_says(tmp_path, make):
         assert bad in words and count == len(unreadable) and all(bad in each["reason"] for each in unreadable)
 
 
+def test_the_command_line_takes_a_projection(tmp_path, capsys):
+    Image.new("RGB", (96, 16)).save(tmp_path / "faces.png")
+    main(["check", str(tmp_path), "--projection", "cubemap_6x1"])
+    assert "panoramas: 1 cubemap_6x1, as the source says" in capsys.readouterr().out
+
+
 def test_a_good_source_passes_and_a_folder_of_images_serves_stage_vision(tmp_path, capsys):
     main(["check", str(SAMPLES)])
     assert "stage finetune: 48 samples in 48 rows, 12 panoramas; 0 cannot be used" in capsys.readouterr().out
