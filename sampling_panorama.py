@@ -406,17 +406,19 @@ def _directions(view: View, size: int, samples: int) -> tuple[np.ndarray, np.nda
 def _rotated_directions(view: View, size: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
     """As :func:`_directions`, of a view that leans: these are as many as there are panoramas, so that they are made
     fast instead of kept (torch has a fast arctangent), and as exactly."""
-    rays = _camera_rays(view.kind, view.fov, size, samples) @ torch.from_numpy(view.rotation.T).float()
-    right, up, ahead = rays.unbind(-1)
+    rays = _camera_rays(view.kind, view.fov, size, samples)
+    right, up, ahead = torch.tensordot(torch.from_numpy(view.rotation).float(), rays, 1)
     yaw, pitch = torch.atan2(right, ahead), torch.atan2(up, torch.hypot(right, ahead))
     return (0.5 - pitch / math.pi).numpy(), (yaw / (2 * math.pi) + 0.5).numpy()
 
 
 @lru_cache(maxsize=8)
 def _camera_rays(kind: Literal["erp", "perspective"], fov: float, size: int, samples: int) -> torch.Tensor:
-    """Rays of the places of a view as its own camera sees them, [samples * size, samples * size, 3]."""
+    """Rays of the places of a view as its own camera sees them, [3, samples * size, samples * size]: arctangents take a
+    tenth of the time of what lies side by side."""
     along = (np.arange(size)[:, None] + _ASIDE[samples]).ravel()
-    return torch.from_numpy(View(kind, fov=fov).rays_at(along[:, None], along, (size, size))).float()
+    rays = View(kind, fov=fov).rays_at(along[:, None], along, (size, size))
+    return torch.from_numpy(rays).float().movedim(-1, 0).contiguous()
 
 
 @cache
