@@ -6,9 +6,10 @@ import os
 from typing import Any
 
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .configuration_panorama import IMAGE_TOKEN
+from .towers_panorama import check_class, load_tower
 
 
 def parts_from_pretrained(
@@ -26,7 +27,8 @@ def parts_from_pretrained(
         options.setdefault("vision_name", public_name(vision))
         vision_config = AutoConfig.from_pretrained(vision, **vision_kwargs)
         vision_config = getattr(vision_config, "vision_config", vision_config)
-        vision = AutoModel.from_pretrained(vision, **{**vision_kwargs, "config": vision_config})
+        vision = load_tower(vision, vision_config, **vision_kwargs)
+    check_class(vision)
     if isinstance(language, str):
         options.setdefault("language_model_name", public_name(language))
         if options.get("image_token_id") is None:

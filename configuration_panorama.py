@@ -59,19 +59,25 @@ class PanoramaConfig(PretrainedConfig):
         vision_name, language_model_name: Hub ids or folders the two were composed from; for the record.
         latent_dimension: width D_latent of the resampled tokens. Where it is not given, 768, or what follows from the
             tower's width where the resampler has no weights.
-        resampler_type: `"mlp"`, `"avg_pool"` or `"perceiver"`; or, without weights, `"identity"` (the tower's tokens as
-            they are) or `"pixel_shuffle"` (blocks of tokens side by side in one).
-        resampler_depth: linear layers of the MLPs, or layers of the perceiver.
+        resampler_type: `"mlp"`, `"avg_pool"`, `"perceiver"`, `"qformer"`, `"c_abstractor"` or `"bimamba"`; or, without
+            weights, `"identity"` (the tower's tokens as they are) or `"pixel_shuffle"` (blocks of tokens side by side
+            in one). `docs/backbones.md` says what each is and costs.
+        resampler_depth: linear layers of the MLPs, or layers of the others; of `"c_abstractor"` before its pooling and
+            as many behind it.
         resampler_skip: whether the resampler starts by keeping what the tower says: a layer that leads past the MLP (of
-            `"perceiver"` its own skips), orthogonal at the start, when the rest adds nothing. Where it is not given,
+            layers with skips their own), orthogonal at the start, when the rest adds nothing. Where it is not given,
             `True`; a file that does not say is from before there was one.
-        resampler_pool: side of the block of tokens that `"avg_pool"` averages and `"pixel_shuffle"` joins.
-        resampler_queries, resampler_heads: queries a view (a square number) and attention heads of `"perceiver"`.
+        resampler_pool: side of the block of tokens that `"avg_pool"` and `"c_abstractor"` average and
+            `"pixel_shuffle"` joins.
+        resampler_queries, resampler_heads: queries a view (a square number) and attention heads of `"perceiver"` and
+            `"qformer"`.
         view_strategy, fov_deg, overlap_ratio, pitch_rows, pole_caps, image_size: what is cut out of a panorama, see
             :class:`ViewOptions`; `image_size` is the vision tower's own where it is not given.
         token_selection: `"owned"` sends each direction seen by tiles to the language model once, `"all"` every token.
-        use_ray_code: whether the language model is told where each token looks.
-        ray_frequencies: octaves of the ray position code; 0 leaves the bare ray.
+        position_encoding: how the language model is told where each token looks (`docs/backbones.md`). `"rays"` (where
+            it is not given): a learned layer on a code of the ray is added to the token. `"yaw"`: sines of the yaw are
+            added. `"panorope"`: nothing is added, the rotary positions of the tokens follow the yaw. `"none"`: not.
+        ray_frequencies: octaves of the code of `"rays"`; 0 leaves the bare ray.
         vision_trainable_blocks: how many of the last blocks of the vision tower train in stage `vision`; `"all"` for
             the whole tower, its embeddings and last norm too.
         resampler_vision_tower, finetune_vision_tower: whether the vision tower trains in stage `resampler`, `finetune`.
@@ -100,6 +106,8 @@ class PanoramaConfig(PretrainedConfig):
         use_lora: whether stage `finetune` trains the language model through LoRA (else it trains it whole).
         lora_rank, lora_alpha, lora_dropout: as in `peft.LoraConfig`.
         lora_target_modules: names of the layers that get LoRA; all linear layers but the head where not given.
+        use_ray_code: what `position_encoding` was before there was a choice, understood and not kept: `True` is
+            `"rays"`, `False` is `"none"`.
         image_token_id: id of the `<image>` placeholder, whose embedding is never used, and whose logit is the lowest
             where there is one. A composed model has a row for it in its table of embeddings, as serving engines need;
             elsewhere it may lie outside.
@@ -137,7 +145,7 @@ class PanoramaConfig(PretrainedConfig):
         resampler_queries: int = 64,
         resampler_heads: int = 8,
         token_selection: str = "owned",
-        use_ray_code: bool = True,
+        position_encoding: str | None = None,
         ray_frequencies: int = 6,
         vision_trainable_blocks: int | str = 0,
         resampler_vision_tower: bool = False,
@@ -171,6 +179,7 @@ class PanoramaConfig(PretrainedConfig):
         lora_dropout: float = 0.05,
         lora_target_modules: Sequence[str] | None = None,
         image_token_id: int | None = None,
+        use_ray_code: bool | None = None,
         **kwargs: Any,
     ):
         self.vision_config = _sub_config(vision_config, _DEFAULT_VISION)
@@ -193,6 +202,7 @@ class PanoramaConfig(PretrainedConfig):
             views["image_size"] = tower_of(self.vision_config).image_size(self.vision_config)
         for name, value in asdict(ViewOptions(**views)).items():
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
+        tower_of(self.vision_config).check(self.vision_config, self.image_size)
         width = tower_of(self.vision_config).width(self.vision_config)
         follows = RESAMPLERS[self.resampler_type].output_width(self, width)
         if latent_dimension is None:
@@ -204,7 +214,8 @@ class PanoramaConfig(PretrainedConfig):
                 f"weights, got {latent_dimension}: leave it out"
             )
         self.token_selection = _one_of("token_selection", token_selection, ["owned", "all"])
-        self.use_ray_code = _flag("use_ray_code", use_ray_code)
+        self.position_encoding = _position_encoding(position_encoding, use_ray_code)
+        self._check_position_encoding()
         self.ray_frequencies = _at_least_zero("ray_frequencies", ray_frequencies, 6)
         if vision_trainable_blocks != "all" and not (
             type(vision_trainable_blocks) is int and vision_trainable_blocks >= 0
@@ -286,6 +297,9 @@ class PanoramaConfig(PretrainedConfig):
         for name in cls.sub_configs:  # `text_config={"vocab_size": 20}` changes this and leaves the rest as it is
             if isinstance(overrides.get(name), dict) and "model_type" not in overrides[name]:
                 overrides[name] = {**(config_dict.get(name) or {}), **overrides[name]}
+        names = {"position_encoding", "use_ray_code"}  # the one that is given replaces the other that a file says
+        if not names.isdisjoint(overrides):
+            config_dict = {name: value for name, value in config_dict.items() if name not in names}
         foreign = {name: value for name, value in config_dict.items() if name not in known}
         if named := sorted(name for name in foreign if not name.startswith("_")):
             _warn_of_foreign_keys(tuple(named))
@@ -304,6 +318,23 @@ class PanoramaConfig(PretrainedConfig):
                 raise ValueError(f"{name} cannot be set: it follows from other options, such as {options}")
         unknown = [name for name in given if name not in _TRANSFORMERS_OPTIONS]
         check_option_names(unknown, cls.option_names(), cls.__name__)
+
+    def _check_position_encoding(self) -> None:
+        """Raise for a position encoding that the parts cannot have."""
+        if self.position_encoding == "yaw" and self.latent_dimension % 2:
+            raise ValueError(
+                f"latent_dimension must be even where position_encoding='yaw', got {self.latent_dimension}"
+            )
+        if self.position_encoding != "panorope":
+            return
+        rope = getattr(self.text_config, "rope_parameters", None)
+        family = f"text_config of type {self.text_config.model_type!r}"
+        if not rope:
+            raise ValueError(f"position_encoding='panorope' needs rotary positions, which {family} has not; use 'rays'")
+        if "mrope_section" in str(rope):
+            raise ValueError(
+                f"position_encoding='panorope' gives one position a token, and {family} has three (M-RoPE); use 'rays'"
+            )
 
     def _check_overlap(self) -> None:
         """Raise where options of the overlap loss ask for what the views do not have."""
@@ -384,6 +415,12 @@ class PanoramaConfig(PretrainedConfig):
         return self.view_options.plan
 
     @property
+    def position_code(self) -> tuple[str, int]:
+        """What is added to a token for its direction, and its size (`tokens_panorama.direction_codes`)."""
+        size = self.ray_frequencies if self.position_encoding == "rays" else self.latent_dimension
+        return self.position_encoding, size
+
+    @property
     def num_views(self) -> int:
         """V: views a panorama."""
         return self.view_plan.num_views
@@ -416,6 +453,21 @@ class PanoramaConfig(PretrainedConfig):
     def num_image_tokens(self) -> int:
         """What one panorama costs the language model, in tokens; a partial one costs less."""
         return sum(self.image_tokens_per_view)
+
+
+def _position_encoding(encoding: str | None, use_ray_code: bool | None) -> str:
+    """The position encoding, from the option and from its former name."""
+    former = None
+    if use_ray_code is not None:
+        former = "rays" if _flag("use_ray_code", use_ray_code) else "none"
+    if encoding is None:
+        return former or "rays"
+    if former not in (None, encoding):
+        raise ValueError(
+            f"position_encoding={encoding!r} and use_ray_code={use_ray_code} contradict each other: "
+            "give position_encoding alone"
+        )
+    return _one_of("position_encoding", encoding, ["rays", "yaw", "panorope", "none"])
 
 
 def _sub_config(config: dict[str, Any] | PretrainedConfig | None, default: dict[str, Any]) -> PretrainedConfig:

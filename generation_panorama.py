@@ -83,6 +83,11 @@ class PanoramaGenerationMixin(GenerationMixin):
             kwargs[CACHE] = cache
         panoramas = {"pixel_values": pixel_values, "view_mask": view_mask, "further_views": further_views}
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
+            panorope = self.config.position_encoding == "panorope" and pixel_values is not None
+            if panorope and kwargs.get("position_ids") is None:
+                masks = {"view_mask": view_mask, "further_views": further_views}
+                positions = self.model.panorama_positions(input_ids, len(pixel_values), attention_mask, **masks)
+                kwargs["position_ids"] = positions
             panoramas = self._not_yet_seen(input_ids, attention_mask, cache, panoramas)
             _check_guesses(self, input_ids, kwargs)
         if attention_mask is not None:

@@ -39,6 +39,8 @@ class View:
         fov: of a tile the horizontal and vertical field of view in degrees, in (0, 180); of a window its width, in
             (0, 360]. A window of 360 degrees is the global view.
         row: which row of pitch the view belongs to; the views of one row form a closed loop.
+        roll: degrees that the view leans to the right. A window has pitch and roll only where the whole sphere was
+            rotated (:meth:`rotated`).
     """
 
     kind: Literal["erp", "perspective"]
@@ -46,6 +48,7 @@ class View:
     pitch: float = 0.0
     fov: float = 360.0
     row: int = 0
+    roll: float = 0.0
 
     @property
     def is_global(self) -> bool:
@@ -54,11 +57,22 @@ class View:
 
     @property
     def rotation(self) -> np.ndarray:
-        """R_yaw R_pitch [3, 3]: turns camera coordinates (x right, y up, z forward) into the world's."""
-        a, b = math.radians(self.yaw), math.radians(self.pitch)
-        turn = np.array([[math.cos(a), 0.0, math.sin(a)], [0.0, 1.0, 0.0], [-math.sin(a), 0.0, math.cos(a)]])
-        look_up = np.array([[1.0, 0.0, 0.0], [0.0, math.cos(b), math.sin(b)], [0.0, -math.sin(b), math.cos(b)]])
-        return turn @ look_up
+        """R_yaw R_pitch R_roll [3, 3]: turns camera coordinates (x right, y up, z forward) into the world's."""
+        return yaw_rotation(self.yaw) @ camera_rotation(self.pitch, self.roll)
+
+    def rotated(self, rotation: np.ndarray) -> View:
+        """This view where the sphere is rotated by [3, 3] (what turns directions into where they come to lie)."""
+        turned = rotation @ self.rotation
+        a, b = math.atan2(turned[0, 2], turned[2, 2]), math.asin(min(1.0, max(-1.0, turned[1, 2])))
+        lean = View(self.kind, math.degrees(a), math.degrees(b)).rotation.T @ turned
+        angles = (
+            math.degrees(a),
+            math.degrees(b),
+            self.fov,
+            self.row,
+            math.degrees(math.atan2(lean[0, 1], lean[1, 1])),
+        )
+        return View(self.kind, *angles)
 
     def rays(self, grid: Grid) -> np.ndarray:
         """Unit rays of the cells of this view, [rows, columns, 3]."""
@@ -71,9 +85,11 @@ class View:
         rows, columns = grid
         row, column = np.broadcast_arrays(row, column)
         if self.kind == "erp":
-            yaw = math.radians(self.yaw) + ((column + 0.5) / columns - 0.5) * math.radians(self.fov)
+            is_level = not (self.pitch or self.roll)
+            yaw = math.radians(self.yaw) * is_level + ((column + 0.5) / columns - 0.5) * math.radians(self.fov)
             pitch = (0.5 - (row + 0.5) / rows) * math.pi
-            return np.stack([np.cos(pitch) * np.sin(yaw), np.sin(pitch), np.cos(pitch) * np.cos(yaw)], -1)
+            rays = np.stack([np.cos(pitch) * np.sin(yaw), np.sin(pitch), np.cos(pitch) * np.cos(yaw)], -1)
+            return rays if is_level else rays @ self.rotation.T
         half = math.tan(math.radians(self.fov) / 2)
         x = (2 * (column + 0.5) / columns - 1) * half
         y = (1 - 2 * (row + 0.5) / rows) * half
@@ -108,8 +124,9 @@ class View:
         rows, columns = grid
         margin += _ROUNDING
         if self.kind == "erp":
-            yaw, pitch = ray_angles(rays)
-            turn = (yaw - self.yaw + 180) % 360 - 180
+            is_level = not (self.pitch or self.roll)
+            yaw, pitch = ray_angles(rays if is_level else rays @ self.rotation)
+            turn = (yaw - self.yaw * is_level + 180) % 360 - 180
             column = (turn / self.fov + 0.5) * columns - 0.5
             row = (0.5 - pitch / 180) * rows - 0.5
             inside = (row > -margin) & (row < rows - 1 + margin)
@@ -219,6 +236,12 @@ def check_direction(direction: Any, name: str) -> Direction:
             f"in (0, 180), got {direction!r}. Typical value: (30, -10, 40)"
         )
     return float(yaw), float(pitch), float(fov)
+
+
+def yaw_rotation(yaw: float) -> np.ndarray:
+    """[3, 3]: turns directions as a camera sees them that looks `yaw` degrees to the right into those of the world."""
+    a = math.radians(yaw)
+    return np.array([[math.cos(a), 0.0, math.sin(a)], [0.0, 1.0, 0.0], [-math.sin(a), 0.0, math.cos(a)]])
 
 
 def camera_rotation(pitch: float, roll: float) -> np.ndarray:
@@ -425,6 +448,34 @@ def ray_code(rays: np.ndarray, num_frequencies: int) -> np.ndarray:
     octaves = math.pi * 2.0 ** np.arange(num_frequencies)
     phases = (rays[..., None] * octaves).reshape(*rays.shape[:-1], -1)  # [..., 3K]
     return np.concatenate([rays, np.sin(phases), np.cos(phases)], -1)
+
+
+def yaw_code(rays: np.ndarray, width: int) -> np.ndarray:
+    """Position code of the yaw of rays [..., 3] -> [..., width]: sines and then cosines of the yaw, counted from behind
+    in [0, 2 pi), times 10000^(-2i / width). So PanoLLaVA v1.0 codes it (after Vaswani et al. 2017, section 3.5), of
+    columns counted over the views; here it is the yaw of the ray itself. It knows no pitch, and jumps behind.
+
+    Raises:
+        ValueError: for an odd width.
+    """
+    if width % 2:
+        raise ValueError(f"a code of the yaw has sines and cosines: its width must be even, got {width}")
+    yaw, _ = ray_angles(rays)
+    phases = np.radians(yaw + 180.0)[..., None] * 10000.0 ** (-2.0 * np.arange(width // 2) / width)
+    return np.concatenate([np.sin(phases), np.cos(phases)], -1)
+
+
+def yaw_places(rays: np.ndarray, cell_deg: float) -> np.ndarray:
+    """Where rays [..., 3] stand in a panorama that is read from its left edge, behind, to its right: [...], the yaw in
+    turns, 0.5 in front. Of the rays of one column what lies above stands before what lies below, all of them within a
+    cell of `cell_deg` degrees of yaw."""
+    yaw, pitch = ray_angles(rays)
+    return 0.5 + yaw / 360.0 - pitch / 180.0 * cell_deg / 360.0
+
+
+def narrowest_cell(plan: ViewPlan, grid: Grid) -> float:
+    """The narrowest column of tokens of a plan's views, in degrees of yaw."""
+    return min(view.fov for view in plan.views) / grid[1]
 
 
 @lru_cache(maxsize=64)

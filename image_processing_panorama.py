@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -22,14 +24,23 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
-from .geometry_panorama import Direction, View, ViewOptions, ViewPlan, check_direction
+from .geometry_panorama import Direction, View, ViewOptions, ViewPlan, camera_rotation, check_direction
 from .options_panorama import IMAGE_MEAN, IMAGE_STD, check_option_names, check_resembling_names
-from .reading_panorama import ImageSource, content_digest, from_base64, load_file_bytes, read_panorama
-from .sampling_panorama import erp_to_views, needed_width, tilted_pixels, use_one_thread_in_a_worker, view_mask
+from .projections_panorama import Projection
+from .reading_panorama import (
+    MAX_PIXELS,
+    ImageSource,
+    content_digest,
+    from_base64,
+    load_file_bytes,
+    open_image,
+    read_panorama,
+)
+from .sampling_panorama import erp_to_views, needed_width, use_one_thread_in_a_worker, view_mask
 
 logger = logging.getLogger(__name__)
 
-_READ_OPTIONS = ("strict_aspect", "align_heading")
+READ_OPTIONS = ("strict_aspect", "align_heading", "level", "max_pixels", "projection")  # for :func:`read_panorama`
 _CALL_OPTIONS = ("device", "yaw_offsets", "mirrored", "tilts", "further_views")
 # What transformers writes into the file of a processor, or hands over with it; and the options of image processors that
 # resize, crop and rescale, which have no effect here.
@@ -41,7 +52,8 @@ _TRANSFORMERS_OPTIONS = (
     "processor_class",
     *ImagesKwargs.__annotations__,
 )
-_CACHE_VERSION = 1  # to be raised when the same file and options give other views
+_SHORTEST_BASE64 = 64  # characters of a text that may hold a file
+_CACHE_VERSION = 2  # to be raised when the same file and options give other views
 
 
 class Shown(NamedTuple):
@@ -72,6 +84,10 @@ class PanoramaImageProcessorKwargs(ImagesKwargs, total=False):
     pole_caps: bool
     strict_aspect: bool
     align_heading: bool
+    level: bool
+    min_seen: float
+    max_pixels: int
+    projection: str
     yaw_offsets: list[float]
     mirrored: list[bool]
     tilts: list[Any]
@@ -90,6 +106,16 @@ class PanoramaImageProcessor(BaseImageProcessor):
         strict_aspect: refuse an image that is not 2:1 and has no Photo Sphere data. Else it is taken as a band around
             the horizon, with a warning.
         align_heading: turn panoramas whose Photo Sphere data say where north is, so that north is in front.
+        level: level panoramas whose Photo Sphere data say how their camera was tilted (pitch and roll), as viewers do.
+        min_seen: the share of a view, in [0, 1), that must show something the camera saw; views that show less are left
+            out (`view_mask`). Where no view shows as much, those count that show most.
+        max_pixels: the most pixels that are held while a file is decoded (4 bytes each in most formats), or that a
+            sphere has of which a file shows a part: beyond it an image is refused. A JPEG that is not progressive is
+            reduced while it is decoded, and counts with what is left.
+        projection: what the images are, where they are not equirectangular: `"cubemap_3x2"`, `"cubemap_6x1"`,
+            `"dual_fisheye:fov=190"`, `"cylindrical"`, `"stereo_side_by_side"`, `"stereo_top_bottom"`, `"vr180"`, with
+            the options of :class:`Projection`; `"equirectangular"` where they are and do not look like it. Without it
+            a picture of 2:1 that clearly is something else is warned of, and refused with `strict_aspect`.
         cache_dir: a folder that keeps prepared views (as uint8, to half a grey level) for the next time; keyed by the
             content of the file and by every option that changes views. Not saved with the processor.
     """
@@ -104,6 +130,10 @@ class PanoramaImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = IMAGE_STD,
         strict_aspect: bool = False,
         align_heading: bool = False,
+        level: bool = True,
+        min_seen: float = 0.01,
+        max_pixels: int = MAX_PIXELS,
+        projection: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ):
@@ -112,12 +142,20 @@ class PanoramaImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         for name, value in asdict(ViewOptions(**given)).items():
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
+        check_min_seen(min_seen)
         if min(image_std) <= 0:
             raise ValueError(f"image_std must be positive, got {list(image_std)}. Typical value: [0.5, 0.5, 0.5]")
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.strict_aspect = strict_aspect
         self.align_heading = align_heading
+        self.level = level
+        self.min_seen = min_seen
+        if max_pixels < 1:
+            raise ValueError(f"max_pixels must be positive, got {max_pixels}. Typical value: {MAX_PIXELS}")
+        self.max_pixels = max_pixels
+        Projection.parse(projection)
+        self.projection = projection
         self.cache_dir = cache_dir
 
     @classmethod
@@ -164,19 +202,22 @@ class PanoramaImageProcessor(BaseImageProcessor):
         return ViewOptions(**{name: getattr(self, name) for name in ViewOptions.names()}).plan
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Fetch what a URL names, and the bytes that a data URL holds; all else stays as it is, for
-        :func:`read_panorama` to open. Lists keep their nesting.
+        """Fetch the bytes of what a URL names, and those that a data URL or base64 holds; all else stays as it is, for
+        :func:`read_panorama` to open, so that each way in gives the same pixels. Lists keep their nesting.
 
         Raises:
-            ValueError: for a data URL that is no base64; of its text, which may be long, only the head is repeated.
+            ValueError: for a data URL that cannot be decoded; of its text, which may be long, only the head is
+                repeated. For a URL that gives nothing.
         """
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith("data:"):
+        if not isinstance(image_url_or_urls, str):
+            return image_url_or_urls
+        if image_url_or_urls.startswith("data:"):
             return from_base64(image_url_or_urls)
-        if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(("http://", "https://")):
-            return load_image(image_url_or_urls)
-        return image_url_or_urls
+        if image_url_or_urls.startswith(("http://", "https://")):
+            return _fetched(image_url_or_urls)
+        return _from_base64(image_url_or_urls) or image_url_or_urls
 
     def preprocess(
         self, images: ImageSource | Sequence[Any], *, return_tensors: str | None = None, **kwargs: Any
@@ -185,8 +226,9 @@ class PanoramaImageProcessor(BaseImageProcessor):
 
         Args:
             images: a panorama, or a list of them, nested or not; B in all, in reading order. Each is a path, bytes, a
-                file object, a PIL image, a row of a `datasets.Image` column, or an array or tensor [H, W, 3],
-                [3, H, W] or [H, W] (with alpha, too), of uint8, uint16, or float in [0, 1]. Sizes may differ.
+                file object, a URL (http, https, data), base64, a PIL image, a row of a `datasets.Image` column, or an
+                array or tensor [H, W, 3], [3, H, W] or [H, W] (with alpha, too), of uint8, uint16, or float in [0, 1].
+                Sizes may differ.
             return_tensors: `"pt"` or `"np"`; without it lists of B tensors.
             kwargs: any option of the constructor, for this call alone (`None` for that of the processor);
                 `yaw_offsets`, degrees to the right of the front of each panorama that become its front; `mirrored`,
@@ -197,8 +239,9 @@ class PanoramaImageProcessor(BaseImageProcessor):
 
         Returns:
             `pixel_values` [B, V, 3, image_size, image_size], and where a panorama is partial `view_mask` [B, V], false
-            for a view that shows nothing the camera saw. With `further_views` there are E more, the most that a
-            panorama has, and `further_views` [B, E, 3] says where they look, NaN where a panorama has fewer.
+            for a view of which less than `min_seen` shows something the camera saw. With `further_views` there are E
+            more, the most that a panorama has, and `further_views` [B, E, 3] says where they look, NaN where a panorama
+            has fewer.
 
         Raises:
             ValueError: for a panorama that cannot be read or is not what an option asks for, it is named; for an option
@@ -209,6 +252,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
         options = {name: getattr(self, name) for name in self.option_names()}
         options |= {name: value for name, value in kwargs.items() if value is not None and name in options}
         view_options = ViewOptions(**{name: options[name] for name in ViewOptions.names()})
+        check_min_seen(options["min_seen"])
         sources = flatten_images(images)
         shown = check_shown(kwargs, len(sources))
         further = check_further_views(kwargs.get("further_views"), len(sources))
@@ -267,8 +311,10 @@ class PanoramaImageProcessor(BaseImageProcessor):
         if options["cache_dir"] is None or further or any(shown.tilt):
             return _sample_views(source, views, options, shown, further, out)
         source = load_file_bytes(source)
-        kept_out = ("cache_dir", "image_std")
+        kept_out = ("cache_dir", "image_std", "max_pixels")
         key = {name: value for name, value in options.items() if name not in kept_out} | asdict(views)
+        if isinstance(source, dict) and source.get("projection"):
+            key["projection"] = source["projection"]
         key |= {"mirrored": True} if shown.mirrored else {}
         text = json.dumps([_CACHE_VERSION, content_digest(source), shown.yaw_offset, key], sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()
@@ -285,6 +331,16 @@ class PanoramaImageProcessor(BaseImageProcessor):
             os.replace(unfinished.name, file)
         out[: len(stored["views"])].copy_(stored["views"])
         return stored["mask"]
+
+
+def check_min_seen(share: float) -> None:
+    """See that a share of a view can be one.
+
+    Raises:
+        ValueError: where it cannot.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"min_seen must be in [0, 1), got {share}. Typical value: 0.01")
 
 
 def check_shown(given: dict[str, Any], panoramas: int) -> list[Shown]:
@@ -344,16 +400,36 @@ def _sample_views(
         fill=options["image_mean"],
         yaw_offset=shown.yaw_offset,
         mirrored=shown.mirrored,
-        **{name: options[name] for name in _READ_OPTIONS},
+        resample=False,
+        **{name: options[name] for name in READ_OPTIONS},
     )
-    pixels = panorama.pixels
+    pixels, rotation = panorama.pixels.to(out.device), panorama.rotation
     if any(shown.tilt):
-        pixels = torch.from_numpy(tilted_pixels(pixels.cpu().numpy(), *shown.tilt))
-    pixels = pixels.to(out.device)
-    erp_to_views(pixels.permute(2, 0, 1), plan, views.image_size, out=out)
+        rotation = (np.eye(3) if rotation is None else rotation) @ camera_rotation(*shown.tilt)
+    erp_to_views(pixels.permute(2, 0, 1), plan, views.image_size, out=out, rotation=rotation)
     if pixels.is_floating_point():
         out.mul_(255)
-    return view_mask(views.plan, panorama.covered, shown.tilt)
+    return view_mask(views.plan, panorama.covered, rotation, panorama.seen, options["min_seen"])
+
+
+def _fetched(url: str) -> bytes:
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "panorama-vlm", "Accept": "image/*"}), timeout=60) as answer:
+            return answer.read()
+    except (OSError, HTTPException, ValueError) as error:
+        raise ValueError(f"cannot read {url[:200]}: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _from_base64(text: str) -> bytes | None:
+    """The file that a text without `data:` holds, as transformers takes it; `None` where it is something else."""
+    if len(text) < _SHORTEST_BASE64 or os.path.exists(text):
+        return None
+    try:
+        data = from_base64(text)
+        open_image(data).close()
+    except ValueError:  # a path, as a rule
+        return None
+    return data
 
 
 def _read_prepared(file: Path) -> dict[str, torch.Tensor] | None:

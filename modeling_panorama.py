@@ -35,8 +35,8 @@ from .overlap_panorama import OverlapLoss, VICRegProjector, VICRegTerms
 from .resampler_panorama import RESAMPLERS, initialize_start, start_at
 from .stages_panorama import TRAINED_PARTS, Stage, StagesMixin
 from .token_labels_panorama import TokenLabelHead
-from .tokens_panorama import further_codes, image_tokens, pooled, pooling_weights
-from .towers_panorama import outputs_of, tower_of
+from .tokens_panorama import further_codes, further_places, image_places, image_tokens, pooled, pooling_weights
+from .towers_panorama import new_tower, outputs_of, tower_of
 
 ENGINES = ("vllm", "sglang")  # what the attention implementations of serving engines begin with
 LANGUAGE_HEAD = r"^lm_head\."  # its weights' names in a folder
@@ -44,21 +44,27 @@ RAY_SCALE = 0.5  # deviation of the ray code at the start, beside tokens of devi
 
 
 class PanoramaProjection(nn.Module):
-    """Adds the ray code, where it is used, and goes to the language model's width, [..., D_latent] -> [..., D_lm]."""
+    """Adds the code of where each token looks, where one is added, and goes to the language model's width,
+    [..., D_latent] -> [..., D_lm]."""
 
     def __init__(self, config: PanoramaConfig):
         super().__init__()
         width = config.text_config.hidden_size
         self.ray: nn.Linear | None = None
-        if config.use_ray_code:
+        self.adds_yaw = config.position_encoding == "yaw"
+        if config.position_encoding == "rays":
             self.ray = nn.Linear(3 + 6 * config.ray_frequencies, config.latent_dimension, bias=False)
             # The squares of a code add up to 1 (the ray) and 3 for each octave (sine and cosine of three coordinates).
             start_at(self.ray, RAY_SCALE / (1 + 3 * config.ray_frequencies) ** 0.5)
         self.layers = nn.Sequential(nn.Linear(config.latent_dimension, width), nn.GELU(), nn.Linear(width, width))
 
-    def forward(self, tokens: torch.Tensor, ray_codes: torch.Tensor) -> torch.Tensor:
-        """[..., D_latent] and codes [..., 3 + 6K] -> [..., D_lm]."""
-        return self.layers(tokens if self.ray is None else tokens + self.ray(ray_codes.to(tokens.dtype)))
+    def forward(self, tokens: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """[..., D_latent] and codes [..., 3 + 6K] of `"rays"` or [..., D_latent] of `"yaw"` -> [..., D_lm]."""
+        if self.ray is not None:
+            tokens = tokens + self.ray(codes.to(tokens.dtype))
+        elif self.adds_yaw:
+            tokens = tokens + codes.to(tokens.dtype)
+        return self.layers(tokens)
 
 
 def _kept(features: torch.Tensor, kept: torch.Tensor) -> list[torch.Tensor]:
@@ -105,12 +111,13 @@ class PanoramaModel(PanoramaPreTrainedModel):
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower
+        self.vision_tower = new_tower(config.vision_config) if vision_tower is None else vision_tower
         self.resampler = RESAMPLERS[config.resampler_type](
             config, tower_of(config.vision_config).width(config.vision_config)
         )
         self.projection = PanoramaProjection(config)
         self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
+        self.run_tower = tower_of(config.vision_config)
         self.view_plan = config.view_plan
         self.token_grid = config.token_grid
         self.in_pieces = InPieces()
@@ -171,7 +178,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
         images = pixel_values.flatten(0, 1).to(self.vision_tower.dtype)  # [B * V, 3, H, W]
         needed = images.requires_grad or any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(needed and torch.is_grad_enabled()):
-            run = partial(tower_of(self.config.vision_config), self.vision_tower)
+            run = partial(self.run_tower, self.vision_tower)
             tokens = self.in_pieces(run, images, self.vision_tower)  # [B * V, patches, D_vision]
         return tokens.unflatten(0, pixel_values.shape[:2])
 
@@ -188,7 +195,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
     def _image_tokens(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Which of the V * S tokens of a panorama the language model is shown, and their codes."""
         config = self.config
-        return image_tokens(self.view_plan, self.token_grid, config.token_selection, config.ray_frequencies, device)
+        return image_tokens(self.view_plan, self.token_grid, config.token_selection, config.position_code, device)
 
     def _shown_tokens(self, view_mask: torch.Tensor) -> torch.Tensor:
         """Which of them are of views that show something, bool [B, V] -> bool [B, num_image_tokens]."""
@@ -207,7 +214,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
             further_views: [B, E, 3], NaN where there is none.
             mask: bool [B, V] of the views of the plan that show something.
         """
-        codes = further_codes(further_views, self.token_grid, self.config.ray_frequencies)
+        codes = further_codes(further_views, self.token_grid, self.config.position_code)
         further = self.projection(tokens, codes).flatten(1, 2)  # [B, E * S, D_lm]
         there = further_views[..., 0].isfinite().repeat_interleave(tokens.shape[2], dim=1).to(tokens.device)
         shown = torch.ones(features.shape[:2], dtype=torch.bool, device=tokens.device)
@@ -354,6 +361,68 @@ class PanoramaModel(PanoramaPreTrainedModel):
             image_features = torch.cat(list(image_features))
         return embeddings.masked_scatter(mask.to(embeddings.device), image_features.to(embeddings))
 
+    def panorama_positions(
+        self,
+        input_ids: torch.Tensor,
+        panoramas: int,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        view_mask: torch.Tensor | None = None,
+        further_views: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Position ids of `position_encoding="panorope"`: the N tokens of a panorama share the N positions that they
+        take up, from the left edge of the panorama to its right, each at the place of its own direction
+        (:func:`yaw_places`), so that tokens of several views that look the same way stand at the same place. Text keeps
+        its positions. After CORA (Woo, Jung, Youm 2026), which adds a count of columns to the ids of a tile.
+
+        Args:
+            input_ids: [B, T], with the placeholders of all panoramas in reading order.
+            panoramas: how many there are.
+            attention_mask: [B, T], zero where padded, or longer by what a cache holds.
+            position_ids: [B, T] as they would be without; from the mask where not given.
+            view_mask, further_views: as in :meth:`get_image_features`.
+
+        Returns:
+            float32 [B, T], or as long as the mask.
+        """
+        if position_ids is None:
+            two = attention_mask is not None and attention_mask.ndim == 2
+            mask = attention_mask if two else torch.ones_like(input_ids)
+            position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # type: ignore[union-attr]
+        positions = position_ids.to(input_ids.device).expand(len(input_ids), -1).float()
+        places = image_places(self.view_plan, self.token_grid, input_ids.device)
+        places = places[self._image_tokens(input_ids.device)[0]].expand(panoramas, -1)  # [panoramas, num_image_tokens]
+        shown = torch.ones_like(places, dtype=torch.bool)
+        if view_mask is not None:
+            shown = self._shown_tokens(view_mask.to(input_ids.device, torch.bool))
+        if further_views is not None:
+            further = further_places(further_views, self.token_grid, self.view_plan).flatten(1, 2).to(places)
+            there = further_views[..., 0].isfinite().repeat_interleave(self.config.tokens_per_view, dim=1)
+            places, shown = torch.cat([places, further], 1), torch.cat([shown, there.to(shown.device)], 1)
+        counts = shown.sum(1)  # [panoramas]
+        new = positions[:, positions.shape[1] - input_ids.shape[1] :]
+        is_image = self.is_placeholder(input_ids)
+        of_images = new[is_image]  # [tokens of all panoramas]
+        if not torch.compiler.is_compiling() and len(of_images) != int(counts.sum()):
+            return positions  # an error that names both follows
+        starts = of_images[counts.cumsum(0) - counts]
+        moved = (starts[:, None] + places * counts[:, None])[shown]
+        return torch.cat([positions[:, : -new.shape[1]], new.masked_scatter(is_image, moved)], 1)
+
+    def _check_positions(self, position_ids: torch.Tensor | None) -> None:
+        """Raise where the positions of `panorope` cannot be known, or would be taken for those of packed texts."""
+        attention = str(self.language_model.config._attn_implementation)
+        if "flash" in attention:
+            raise ValueError(
+                f"attn_implementation={attention!r} takes positions that do not rise by one for those of packed texts; "
+                "with position_encoding='panorope' use 'sdpa' or 'eager'"
+            )
+        if position_ids is None or not position_ids.is_floating_point():
+            raise ValueError(
+                "with position_encoding='panorope' inputs_embeds and mm_encoder_outputs need the position_ids that "
+                "panorama_positions(input_ids, ...) gives"
+            )
+
     def _as_attended(self, mask: torch.Tensor | None, embeddings: torch.Tensor | None) -> torch.Tensor | None:
         """A mask as the language model takes it: one of [B, 1, T, T] as zeros and lowest numbers where it is added.
 
@@ -431,6 +500,15 @@ class PanoramaModel(PanoramaPreTrainedModel):
             if begins and not torch.compiler.is_compiling():
                 self.language_model.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.embed(input_ids, image_features, check=begins)
+        if self.config.position_encoding == "panorope" and (image_features is not None or input_ids is None):
+            made = position_ids is not None and position_ids.is_floating_point()  # as `generate` makes them
+            if input_ids is not None and pixel_values is not None and not made:
+                position_ids = self.panorama_positions(
+                    input_ids, len(pixel_values), attention_mask, position_ids, view_mask, further_views
+                )
+            self._check_positions(position_ids)
+            if attention_mask is None and past_key_values is None:  # else they are taken for those of packed texts
+                attention_mask = torch.ones_like(position_ids, dtype=torch.long)  # type: ignore[arg-type]
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=self._as_attended(attention_mask, inputs_embeds),
@@ -578,6 +656,11 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
                 f"a serving engine looks <image> up in the table of embeddings, which has {rows} rows, and "
                 f"image_token_id is {token}. Load the model without the engine, call "
                 "resize_token_embeddings(config.image_token_id + 1), and save it"
+            )
+        if config.position_encoding == "panorope":
+            raise ValueError(
+                "a serving engine counts positions itself, and position_encoding='panorope' has its own: ask the model "
+                "through transformers"
             )
         model = PanoramaModel._from_config(config, **kwargs)
         model._keys_to_ignore_on_load_unexpected.discard(LANGUAGE_HEAD)

@@ -405,7 +405,8 @@ class PanoramaProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         plan = self.image_processor.view_plan
-        masks = [view_mask(plan, covered_by_size(*size)) for size in image_sizes]
+        least = kwargs.get("min_seen", self.image_processor.min_seen)
+        masks = [view_mask(plan, covered_by_size(*size), min_seen=least) for size in image_sizes]
         counts = [
             self.num_image_tokens if mask.all() else self._plan_token_counts({"view_mask": [mask]})[0] for mask in masks
         ]

@@ -7,19 +7,26 @@ import math
 import os
 import struct
 import warnings
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
-from xml.etree import ElementTree
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 
+from .colours_panorama import is_srgb, to_srgb
+from .cylinder_panorama import unrolled
+from .formats_panorama import is_misread, kind_of, open_float_file, register_heic
+from .geometry_panorama import camera_rotation, yaw_rotation
 from .options_panorama import IMAGE_MEAN
+from .photo_sphere_panorama import PhotoSphere, photo_sphere_of, tiff_position_tags, with_tiff_position, xmp_packets
+from .projections_panorama import Projection, hint, looks_like, to_equirectangular
+from .sampling_panorama import rotated_pixels
 
 try:  # takes less time and memory for a JPEG; Pillow gives the same pixels
     import simplejpeg
@@ -29,13 +36,15 @@ except ImportError:
 ImageSource = str | os.PathLike[str] | bytes | BinaryIO | dict[str, Any] | Image.Image | np.ndarray | torch.Tensor
 
 MAX_SIDE = 32_767  # pixels; what OpenCV's remap can address
+MAX_PIXELS = 2**28  # that are held while a file is decoded, at 4 bytes each in most formats: 1 GiB
+_LARGE = 2**23  # pixels of a file that is reduced while it is read, whatever its size is divisible by
+_STRIP = 64  # rows of an image that are converted at a time
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF", "JPEG2000", "BMP", "PPM")
 _SAME_FORMAT = {"MPO": "JPEG"}  # several JPEGs in one file: what phones write
 _MAGIC = {b"GIF8": "a GIF", b"%PDF": "a PDF", b"<svg": "an SVG", b"<!DO": "a web page", b"<htm": "a web page"}
-_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
-_GPANO = "{http://ns.google.com/photos/1.0/panorama/}"
 _NAME = "panorama_name"  # attribute of an image, for messages: Pillow would map the file that `filename` names
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_PROJECTIONS = ("equirectangular", "cylindrical")  # of Photo Sphere data
+_LEFT_RIGHT = np.diag([-1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True)
@@ -46,28 +55,14 @@ class Panorama:
         pixels: [H, W, 3], uint8, or float32 in [0, 1].
         covered: the part of it that the image covers, as shares of its rows and columns (top, bottom, left, right);
             the rest is filled. Right may pass 1: the part goes on at the left edge. `None` where it is all.
+        seen: bool [h, w] on the whole sphere, of any resolution: what of this the camera saw. `None` where it is all.
+        rotation: [3, 3], turns directions of what is shown into those of the pixels; `None` where they are the same.
     """
 
     pixels: torch.Tensor
     covered: tuple[float, float, float, float] | None = None
-
-
-@dataclass(frozen=True)
-class PhotoSphere:
-    """Google's Photo Sphere XMP (https://developers.google.com/streetview/spherical-metadata), as far as it is used.
-
-    Args:
-        full: (height, width) of the whole sphere in pixels of the file.
-        crop: (height, width) of the part of it that the file holds.
-        top, left: where this part begins.
-        heading: compass direction of the middle of the whole sphere, in degrees; `None` where it is not known.
-    """
-
-    full: tuple[int, int] | None
-    crop: tuple[int, int] | None
-    top: int = 0
-    left: int = 0
-    heading: float | None = None
+    seen: torch.Tensor | None = None
+    rotation: np.ndarray | None = None
 
 
 def open_image(source: Any) -> Any:
@@ -96,17 +91,19 @@ def open_image(source: Any) -> Any:
 
 
 def from_base64(text: str) -> bytes:
-    """The bytes of a file in base64, with or without `data:TYPE;base64,` before it.
+    """The bytes of a file in base64, or in a data URL (RFC 2397): base64 after `data:TYPE;base64,`, percents after
+    `data:TYPE,`.
 
     Raises:
-        ValueError: for what is no base64, and for a data URL in another form; of its text, which may be long, only the
-            head is repeated.
+        ValueError: for what is no base64; of its text, which may be long, only the head is repeated.
     """
     head, comma, data = str(text).partition(",")
     if not head.startswith("data:"):
         head, data = "no data URL", str(text)
-    elif not comma or not head.lower().endswith(";base64"):
-        raise ValueError(f"cannot read a data URL that begins with {str(text)[:60]!r}: it must be in base64")
+    elif not comma:
+        raise ValueError(f"cannot read a data URL that begins with {str(text)[:60]!r}: it has no comma before its data")
+    elif not head.lower().endswith(";base64"):
+        return unquote_to_bytes(data)
     try:
         return base64.b64decode("".join(data.split()), validate=True)
     except ValueError as error:
@@ -122,12 +119,20 @@ def read_panorama(
     align_heading: bool = False,
     yaw_offset: float = 0.0,
     mirrored: bool = False,
+    level: bool = True,
+    resample: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    projection: str | None = None,
 ) -> Panorama:
     """Decode a panorama, no larger than it has to be, and place it on the sphere.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where this leaves `needed_width`. The data of a Photo Sphere say
-    which part of the sphere the image shows. Without them an image twice as wide as high is the whole sphere, and any
-    other is taken as a band around the horizon (or, where it is higher, around the front) of the same degrees a pixel.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where this leaves `needed_width`; other files of more than 8 MP
+    are reduced in strips. So a file takes what its decoder holds (4 bytes a pixel of it, 8 where EXIF turns it; of a
+    JPEG that is not progressive only what is left of it) and 24 bytes a pixel of a sphere of twice `needed_width`.
+
+    The data of a Photo Sphere say which part of the sphere the image shows. Without them an image twice as wide as high
+    is the whole sphere, and any other is taken as a band around the horizon (or, where it is higher, around the front)
+    of the same degrees a pixel.
 
     Args:
         source: see :func:`open_image`, or a PIL image, an array or a tensor: [H, W], [H, W, 1, 3 or 4] or
@@ -138,39 +143,78 @@ def read_panorama(
         align_heading: turn the panorama so that its front looks north, where it says where north is.
         yaw_offset: degrees to the right of the front (or of north) that become the front.
         mirrored: exchange left and right after that.
+        level: level a panorama whose camera was not, by the pitch and roll of its Photo Sphere data.
+        resample: whether its pixels are resampled for this; else :attr:`Panorama.rotation` says how they lie.
+        max_pixels: the most pixels that are held while a file is decoded, and that a sphere has of which the file
+            shows a part.
+        projection: what the image is, where it is not equirectangular (see :class:`Projection`); of a row of a
+            column, its `"projection"`. What the file says of its place is not asked then.
 
     Raises:
         TypeError: for what is no image.
-        ValueError: for a file that is broken or too large, a shape or type that is no image, float values outside
-            [0, 1]; the file and the reason are named.
+        ValueError: for a file that is broken (whatever its decoder raises) or too large, a shape or type that is no
+            image, float values outside [0, 1]; the file and the reason are named.
     """
     image = open_image(source)
-    sphere, name, size = None, "the panorama", None
+    sphere: PhotoSphere | None = None
+    name, area, scale = "the panorama", None, 1
+    if isinstance(source, dict):
+        projection = source.get("projection") or projection
+    shape = Projection.parse(projection)
     if isinstance(image, Image.Image):
         name, is_ours = _name(image), image is not source
         try:
-            size = image.size
-            _check_size(name, size)
-            sphere = read_photo_sphere(image)
-            pixels = _decode(image, needed_width, sphere, fill, is_ours)
-        except _BROKEN as error:
+            _check_size(name, image.size)
+            if shape.name == "equirectangular":
+                sphere = read_photo_sphere(image)  # before the pixels: some of it is not found after them
+            if sphere is not None and projection is None:
+                shape = shape_of(sphere)
+            if _family(image.format) != "JPEG":  # some tell only now which way is up
+                _check_pixels(image, 1, max_pixels)
+                image.load()
+            width, height = image.size if _orientation(image) < 5 else image.size[::-1]
+            needed = needed_width
+            if shape.name == "equirectangular":
+                area = _area_of(sphere, height, width, name)
+            else:  # columns of the file that are needed
+                needed *= max(width, 2 * height) / shape.native_width(height, width)
+            pixels, seen, scale = _decode(image, needed, area, fill, is_ours, max_pixels)
+        except Exception as error:  # decoders raise anything
             raise ValueError(f"cannot read {name}: {str(error).removeprefix(f'cannot read {name}: ')}") from error
         finally:
             if is_ours and not hasattr(source, "read"):  # a file object stays open for its owner
                 image.close()
     elif isinstance(image, np.ndarray | torch.Tensor):
-        pixels = _from_array(image, fill)
-        _check_size(name, (pixels.shape[1], pixels.shape[0]))
+        pixels, seen = _from_array(image, fill)
+        height, width = pixels.shape[:2]
+        _check_size(name, (width, height))
     else:
         raise TypeError(
             "a panorama must be a path, bytes, a file object, a PIL image, an array or a tensor, got "
             f"{type(image).__name__}"
         )
-    panorama = _place(pixels, sphere, needed_width, fill, strict_aspect, name, size)
+    if seen is not None and not seen.any():
+        raise ValueError(f"cannot read {name}: all of it is transparent: there is nothing to see")
+    size = (height, width)
+    if shape.name == "cylindrical":
+        pixels, seen, area = _from_cylinder(pixels, seen, scale, size, sphere, strict_aspect, name)
+        size, scale = (pixels.shape[0], pixels.shape[1]), 1
+    elif shape.name == "equirectangular" and projection is None and area is None and seen is None:
+        _check_looks(pixels, size, strict_aspect, name)
+    if shape.name in _PROJECTIONS:
+        panorama = _place(pixels, seen, scale, size, area, needed_width, fill, strict_aspect, name, max_pixels)
+    else:
+        try:
+            panorama = _from_projection(pixels, seen, shape, needed_width, fill)
+        except ValueError as error:
+            raise ValueError(f"cannot read {name}: {error}") from None
     if align_heading and sphere is not None and sphere.heading is not None:
         yaw_offset -= sphere.heading
+    if level and sphere is not None and (sphere.pitch or sphere.roll):
+        panorama = replace(panorama, rotation=camera_rotation(sphere.pitch, sphere.roll).T)
     panorama = _turn(panorama, yaw_offset) if yaw_offset % 360 else panorama
-    return _mirror(panorama) if mirrored else panorama
+    panorama = _mirror(panorama) if mirrored else panorama
+    return _resample(panorama) if resample and panorama.rotation is not None else panorama
 
 
 def to_erp_tensor(source: ImageSource) -> torch.Tensor:
@@ -180,32 +224,23 @@ def to_erp_tensor(source: ImageSource) -> torch.Tensor:
 
 
 def read_photo_sphere(image: Image.Image) -> PhotoSphere | None:
-    """The Photo Sphere data of an opened image, `None` where it has none; what cannot be understood is warned about."""
-    packet = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
-    if not packet:
-        return None
-    packet = packet.encode() if isinstance(packet, str) else bytes(packet)
-    if b"GPano" not in packet:
-        return None
-    try:
-        if b"<!DOCTYPE" in packet:
-            raise ElementTree.ParseError("a document type is not allowed")
-        root = ElementTree.fromstring(packet[packet.index(b"<") : packet.rindex(b">") + 1])
-        found: dict[str, str] = {}
-        for element in root.iter():
-            found.update({key: value for key, value in element.attrib.items() if key.startswith(_GPANO)})
-            if element.tag.startswith(_GPANO) and element.text:
-                found[element.tag] = element.text
-        numbers = {key.removeprefix(_GPANO): float(value) for key, value in found.items() if _is_number(value)}
-        sizes = ("FullPanoHeightPixels", "FullPanoWidthPixels")
-        crops = ("CroppedAreaImageHeightPixels", "CroppedAreaImageWidthPixels")
-        full = tuple(int(numbers[key]) for key in sizes) if all(key in numbers for key in sizes) else None
-        crop = tuple(int(numbers[key]) for key in crops) if all(key in numbers for key in crops) else None
-        top, left = (int(numbers.get(f"CroppedArea{side}Pixels", 0)) for side in ("Top", "Left"))
-        return PhotoSphere(full, crop, top, left, numbers.get("PoseHeadingDegrees"))  # type: ignore[arg-type]
-    except (ElementTree.ParseError, ValueError, OverflowError) as error:
-        warnings.warn(f"the Photo Sphere data of {_name(image)} cannot be read, ignored: {error}", stacklevel=3)
-        return None
+    """The Photo Sphere data of an opened image, or what the tags of a TIFF say in their place; `None` where it has
+    none. What cannot be understood is warned about."""
+    sphere = photo_sphere_of(xmp_packets(image), _name(image))
+    return with_tiff_position(sphere, image, _name(image))
+
+
+def shape_of(sphere: PhotoSphere) -> Projection:
+    """What Photo Sphere data say an image is.
+
+    Raises:
+        ValueError: for what is not read without being told; it is named.
+    """
+    if sphere.projection not in _PROJECTIONS:
+        read = " and ".join(_PROJECTIONS)
+        words = f"its Photo Sphere data say that its projection is {sphere.projection!r}, read are {read}"
+        raise ValueError(f"{words}; convert it, or say with projection= what it is where ProjectionType is wrong")
+    return Projection(sphere.projection)
 
 
 def load_file_bytes(source: Any) -> Any:
@@ -216,7 +251,7 @@ def load_file_bytes(source: Any) -> Any:
         OSError: for a file that does not exist or cannot be opened; it is named.
     """
     if isinstance(source, dict) and not source.get("bytes") and source.get("path"):
-        source = str(source["path"])
+        return {**source, "bytes": Path(source["path"]).read_bytes()}
     if isinstance(source, str | os.PathLike):
         return {"bytes": Path(source).read_bytes(), "path": os.fspath(source)}
     return source
@@ -232,7 +267,10 @@ def content_digest(source: Any) -> str:
         source.fp.seek(0)  # type: ignore[attr-defined]
         data = source.fp.read()  # type: ignore[attr-defined]
     elif isinstance(source, Image.Image):
-        header = f"{source.mode} {source.size} {source.info.get('xmp')!r} {dict(source.getexif())}"
+        palette = None if source.palette is None else source.getpalette("RGBA")
+        kept = [source.info.get(name) for name in ("transparency", "icc_profile")]
+        kept += [palette, xmp_packets(source), tiff_position_tags(source)]
+        header = f"{source.mode} {source.size} {kept!r} {dict(source.getexif())}"
         data = header.encode() + source.tobytes()
     elif isinstance(source, np.ndarray | torch.Tensor):
         array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
@@ -249,21 +287,56 @@ def content_digest(source: Any) -> str:
 
 
 def _open(file: str | BinaryIO, name: str) -> Image.Image:
-    Image.init()
     try:
-        image = Image.open(file, formats=[format for format in _FORMATS if format in Image.OPEN])
+        image = _identified(file)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(f"cannot read {name}: {_what_is_it(file)}") from error
-    except _BROKEN as error:
+    except Exception as error:  # decoders raise anything
         raise ValueError(f"cannot read {name}: {error}") from error
+    if image is None:
+        raise ValueError(f"cannot read {name}: {_what_is_it(file)}")
     promised = Image.registered_extensions().get(Path(name).suffix.lower())
     if promised is not None and _family(promised) != _family(image.format):
         words = f"{name} is named as {_family(promised)}, but holds {_family(image.format)}: read as what it holds"
         warnings.warn(words, stacklevel=3)
     setattr(image, _NAME, name)
     return image
+
+
+def _identified(file: str | BinaryIO) -> Image.Image | None:
+    """As `Image.open`, `None` for what is no image, but without its limit of size: that is one for the whole process,
+    and of files that are not decoded as a whole."""
+    Image.init()
+    image: Any
+    opened: Any = open(file, "rb") if isinstance(file, str) else file  # noqa: SIM115
+    opened.seek(0)
+    head = opened.read(16)
+    try:
+        register_heic(head)
+        for factory, accept in (Image.OPEN[format] for format in _FORMATS if format in Image.OPEN):
+            fits = accept is None or accept(head)
+            if not fits or isinstance(fits, str):  # a string says why it cannot be read here
+                continue
+            opened.seek(0)
+            try:
+                image = factory(opened, file if isinstance(file, str) else "")
+            except (SyntaxError, IndexError, TypeError, struct.error):  # of another format, or its head is broken
+                continue
+            if is_misread(image):
+                image = open_float_file(opened, file if isinstance(file, str) else "")
+            image._exclusive_fp = opened is not file  # it closes what was opened here
+            return image
+        if kind_of(head) is not None:
+            image = open_float_file(opened, file if isinstance(file, str) else "")
+            image._exclusive_fp = opened is not file
+            return image
+    except BaseException:
+        if opened is not file:
+            opened.close()
+        raise
+    if opened is not file:
+        opened.close()
+    return None
 
 
 def _family(format: str | None) -> str | None:
@@ -280,8 +353,6 @@ def _what_is_it(file: str | BinaryIO) -> str:
         head = file.read(16)
     if not head:
         return "it is empty"
-    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
-        return "it is HEIC: pip install pillow-heif and call pillow_heif.register_heif_opener()"
     kinds = [kind for magic, kind in _MAGIC.items() if head.startswith(magic)]
     readable = ", ".join(_FORMATS)
     return (
@@ -304,25 +375,77 @@ def _is_lazy(image: Image.Image) -> bool:
 
 
 def _decode(
-    image: Image.Image, needed_width: float, sphere: PhotoSphere | None, fill: Sequence[float], is_ours: bool
-) -> torch.Tensor:
-    """Pixels [H, W, 3] of an image; a JPEG that is not decoded yet is decoded small. `is_ours`: whether nobody else
-    will look at it."""
+    image: Image.Image,
+    needed_width: float,
+    area: tuple[int, int, int, int] | None,
+    fill: Sequence[float],
+    is_ours: bool,
+    max_pixels: int,
+) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """Pixels [ceil(H / k), ceil(W / k), 3] of an upright image [H, W], what of them is seen, as :func:`_from_array`,
+    and k, which they are reduced by. `area` is the image's place as :func:`_area_of` has it; `is_ours`: whether nobody
+    else will look at it."""
+    scale = 1
     if _family(image.format) == "JPEG" and _is_lazy(image):
-        scale = _jpeg_scale(image, needed_width, sphere)
+        scale = _jpeg_scale(image, needed_width, area)
+        _check_pixels(image, scale, max_pixels)
         width, height = image.width // scale, image.height // scale
         file: BinaryIO = image.fp  # type: ignore[attr-defined]
         file.seek(0)
-        if simplejpeg is not None and image.mode in ("L", "RGB") and _orientation(image) == 1:
+        if (
+            simplejpeg is not None
+            and is_srgb(image.info.get("icc_profile"))
+            and image.mode in ("L", "RGB")
+            and _orientation(image) == 1
+        ):
+            least = {"min_height": -(-image.height // scale), "min_width": -(-image.width // scale)}
             try:
-                return torch.from_numpy(simplejpeg.decode_jpeg(file.read(), min_height=height, min_width=width))
+                return torch.from_numpy(simplejpeg.decode_jpeg(file.read(), **least)), None, scale
             except ValueError:  # where the least is wrong; whether it can be read, Pillow decides
                 file.seek(0)
         if not is_ours:  # opened a second time: the one that was handed in would be small for its owner, too
-            image = Image.open(file, formats=["JPEG"])
+            name = _name(image)
+            image = _identified(file)  # type: ignore[assignment]
+            setattr(image, _NAME, name)
         image.draft(image.mode, (width, height))
     if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
+    k = 1
+    if scale == 1 and image.width * image.height > _LARGE:
+        full_width = area[1] if area is not None else max(image.width, 2 * image.height)
+        k = min(max(int(full_width / needed_width), 1), 64)
+    pixels, seen = None, None
+    step = max(_STRIP // k, 1) * k
+    for top in range(0, image.height, step):  # rows at a time: what is converted takes much more
+        strip, opaque = _converted(image.crop((0, top, image.width, min(top + step, image.height))), fill)
+        strip = _means(strip, k)
+        rows = slice(top // k, top // k + len(strip))
+        if pixels is None:
+            pixels = torch.empty(-(-image.height // k), *strip.shape[1:], dtype=strip.dtype)
+        pixels[rows] = strip
+        if opaque is not None:
+            seen = torch.ones(pixels.shape[:2], dtype=torch.bool) if seen is None else seen
+            seen[rows] = _means(opaque[..., None].float(), k)[..., 0] >= 0.5
+    assert pixels is not None
+    return pixels, seen, scale * k
+
+
+def _check_pixels(image: Image.Image, scale: int, max_pixels: int) -> None:
+    """Refuse what would take more memory than is allowed; `scale` is what a JPEG is reduced by."""
+    if not _is_lazy(image):
+        return
+    in_strips = _family(image.format) == "JPEG" and not image.info.get("progressive")
+    held = math.prod(-(-side // scale) if in_strips else side for side in image.size)
+    if held > max_pixels:
+        raise ValueError(
+            f"it is {image.width} x {image.height} pixels, of which decoding would hold {held}, and max_pixels is "
+            f"{max_pixels}. Give a smaller file, or a larger max_pixels (4 bytes of memory each)"
+        )
+
+
+def _converted(image: Image.Image, fill: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Pixels [H, W, 3] of a decoded image, uint8 in sRGB, or float32 in [0, 1] as they are, and what of them is seen,
+    as :func:`_from_array`."""
     if image.mode.startswith("I;16"):
         return _from_array(np.array(image).astype(np.uint16), fill)
     if image.mode == "I":  # 16 bit as well, in formats that PIL widens
@@ -332,24 +455,32 @@ def _decode(
         return _from_array(values.astype(np.uint16), fill)
     if image.mode == "F":
         return _from_array(np.array(image), fill)
+    image = to_srgb(image, image.info.get("icc_profile"))
     if image.has_transparency_data:
         return _from_array(np.array(image.convert("RGBA")), fill)
-    image = image if image.mode == "RGB" else image.convert("RGB")
-    pixels = torch.empty(image.height, image.width, 3, dtype=torch.uint8)
-    for top in range(0, image.height, 256):  # rows at a time: PIL makes two copies of what it hands over
-        bottom = min(top + 256, image.height)
-        pixels.numpy()[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
-    return pixels
+    return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB"))), None
 
 
-def _jpeg_scale(image: Image.Image, needed_width: float, sphere: PhotoSphere | None) -> int:
-    """8, 4, 2 or 1: what a JPEG may be reduced by."""
-    sides = [*image.size]
-    full_width = 2 * sides[0] if _orientation(image) >= 5 else max(sides[0], 2 * sides[1])
-    if sphere is not None and sphere.full is not None:
-        sides += [*sphere.full, *(sphere.crop or ()), sphere.top, sphere.left]
-        full_width = sphere.full[1]
-    scales = (s for s in (8, 4, 2) if full_width / s >= needed_width and all(side % s == 0 for side in sides))
+def _means(pixels: torch.Tensor, k: int) -> torch.Tensor:
+    """[H, W, 3] -> [ceil(H / k), ceil(W / k), 3]: means over k x k pixels, at the lower and right edge over what there
+    is of them; uint8 is rounded."""
+    if k == 1:
+        return pixels
+    reduced = []
+    for strip in pixels.split(max(_STRIP // k, 1) * k):
+        planes = strip.permute(2, 0, 1)[None].float()
+        means = F.avg_pool2d(planes, k, ceil_mode=True, count_include_pad=False)[0].permute(1, 2, 0)
+        reduced.append((means.round() if pixels.dtype == torch.uint8 else means).to(pixels.dtype))
+    return torch.cat(reduced)
+
+
+def _jpeg_scale(image: Image.Image, needed_width: float, area: tuple[int, int, int, int] | None) -> int:
+    """8, 4, 2 or 1: what a JPEG may be reduced by; one that is not large by no more than its sides are divisible by."""
+    full_width = 2 * image.width if _orientation(image) >= 5 else max(image.width, 2 * image.height)
+    full_width = full_width if area is None else area[1]
+    sides = (*image.size, *(area or ()))
+    large = image.width * image.height > _LARGE
+    scales = (s for s in (8, 4, 2) if full_width / s >= needed_width and (large or all(n % s == 0 for n in sides)))
     return next(scales, 1)
 
 
@@ -361,8 +492,9 @@ def _orientation(image: Image.Image) -> int:
 # Arrays
 
 
-def _from_array(image: np.ndarray | torch.Tensor, fill: Sequence[float]) -> torch.Tensor:
-    """[H, W, 3], uint8 or float32 in [0, 1]."""
+def _from_array(image: np.ndarray | torch.Tensor, fill: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Pixels [H, W, 3], uint8 or float32 in [0, 1], and what of them is not fully transparent, bool [H, W]; `None`
+    where that is all."""
     given = image.dtype
     is_uint16 = given == torch.uint16
     if isinstance(image, np.ndarray):  # torch knows no big-endian numbers, and few operations on uint16
@@ -387,9 +519,13 @@ def _from_array(image: np.ndarray | torch.Tensor, fill: Sequence[float]) -> torc
         if not is_uint16:
             raise ValueError(f"a panorama must be of dtype uint8, uint16 or float, got {given}")
         image = image.float() / 65535
+    seen = None
     if image.shape[-1] == 4:
+        alpha = image[..., 3]
+        if float(alpha.min()) == 0:
+            seen = alpha > 0
         image = _over_fill(image, fill)
-    return image.expand(-1, -1, 3).contiguous()
+    return image.expand(-1, -1, 3).contiguous(), seen
 
 
 def _over_fill(image: torch.Tensor, fill: Sequence[float]) -> torch.Tensor:
@@ -406,53 +542,189 @@ def _over_fill(image: torch.Tensor, fill: Sequence[float]) -> torch.Tensor:
 # The sphere
 
 
+def _from_cylinder(
+    pixels: torch.Tensor,
+    seen: torch.Tensor | None,
+    scale: int,
+    size: tuple[int, int],
+    sphere: PhotoSphere | None,
+    strict_aspect: bool,
+    name: str,
+) -> tuple[torch.Tensor, torch.Tensor | None, tuple[int, int, int, int]]:
+    """A cylindrical image of `size` (height, width), reduced by `scale`, as the part of the equirectangular one that it
+    covers, what of it is seen, and its place as :func:`_area_of` has it. Without Photo Sphere data it is a turn."""
+    height, width = size
+    place = None if sphere is None else _place_on_a_cylinder(sphere, height, width)
+    if sphere is not None and place is None:
+        problem = f"the Photo Sphere data of {name} say that it is cylindrical, and not where its pixels lie"
+        if strict_aspect:
+            raise ValueError(
+                f"{problem}; write GPano data into the file, or use strict_aspect=False to take it as a turn"
+            )
+        warnings.warn(f"{problem}: taken as a whole turn around the horizon", stacklevel=3)
+    turn, left, horizon = place or (float(width), 0.0, height / 2)
+    if height % scale or width % scale:  # the last pixels stand for less than the others
+        even = (scale, size, (*size, 0, 0), (height // scale, width // scale), torch.zeros(1))
+        pixels, seen = _laid(pixels, *even), _mask_by(lambda mask: _laid(mask, *even), seen)
+    row, column = height / pixels.shape[0], width / pixels.shape[1]  # in pixels of the file
+    columns = round(turn / column)
+    if columns > MAX_SIDE:
+        raise ValueError(f"cannot read {name}: the whole turn has {columns} columns, at most {MAX_SIDE} are allowed")
+    cylinder = (horizon / row, turn / row, columns // 2)
+    rows, top = unrolled(pixels, *cylinder)
+    seen = _mask_by(lambda mask: unrolled(mask, *cylinder)[0], seen)
+    return rows, seen, (columns // 2, columns, top, round(left / column))
+
+
+def _place_on_a_cylinder(sphere: PhotoSphere, height: int, width: int) -> tuple[float, float, float] | None:
+    """Length of the whole turn, where the image begins in it, and its row at the horizon, in pixels of the image;
+    `None` where Photo Sphere data do not say them."""
+    full, crop = sphere.full or (0, 0), sphere.crop or sphere.full or (0, 0)
+    if min(*full, *crop) < 1 or not 0 <= sphere.left <= full[1] - crop[1]:
+        return None
+    unit = width / crop[1]
+    if abs(height / crop[0] / unit - 1) > 0.02:
+        return None
+    horizon = full[0] / 2 - sphere.top
+    if abs(horizon - crop[0] / 2) <= 0.5:  # the middle, but for a row that cannot be halved
+        horizon = crop[0] / 2
+    return full[1] * unit, sphere.left * unit, horizon * height / crop[0]
+
+
+def _from_projection(
+    pixels: torch.Tensor, seen: torch.Tensor | None, shape: Projection, needed_width: float, fill: Sequence[float]
+) -> Panorama:
+    """A picture of another projection on the whole sphere."""
+    laid, covered = to_equirectangular(pixels, shape, needed_width, _neutral(fill, pixels))
+    seen = _mask_by(lambda mask: to_equirectangular(mask, shape, needed_width, torch.zeros(1))[0], seen)
+    return Panorama(laid, covered, seen)
+
+
+def _mask_by(function: Callable[[torch.Tensor], torch.Tensor], seen: torch.Tensor | None) -> torch.Tensor | None:
+    """What a function of pixels [H, W, C] makes of what is seen of them: where at least half of it is."""
+    return None if seen is None else function(seen[..., None].float())[..., 0] >= 0.5
+
+
 def _place(
     pixels: torch.Tensor,
-    sphere: PhotoSphere | None,
+    seen: torch.Tensor | None,
+    scale: int,
+    size: tuple[int, int],
+    area: tuple[int, int, int, int] | None,
     needed_width: float,
     fill: Sequence[float],
     strict_aspect: bool,
     name: str,
-    size: tuple[int, int] | None,
+    max_pixels: int,
 ) -> Panorama:
-    """Pixels [h, w, 3] at their place on the whole sphere; `size` is (width, height) of the file, for messages."""
-    height, width = pixels.shape[:2]
-    area = _area_of(sphere, height, width, name)
+    """Pixels of an image of `size` (height, width), reduced by `scale`, and what of them is seen, at their place on the
+    whole sphere; `area` is that place as :func:`_area_of` has it."""
+    height, width = size
+    even = height % scale == width % scale == 0
     if area is None:
-        area = _middle_of_the_sphere(height, width)
+        unit = scale if even else 1
+        area = _middle_of_the_sphere(height // unit, width // unit)
         if area is None:
-            return Panorama(pixels)
-        degrees = f"{360 * width / area[1]:.0f} x {180 * height / area[0]:.0f}"
-        shown = size or (width, height)
-        if (shown[0] < shown[1]) != (width < height):  # it was turned upright
-            shown = shown[::-1]
-        problem = f"{name} is {shown[0]} x {shown[1]} pixels, not 2:1, and has no Photo Sphere data"
-        if strict_aspect:
-            raise ValueError(
-                f"{problem}; give a whole panorama, write GPano data into the file, or use strict_aspect=False to take "
-                f"it as the middle {degrees} degrees"
-            )
-        warnings.warn(f"{problem}: taken as the middle {degrees} degrees of the sphere", stacklevel=4)
+            area = (height, width, 0, 0)
+        else:
+            area = (area[0] * unit, area[1] * unit, area[2] * unit, area[3] * unit)
+            degrees = f"{360 * width / area[1]:.0f} x {180 * height / area[0]:.0f}"
+            problem = f"{name} is {width} x {height} pixels, not 2:1, and has no Photo Sphere data"
+            problem += hint(height, width)
+            if strict_aspect:
+                raise ValueError(
+                    f"{problem}; give a whole panorama, write GPano data into the file, or use strict_aspect=False to "
+                    f"take it as the middle {degrees} degrees"
+                )
+            warnings.warn(f"{problem}: taken as the middle {degrees} degrees of the sphere", stacklevel=4)
     full_height, full_width, top, left = area
-    if (full_height, full_width) == (height, width):
-        return Panorama(pixels)
-    covered = _shares(area, height, width)
+    is_whole = (full_height, full_width) == (height, width)
+    if is_whole and even:
+        return Panorama(pixels, seen=seen)
+    covered = None if is_whole else _shares(area, height, width)
+    neutral = _neutral(fill, pixels)
 
     # Reduced before it is laid on the canvas, so that the canvas is no larger than what is needed.
     most = max(1, int(full_width / needed_width))
-    k = max(k for k in range(1, most + 1) if full_width % k == full_height % k == 0)
-    neutral = torch.tensor(fill, device=pixels.device) * (255 if pixels.dtype == torch.uint8 else 1)
-    neutral = (neutral.round() if pixels.dtype == torch.uint8 else neutral).to(pixels.dtype)
+    divides = even and all(number % scale == 0 for number in area)
+    dividing = [k for k in range(1, most + 1) if full_width % k == full_height % k == 0 and k % scale == 0]
+    k = dividing[-1] if divides and dividing else scale
+    is_coarse = most > k and full_height * full_width > max(_LARGE, height * width) * k**2
+    k = max(most, scale) if is_coarse or not divides else k
+    canvas_size = (full_height // k, full_width // k)
+    _check_canvas(*canvas_size, max_pixels)
+    seen = _mask_by(partial(_laid, scale=scale, size=size, area=area, canvas=canvas_size, neutral=torch.zeros(1)), seen)
+    if is_coarse or not divides:
+        pixels, scale = _means(pixels, k // scale), k // scale * scale
+        return Panorama(_laid(pixels, scale, size, area, canvas_size, neutral), covered, seen)
+    k //= scale
+    height, width, full_height, full_width, top, left = (n // scale for n in (*size, *area))
     row, column = top // k, left // k
     rows, columns = -(-(top + height) // k) - row, -(-(left + width) // k) - column
     part = neutral.expand(rows * k, columns * k, 3).clone()
     part[top - row * k :, left - column * k :][:height, :width] = pixels
-    if k > 1:
-        reduced = F.avg_pool2d(part.permute(2, 0, 1)[None].float(), k)[0].permute(1, 2, 0)
-        part = (reduced.round() if pixels.dtype == torch.uint8 else reduced).to(pixels.dtype)
-    canvas = neutral.expand(full_height // k, full_width // k, 3).clone()
-    canvas[row : row + rows, column : column + columns] = part
-    return Panorama(canvas, covered)
+    canvas = neutral.expand(*canvas_size, 3).clone()
+    canvas[row : row + rows, column : column + columns] = _means(part, k)
+    return Panorama(canvas, covered, seen)
+
+
+def _neutral(fill: Sequence[float], pixels: torch.Tensor) -> torch.Tensor:
+    """The colour of what was not seen, [3], as pixels are."""
+    neutral = torch.tensor(fill, device=pixels.device) * (255 if pixels.dtype == torch.uint8 else 1)
+    return (neutral.round() if pixels.dtype == torch.uint8 else neutral).to(pixels.dtype)
+
+
+def _check_looks(pixels: torch.Tensor, size: tuple[int, int], strict_aspect: bool, name: str) -> None:
+    """Say it where a picture of 2:1 is clearly no equirectangular panorama; `size` is (height, width) of its file."""
+    found = looks_like(pixels) if _middle_of_the_sphere(*size) is None else None
+    if found is not None:
+        words = f"no equirectangular panorama: {name} looks like {found}"
+        if strict_aspect:
+            raise ValueError(f"{words}; projection='equirectangular' says that it is one, or use strict_aspect=False")
+        warnings.warn(f"{words}; projection='equirectangular' says that it is one", stacklevel=4)
+
+
+def _check_canvas(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise ValueError(
+            f"the whole sphere of which it shows a part has {width} x {height} pixels, and max_pixels is {max_pixels}. "
+            "Give a smaller file, or a larger max_pixels"
+        )
+
+
+def _laid(
+    pixels: torch.Tensor,
+    scale: int,
+    size: tuple[int, int],
+    area: tuple[int, int, int, int],
+    canvas: tuple[int, int],
+    neutral: torch.Tensor,
+) -> torch.Tensor:
+    """Pixels of an image of `size`, reduced by `scale`, on a `canvas` (rows, columns) of the whole sphere: each pixel
+    of it is the mean of the area that it covers, `neutral` where the image shows nothing."""
+    apart = (pixels - neutral.float()).cpu().numpy()  # nothing where the image shows nothing
+    for axis in (0, 1):
+        length, first, whole = size[axis], area[2 + axis], area[axis]
+        old = first + np.minimum(np.arange(apart.shape[axis] + 1) * scale, length)
+        new = np.arange(canvas[axis] + 1) * (whole / canvas[axis])
+        lines = np.ascontiguousarray(np.moveaxis(apart, axis, 0))
+        apart = np.moveaxis(_area_means(lines.reshape(len(lines), -1), old, new).reshape(-1, *lines.shape[1:]), 0, axis)
+    laid = torch.from_numpy(np.ascontiguousarray(apart)).to(pixels.device) + neutral
+    return (laid.round() if pixels.dtype == torch.uint8 else laid).to(pixels.dtype)
+
+
+def _area_means(values: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Cells [n, m] between the `old` edges [n + 1], as means over those between the `new` [N + 1]: [N, m], float32.
+    Beyond the old ones there is 0."""
+    out = np.empty((len(new) - 1, values.shape[1]), np.float32)
+    place = np.clip(new, old[0], old[-1])
+    cell = np.clip(np.searchsorted(old, place, side="right") - 1, 0, len(values) - 1)
+    for first in range(0, values.shape[1], 2048):  # in float64, so a part at a time
+        part = values[:, first : first + 2048].astype(np.float64)
+        upto = np.concatenate([np.zeros((1, part.shape[1])), np.cumsum(part * np.diff(old)[:, None], axis=0)])
+        integral = upto[cell] + part[cell] * (place - old[cell])[:, None]
+        out[:, first : first + 2048] = np.diff(integral, axis=0) / np.diff(new)[:, None]
+    return out
 
 
 def covered_by_size(height: int, width: int) -> tuple[float, float, float, float] | None:
@@ -497,13 +769,18 @@ def _area_of(sphere: PhotoSphere | None, height: int, width: int, name: str) -> 
 
 def _turn(panorama: Panorama, yaw: float) -> Panorama:
     """The panorama with another front: `yaw` degrees to the right of the present one, to the nearest column."""
+    if panorama.rotation is not None:
+        return replace(panorama, rotation=panorama.rotation @ yaw_rotation(yaw))
     width = panorama.pixels.shape[1]
     shift = round(yaw / 360 * width) % width
     covered = panorama.covered
     if covered is not None and covered[3] - covered[2] < 1:
         left = (covered[2] - shift / width) % 1
         covered = (covered[0], covered[1], left, left + covered[3] - covered[2])
-    return Panorama(panorama.pixels.roll(-shift, dims=1), covered)
+    seen = panorama.seen
+    if seen is not None:
+        seen = seen.roll(-round(yaw / 360 * seen.shape[1]), dims=1)
+    return replace(panorama, pixels=panorama.pixels.roll(-shift, dims=1), covered=covered, seen=seen)
 
 
 def _mirror(panorama: Panorama) -> Panorama:
@@ -512,11 +789,30 @@ def _mirror(panorama: Panorama) -> Panorama:
     if covered is not None and covered[3] - covered[2] < 1:
         left = (1 - covered[3]) % 1
         covered = (covered[0], covered[1], left, left + covered[3] - covered[2])
-    return Panorama(panorama.pixels.flip(1), covered)
+    seen, rotation = panorama.seen, panorama.rotation
+    if rotation is not None:
+        rotation = _LEFT_RIGHT @ rotation @ _LEFT_RIGHT
+    return Panorama(panorama.pixels.flip(1), covered, None if seen is None else seen.flip(1), rotation)
 
 
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+def _resample(panorama: Panorama) -> Panorama:
+    """The panorama with pixels that lie as it is shown."""
+    assert panorama.rotation is not None
+    pixels = torch.from_numpy(rotated_pixels(panorama.pixels.cpu().numpy(), panorama.rotation))
+    seen = seen_everywhere(panorama)
+    if seen is not None:
+        seen = torch.from_numpy(
+            rotated_pixels(seen.numpy().astype(np.float32)[..., None], panorama.rotation)[..., 0] >= 0.5
+        )
+    return Panorama(pixels.to(panorama.pixels.device), seen=seen)
+
+
+def seen_everywhere(panorama: Panorama) -> torch.Tensor | None:
+    """What the camera saw, bool [h, w] on the whole sphere of the pixels; `None` where it is all."""
+    if panorama.covered is None:
+        return panorama.seen
+    height, width = panorama.pixels.shape[:2] if panorama.seen is None else panorama.seen.shape
+    top, bottom, left, right = panorama.covered
+    row, column = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
+    inside = ((row > top) & (row < bottom))[:, None] & ((column - left) % 1 < right - left)
+    return inside if panorama.seen is None else inside & panorama.seen

@@ -7,6 +7,9 @@ its name from there.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,8 +32,14 @@ def start_at(layer: nn.Linear, start: float | str) -> nn.Linear:
 
 
 def initialize_start(layer: nn.Module) -> bool:
-    """Gives a layer marked by :func:`start_at` its weights, and tells whether it is one. As all of `init`, it leaves
-    alone what was loaded."""
+    """Gives a layer marked by :func:`start_at`, or a Mamba mixer, its weights, and tells whether it is one. As all
+    of `init`, it leaves alone what was loaded."""
+    if hasattr(layer, "init_mamba2_weights"):  # as Mamba2PreTrainedModel does, which is not there
+        mixer: Any = layer
+        mixer.init_mamba2_weights()
+        init.kaiming_uniform_(mixer.conv1d.weight, a=5**0.5)
+        init.zeros_(mixer.conv1d.bias)
+        return True
     start = getattr(layer, "panorama_start", None)
     if start is None or not isinstance(layer, nn.Linear):
         return False
@@ -92,6 +101,24 @@ def _blocks_of(config: PretrainedConfig) -> tuple[int, int]:
             "Typical value: 2; a larger image_size gives a larger grid"
         )
     return rows // pool, columns // pool
+
+
+def _queries_of(config: PretrainedConfig) -> tuple[int, int]:
+    """The square grid of `resampler_queries`. Raises `ValueError` where they are no square, or more than the tower's
+    tokens, and where the heads do not divide the width."""
+    side = round(config.resampler_queries**0.5)
+    rows, columns = config.vision_grid
+    if side * side != config.resampler_queries or side > min(rows, columns):
+        raise ValueError(
+            f"resampler_queries must be a square number of at most {min(rows, columns) ** 2}, "
+            f"got {config.resampler_queries}. Typical value: 64"
+        )
+    if config.latent_dimension % config.resampler_heads:
+        raise ValueError(
+            f"resampler_heads must divide latent_dimension={config.latent_dimension}, "
+            f"got {config.resampler_heads}. Typical value: 8"
+        )
+    return side, side
 
 
 class IdentityResampler(Resampler):
@@ -230,19 +257,7 @@ class PerceiverResampler(Resampler):
     @staticmethod
     def output_grid(config: PretrainedConfig) -> tuple[int, int]:
         """The grid of the queries. Raises `ValueError` where they are no square, or more than the tower's tokens."""
-        side = round(config.resampler_queries**0.5)
-        rows, columns = config.vision_grid
-        if side * side != config.resampler_queries or side > min(rows, columns):
-            raise ValueError(
-                f"resampler_queries must be a square number of at most {min(rows, columns) ** 2}, "
-                f"got {config.resampler_queries}. Typical value: 64"
-            )
-        if config.latent_dimension % config.resampler_heads:
-            raise ValueError(
-                f"resampler_heads must divide latent_dimension={config.latent_dimension}, "
-                f"got {config.resampler_heads}. Typical value: 8"
-            )
-        return side, side
+        return _queries_of(config)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """[N, S, D_vision] -> [N, S', D_latent]."""
@@ -254,10 +269,160 @@ class PerceiverResampler(Resampler):
         return self.norm(latents)
 
 
+class QFormerResampler(Resampler):
+    """`resampler_queries` latents that attend to each other and to all tokens of the view: the Q-Former of BLIP-2 (Li
+    et al. 2023, arXiv:2301.12597), without text; its layers, of which every second attends to the view, beginning with
+    the first, are transformers'.
+
+    The queries lie on a grid as those of :class:`PerceiverResampler` do; BLIP-2's are learned vectors alone, which
+    look nowhere.
+    """
+
+    def __init__(self, config: PretrainedConfig, input_dimension: int):
+        from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
+        from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerLayer
+
+        super().__init__(config, input_dimension)
+        width = config.latent_dimension
+        self.query_grid = self.output_grid(config)
+        self.input = _FeedForward(config, input_dimension, 1)
+        layer_config = Blip2QFormerConfig(
+            hidden_size=width,
+            encoder_hidden_size=width,
+            num_attention_heads=config.resampler_heads,
+            intermediate_size=4 * width,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            use_qformer_text_input=False,
+            attn_implementation="sdpa",
+        )
+        self.queries = nn.Embedding(config.resampler_queries, width)
+        self.norm = nn.LayerNorm(width, eps=layer_config.layer_norm_eps)
+        layers = [Blip2QFormerLayer(layer_config, i) for i in range(config.resampler_depth)]
+        if config.resampler_skip:  # they have skips of their own, and add nothing at the start
+            for layer in layers:
+                start_at(layer.attention.output.dense, 0.0)
+                start_at(layer.output_query.dense, 0.0)
+                if layer.has_cross_attention:
+                    start_at(layer.crossattention.output.dense, 0.0)
+        self.layers = nn.ModuleList(layers)
+
+    @staticmethod
+    def output_grid(config: PretrainedConfig) -> tuple[int, int]:
+        """The grid of the queries. Raises `ValueError` where they are no square, or more than the tower's tokens."""
+        return _queries_of(config)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[N, S, D_vision] -> [N, queries, D_latent]."""
+        context = self.input(tokens)  # [N, S, D_latent]
+        grid = context.transpose(1, 2).unflatten(2, self.input_grid)
+        latents = F.adaptive_avg_pool2d(grid, self.query_grid).flatten(2).transpose(1, 2) + self.queries.weight
+        latents = self.norm(latents)
+        for layer in self.layers:
+            latents = layer(latents, encoder_hidden_states=context, query_length=latents.shape[1])
+        return latents
+
+
+class CAbstractorResampler(Resampler):
+    """Convolutions over the grid, the mean of each `resampler_pool` x `resampler_pool` block, and convolutions again:
+    the C-Abstractor of Honeybee (Cha et al. 2024, arXiv:2312.06742), which keeps what lies beside what.
+
+    `resampler_depth` blocks before and as many behind; they are ConvNeXt's (7 x 7 depthwise, then an MLP), where
+    Honeybee has RegNet's, which timm has and transformers has not without its batch statistics.
+    """
+
+    def __init__(self, config: PretrainedConfig, input_dimension: int):
+        from transformers.models.convnext.configuration_convnext import ConvNextConfig
+        from transformers.models.convnext.modeling_convnext import ConvNextLayer
+
+        super().__init__(config, input_dimension)
+        width = config.latent_dimension
+        self.pool = config.resampler_pool
+        self.input = _FeedForward(config, input_dimension, 1)
+        layer_config = ConvNextConfig(layer_scale_init_value=0.0)  # no scale: the last layer of a block starts at 0
+        blocks = [ConvNextLayer(layer_config, width) for _ in range(2 * config.resampler_depth)]
+        if config.resampler_skip:
+            for block in blocks:
+                start_at(block.pwconv2, 0.0)
+        self.before = nn.Sequential(*blocks[: config.resampler_depth])
+        self.behind = nn.Sequential(*blocks[config.resampler_depth :])
+        self.norm = nn.LayerNorm(width)
+
+    @staticmethod
+    def output_grid(config: PretrainedConfig) -> tuple[int, int]:
+        """One token a block. Raises `ValueError` where the blocks do not fill the grid."""
+        return _blocks_of(config)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[N, S, D_vision] -> [N, S / pool^2, D_latent]."""
+        grid = self.input(tokens).transpose(1, 2).unflatten(2, self.input_grid)  # [N, D_latent, rows, columns]
+        grid = self.behind(F.avg_pool2d(self.before(grid), self.pool))
+        return self.norm(grid.flatten(2).transpose(1, 2))
+
+
+class _BiMambaLayer(nn.Module):
+    """What two state spaces add that read the tokens in opposite directions, [N, S, D] -> [N, S, D]."""
+
+    def __init__(self, layer_config: PretrainedConfig, add_nothing: bool):
+        from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, Mamba2RMSNorm
+
+        super().__init__()
+        self.norm = Mamba2RMSNorm(layer_config.hidden_size, eps=layer_config.layer_norm_epsilon)
+        self.onward = Mamba2Mixer(layer_config, 0, initialize_mixer_weights=False)  # `initialize_start` does it
+        self.reverse = Mamba2Mixer(layer_config, 0, initialize_mixer_weights=False)
+        if add_nothing:
+            start_at(self.onward.out_proj, 0.0)
+            start_at(self.reverse.out_proj, 0.0)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[N, S, D] -> [N, S, D]."""
+        normed = self.norm(tokens)
+        return tokens + self.onward(normed) + self.reverse(normed.flip(1)).flip(1)
+
+
+class BiMambaResampler(Resampler):
+    """`resampler_depth` layers of two selective state spaces each, one reading the tokens of the view row by row and
+    one from the end, as Vision Mamba does (Zhu et al. 2024, arXiv:2401.09417) and PanoLLaVA's resampler of this name.
+    The grid stays; the cost grows with the tokens, not with their square.
+
+    The mixers are those of transformers' Mamba-2 (Dao, Gu 2024, arXiv:2405.21060), of state 64, convolution 4 and twice
+    the width. Where their kernels are not installed they run as products of matrices in plain torch; those of the first
+    Mamba would go token by token, with a gradient of the size of all tokens for each.
+    """
+
+    def __init__(self, config: PretrainedConfig, input_dimension: int):
+        from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
+
+        super().__init__(config, input_dimension)
+        width = config.latent_dimension
+        self.input = _FeedForward(config, input_dimension, 1)
+        head = math.gcd(2 * width, 64)
+        layer_config = Mamba2Config(
+            hidden_size=width,
+            expand=2,
+            head_dim=head,
+            num_heads=2 * width // head,
+            n_groups=1,
+            state_size=64,
+            chunk_size=64,
+            num_hidden_layers=1,
+        )
+        depth = range(config.resampler_depth)
+        self.layers = nn.Sequential(*(_BiMambaLayer(layer_config, config.resampler_skip) for _ in depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[N, S, D_vision] -> [N, S, D_latent]."""
+        return self.norm(self.layers(self.input(tokens)))
+
+
 RESAMPLERS: dict[str, type[Resampler]] = {
     "mlp": MLPResampler,
     "avg_pool": AveragePoolResampler,
     "identity": IdentityResampler,
     "pixel_shuffle": PixelShuffleResampler,
     "perceiver": PerceiverResampler,
+    "qformer": QFormerResampler,
+    "c_abstractor": CAbstractorResampler,
+    "bimamba": BiMambaResampler,
 }

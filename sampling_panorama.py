@@ -33,6 +33,7 @@ def erp_to_views(
     image_size: int,
     backend: Backend | None = None,
     out: torch.Tensor | None = None,
+    rotation: np.ndarray | None = None,
 ) -> torch.Tensor:
     """Sample the views of a plan.
 
@@ -46,6 +47,7 @@ def erp_to_views(
         backend: `"opencv"` or `"torch"`; where it is not given, OpenCV on a CPU that has it. Both give the same views
             to half a step of uint8.
         out: where the views are to be written, what is returned.
+        rotation: [3, 3], turns directions of the views into those of the panorama, where its camera was not level.
 
     Returns:
         [V, C, image_size, image_size] on the same device, float32 (or the dtype of `erp`), in the range of `erp`.
@@ -56,12 +58,18 @@ def erp_to_views(
         dtype = erp.dtype if erp.is_floating_point() else torch.float32
         out = torch.empty(plan.num_views, len(erp), image_size, image_size, dtype=dtype, device=erp.device)
     pixels = erp.permute(1, 2, 0)  # [H, W, C]
-    for kind, fov in sorted({(view.kind, view.fov) for view in plan.views}):
-        indices = [index for index, view in enumerate(plan.views) if (view.kind, view.fov) == (kind, fov)]
-        source, sphere, samples = _prefilter(pixels, kind, fov, image_size, backend)
-        views, targets = [plan.views[index] for index in indices], [out[index] for index in indices]
+    all_views = _rotated(plan, rotation)
+    for kind, fov in sorted({(view.kind, view.fov) for view in all_views}):
+        indices = [index for index, view in enumerate(all_views) if (view.kind, view.fov) == (kind, fov)]
+        source, sphere, samples = _prefilter(pixels, kind, fov, image_size, backend, rotation is not None)
+        views, targets = [all_views[index] for index in indices], [out[index] for index in indices]
         _warp(source, sphere, views, samples, targets, backend)
     return out
+
+
+def _rotated(plan: ViewPlan, rotation: np.ndarray | None) -> tuple[View, ...]:
+    """The views of a plan as a panorama shows them whose sphere is rotated."""
+    return plan.views if rotation is None else tuple(view.rotated(rotation) for view in plan.views)
 
 
 def _backend_for(erp: torch.Tensor) -> Backend:
@@ -71,43 +79,56 @@ def _backend_for(erp: torch.Tensor) -> Backend:
 
 
 def view_mask(
-    plan: ViewPlan, covered: tuple[float, float, float, float] | None, tilt: tuple[float, float] = (0.0, 0.0)
+    plan: ViewPlan,
+    covered: tuple[float, float, float, float] | None,
+    rotation: np.ndarray | None = None,
+    seen: torch.Tensor | None = None,
+    min_seen: float = 0.0,
 ) -> torch.Tensor:
     """Which views show something that the camera saw, bool [V].
 
     Args:
         plan: the views.
-        covered: the part of the sphere that the camera saw, as :attr:`Panorama.covered` has it.
-        tilt: pitch and roll, degrees, that the panorama is tilted by after that; see :func:`tilted_pixels`.
+        covered, seen: the part of the sphere that the camera saw, as :class:`Panorama` has it.
+        rotation: as :func:`erp_to_views` has it.
+        min_seen: the share of a view that must show it, of 64 x 64 places; where no view shows as much, those count
+            that show most.
     """
-    if covered is None:
+    if covered is None and seen is None:
         return torch.ones(plan.num_views, dtype=torch.bool)
-    top, bottom, left, right = covered
-    mask = []
-    for row, column in (_directions(view, 64, 1) for view in plan.views):  # shares of the sphere's rows and columns
-        if any(tilt):
-            row, column = _tilted(row, column, *tilt)
-        inside = (row > top) & (row < bottom) & ((column - left) % 1 < right - left)
-        mask.append(bool(inside.any()))
-    return torch.tensor(mask)
-
-
-def _tilted(row: np.ndarray, column: np.ndarray, pitch: float, roll: float) -> tuple[np.ndarray, np.ndarray]:
-    """Directions of a camera that is not level in the level world; both as shares of the rows and columns of their
-    spheres, in [0, 1]."""
-    rays = View("erp").rays_at(row - 0.5, column - 0.5, (1, 1))
-    yaw, elevation = ray_angles(rays @ camera_rotation(pitch, roll).T)
-    return 0.5 - elevation / 180, yaw / 360 + 0.5
+    shares = []
+    for view in _rotated(plan, rotation):
+        directions = _rotated_directions if view.roll else _directions
+        row, column = directions(view, 64, 1)  # shares of the sphere's rows and columns
+        inside = np.ones(row.shape, bool)
+        if covered is not None:
+            top, bottom, left, right = covered
+            inside &= (row > top) & (row < bottom) & ((column - left) % 1 < right - left)
+        if seen is not None:
+            height, width = seen.shape
+            places = (row * height).astype(int).clip(0, height - 1), (column * width).astype(int) % width
+            inside &= seen.cpu().numpy()[places]
+        shares.append(inside.mean())
+    least = min(min_seen, max(shares))
+    return torch.tensor([share > 0 and share >= least for share in shares])
 
 
 def tilted_pixels(pixels: np.ndarray, pitch: float, roll: float) -> np.ndarray:
     """An equirectangular image [H, W, C] as a camera that was not level would have written it; bilinear, all around."""
+    return rotated_pixels(pixels, camera_rotation(pitch, roll))
+
+
+def rotated_pixels(pixels: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """An equirectangular image [H, W, C] of the same sphere rotated: `rotation` [3, 3] turns directions of what comes
+    out into those of what is given. Bilinear, all around."""
     height, width = pixels.shape[:2]
+    whole = View("erp")
     out = np.empty_like(pixels)
     for top in range(0, height, _ROWS):
         rows = np.arange(top, min(top + _ROWS, height))
-        row, column = _tilted((rows[:, None] + 0.5) / height, (np.arange(width) + 0.5) / width, pitch, roll)
-        sampled = _bilinear(pixels, row * height - 0.5, column * width - 0.5)
+        rays = whole.rays_at(rows[:, None], np.arange(width), (height, width))
+        row, column, _ = whole.cells(rays @ rotation.T, (height, width))
+        sampled = _bilinear(pixels, row, column)
         out[top : top + len(rows)] = sampled.round() if pixels.dtype == np.uint8 else sampled
     return out
 
@@ -192,7 +213,7 @@ def needed_width(plan: ViewPlan, image_size: int) -> float:
 
 
 def _prefilter(
-    pixels: torch.Tensor, kind: str, fov: float, image_size: int, backend: Backend
+    pixels: torch.Tensor, kind: str, fov: float, image_size: int, backend: Backend, is_rotated: bool = False
 ) -> tuple[torch.Tensor, tuple[float, float], int]:
     """Reduce [H, W, C] to what views of one kind need.
 
@@ -202,12 +223,12 @@ def _prefilter(
     """
     height, width = pixels.shape[:2]
     if kind == "erp":
-        size = (image_size, round(image_size * 360 / fov))
-        return (
-            (_area(pixels, size, backend), size, 1)
-            if height >= size[0] and width >= size[1]
-            else (pixels, (height, width), 1)
-        )
+        size, samples = (image_size, round(image_size * 360 / fov)), 1
+        if is_rotated:  # no pixel of the view is one of the source any more: these are finer
+            size, samples = (2 * image_size, max(4 * image_size, 2 * size[1])), 2
+        if height < size[0] or width < size[1]:
+            return pixels, (height, width), samples
+        return _area(pixels, size, backend), size, samples
     needed = _tile_width(fov, image_size)
     samples = 2 if width >= 1.5 * needed else 1
     k = max(1, int(width / (samples * needed)))
@@ -303,7 +324,9 @@ def _warp(
         # Views of one pitch share their places: only the part of the sphere differs.
         start, rest = divmod(view.yaw / 360 * width, 1) if turns else (0, view.yaw / 360 * sphere[1])
         own = replace(view, yaw=rest * 360 / sphere[1], row=0)
-        (top, bottom, left, right), places = _places(own, size, samples, sphere)
+        # Of a panorama that was not level, no other view has the same: nothing to keep.
+        find_places = _places.__wrapped__ if view.roll else _places
+        (top, bottom, left, right), places = find_places(own, size, samples, sphere)
         part = _cut(source, sphere[1], (top, bottom, left + int(start), right + int(start)))
         if backend == "opencv":
             _warp_opencv(part.numpy(), places, samples, buffers, target)
@@ -353,7 +376,8 @@ def _places(
         The part of the sphere that it shows, rows top to bottom and columns left to right; and the columns and rows of
         the places in this part, float32 [n, n] each with n = samples * size, in steps of 1/32.
     """
-    row, column = (share * whole for share, whole in zip(_directions(view, size, samples), sphere, strict=True))
+    directions = _rotated_directions if view.roll else _directions
+    row, column = (share * whole for share, whole in zip(directions(view, size, samples), sphere, strict=True))
     for place in (row, column):
         place -= 0.5
         place *= _STEPS
@@ -377,6 +401,24 @@ def _directions(view: View, size: int, samples: int) -> tuple[np.ndarray, np.nda
         yaw, pitch = ray_angles(view.rays_at(along[band, None], along, (size, size)))
         row[band], column[band] = 0.5 - pitch / 180, yaw / 360 + 0.5
     return row, column
+
+
+def _rotated_directions(view: View, size: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`_directions`, of a view that leans: these are as many as there are panoramas, so that they are made
+    fast instead of kept (torch has a fast arctangent), and as exactly."""
+    rays = _camera_rays(view.kind, view.fov, size, samples)
+    right, up, ahead = torch.tensordot(torch.from_numpy(view.rotation).float(), rays, 1)
+    yaw, pitch = torch.atan2(right, ahead), torch.atan2(up, torch.hypot(right, ahead))
+    return (0.5 - pitch / math.pi).numpy(), (yaw / (2 * math.pi) + 0.5).numpy()
+
+
+@lru_cache(maxsize=8)
+def _camera_rays(kind: Literal["erp", "perspective"], fov: float, size: int, samples: int) -> torch.Tensor:
+    """Rays of the places of a view as its own camera sees them, [3, samples * size, samples * size]: arctangents take a
+    tenth of the time of what lies side by side."""
+    along = (np.arange(size)[:, None] + _ASIDE[samples]).ravel()
+    rays = View(kind, fov=fov).rays_at(along[:, None], along, (size, size))
+    return torch.from_numpy(rays).float().movedim(-1, 0).contiguous()
 
 
 @cache

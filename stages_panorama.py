@@ -75,7 +75,7 @@ class StagesMixin:
     def freeze_unused(self) -> None:
         """Freeze what nothing depends on but in stage `vision`, or at all: the VICReg projector, and the pooling head
         of a tower. A trainer that calls the model without :meth:`set_stage` would wait for their gradients."""
-        unused = tower_of(self.config.vision_config).unused
+        unused = self._unused_in_the_tower()
         for name, parameter in self.model.vision_tower.named_parameters():
             if name.startswith(unused):
                 parameter.requires_grad_(False)
@@ -130,11 +130,15 @@ class StagesMixin:
         if part == "blocks" and isinstance(blocks, int):
             return [p for block in self._last_blocks(blocks) for p in block.parameters()]
         if part in ("blocks", "vision_tower"):
-            unused = tower_of(self.config.vision_config).unused
+            unused = self._unused_in_the_tower()
             return [p for name, p in self.model.vision_tower.named_parameters() if not name.startswith(unused)]
         if part == "language_model" and self.has_lora:
             return [p for name, p in self.model.language_model.named_parameters() if "lora_" in name]
         return [p for name, p in self.named_parameters() if part_of(name) == part]
+
+    def _unused_in_the_tower(self) -> tuple[str, ...]:
+        config = self.config
+        return tower_of(config.vision_config).unused_parameters(config.vision_config, config.image_size)
 
     def _last_blocks(self, count: int) -> list[nn.Module]:
         """The last blocks of the vision tower."""

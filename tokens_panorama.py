@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import ParamSpec, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -18,11 +19,14 @@ from .geometry_panorama import (
     View,
     ViewPlan,
     direction_weights,
+    narrowest_cell,
     owned_tokens,
     plan_rays,
     ray_code,
     ray_correspondences,
     strip_correspondences,
+    yaw_code,
+    yaw_places,
 )
 
 P = ParamSpec("P")
@@ -42,15 +46,34 @@ def _constant(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
+# What is added to a token for its direction, and its size: of `"rays"` the octaves K, of `"yaw"` the width.
+Code = tuple[str, int]
+
+
+def direction_codes(rays: np.ndarray, code: Code) -> np.ndarray:
+    """Codes of rays [..., 3]: [..., 3 + 6K] for `"rays"`, [..., width] for `"yaw"`, [..., 0] where none is added."""
+    kind, size = code
+    if kind == "rays":
+        return ray_code(rays, size)
+    return yaw_code(rays, size) if kind == "yaw" else rays[..., :0]
+
+
 @_constant
 def image_tokens(
-    plan: ViewPlan, grid: Grid, selection: str, frequencies: int, device: torch.device
+    plan: ViewPlan, grid: Grid, selection: str, code: Code, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of the V * S tokens the language model gets [num_image_tokens], and their ray codes [.., 3 + 6K]."""
+    """Which of the V * S tokens the language model gets [num_image_tokens], and their codes [num_image_tokens, ..]."""
     rays = plan_rays(plan, grid).reshape(-1, 3)  # [V * S, 3]
     indices = owned_tokens(plan, grid).reshape(-1).nonzero()[0] if selection == "owned" else range(len(rays))
-    codes = ray_code(rays[indices], frequencies)
+    codes = direction_codes(rays[indices], code)
     return torch.tensor(indices, device=device), torch.tensor(codes, dtype=torch.float32, device=device)
+
+
+@_constant
+def image_places(plan: ViewPlan, grid: Grid, device: torch.device) -> torch.Tensor:
+    """:func:`yaw_places` of all tokens of a plan, float32 [V * S]."""
+    places = yaw_places(plan_rays(plan, grid).reshape(-1, 3), narrowest_cell(plan, grid))
+    return torch.tensor(places, dtype=torch.float32, device=device)
 
 
 @_constant
@@ -85,15 +108,29 @@ def pooled(tokens: torch.Tensor, weights: torch.Tensor, view_mask: torch.Tensor 
         return F.normalize(torch.einsum("bvsd,nvs->bnd", tokens.float(), weights.to(tokens.device)), dim=-1)
 
 
-def further_codes(further_views: torch.Tensor, grid: Grid, frequencies: int) -> torch.Tensor:
-    """Ray codes [B, E, S, 3 + 6K] of the tokens of perspective views [B, E, 3] of yaw, pitch and field of view in
-    degrees; zero for a view that is not there (NaN)."""
-    codes = torch.zeros(*further_views.shape[:2], grid[0] * grid[1], 3 + 6 * frequencies)
+def further_codes(further_views: torch.Tensor, grid: Grid, code: Code) -> torch.Tensor:
+    """Codes [B, E, S, ..] of the tokens of perspective views [B, E, 3] of yaw, pitch and field of view in degrees; zero
+    for a view that is not there (NaN)."""
+    return _of_further_views(further_views, grid, lambda rays: direction_codes(rays, code))
+
+
+def further_places(further_views: torch.Tensor, grid: Grid, plan: ViewPlan) -> torch.Tensor:
+    """:func:`yaw_places` [B, E, S] of the tokens of perspective views [B, E, 3] beside a plan; zero for NaN."""
+    cell = narrowest_cell(plan, grid)
+    return _of_further_views(further_views, grid, lambda rays: yaw_places(rays, cell))
+
+
+def _of_further_views(
+    further_views: torch.Tensor, grid: Grid, function: Callable[[np.ndarray], np.ndarray]
+) -> torch.Tensor:
+    """What a function of rays [S, 3] gives for each view, float32 [B, E, S, ..]."""
+    size = function(np.array([[0.0, 0.0, 1.0]])).shape[1:]
+    found = torch.zeros(*further_views.shape[:2], grid[0] * grid[1], *size)
     for place in further_views[..., 0].isfinite().nonzero().tolist():
         yaw, pitch, fov = further_views[tuple(place)].tolist()
         rays = View("perspective", yaw, pitch, fov).rays(grid).reshape(-1, 3)
-        codes[tuple(place)] = torch.from_numpy(ray_code(rays, frequencies)).float()
-    return codes.to(further_views.device)
+        found[tuple(place)] = torch.from_numpy(function(rays)).float()
+    return found.to(further_views.device)
 
 
 @_constant

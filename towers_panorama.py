@@ -1,18 +1,23 @@
 """Vision towers: how each is run, by its `model_type`.
 
-Any tower of transformers that cuts a view into a grid of patches works; one that differs from most, as those of
-convolutions do, has an entry in `TOWERS`.
+A tower works that gives a grid of tokens over a view: patches behind CLS and registers, or a feature map. Those that
+are run otherwise than most have an entry in `TOWERS`; of the others a configuration is tried once, without weights
+(:func:`try_out`), so that what cannot work is refused before anything is loaded. Families that `AutoBackbone` knows
+give their feature map through it, and so does every tower whose configuration names a layer (`out_features`,
+`out_indices`) before its last: its tokens are then those of that layer (of several, of the last of them).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoBackbone, AutoModel, PreTrainedModel
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import ModelOutput
 
@@ -28,6 +33,13 @@ class Tower:
 
     unused: tuple[str, ...] = ()
     resizes: bool = False
+
+    def check(self, config: PretrainedConfig, image_size: int) -> None:
+        """Raises `ValueError` for a tower that gives no grid of tokens for images of `image_size` pixels a side."""
+
+    def unused_parameters(self, config: PretrainedConfig, image_size: int) -> tuple[str, ...]:
+        """How the names of parameters begin that no token depends on."""
+        return self.unused
 
     def image_size(self, config: PretrainedConfig) -> int:
         """Side in pixels of the square images the tower was made for.
@@ -125,22 +137,197 @@ class ConvolutionalTower(Tower):
         return tower(pixel_values=images).last_hidden_state.flatten(2).transpose(1, 2)
 
 
+@dataclass(frozen=True)
+class UnknownTower(Tower):
+    """A tower that is in no table, tried out before it is used."""
+
+    def check(self, config: PretrainedConfig, image_size: int) -> None:
+        """Raises `ValueError` for a tower that does not give prefix tokens and then its patches, as far as can be told
+        without weights."""
+        if getattr(config, "num_detection_tokens", 0):
+            raise ValueError(f"{_vision(config)} puts tokens behind its patches; take a tower that puts them in front")
+        self.image_size(config)  # or an error
+        shape = try_out(config, image_size).shape
+        (rows, columns), width = self.grid(config, image_size), getattr(config, "hidden_size", None)
+        if shape and (len(shape) != 3 or shape[0] != 2 or shape[1] < rows * columns or shape[2] != width):
+            raise ValueError(
+                f"{_vision(config)} gives {list(shape)} for 2 images of {image_size} pixels a side, and not "
+                f"[2, CLS and registers + {rows} * {columns} patches, hidden_size={width}]; {_TAKE}"
+            )
+
+    def unused_parameters(self, config: PretrainedConfig, image_size: int) -> tuple[str, ...]:
+        """Their names."""
+        return try_out(config, image_size).unused
+
+
+@dataclass(frozen=True)
+class MapTower(UnknownTower):
+    """A tower whose tokens are the cells of a feature map: that of a backbone, or the `last_hidden_state` of a network
+    of convolutions."""
+
+    def check(self, config: PretrainedConfig, image_size: int) -> None:
+        """Raises `ValueError` for a map that has no square cells that divide the image."""
+        self.grid(config, image_size)
+
+    def image_size(self, config: PretrainedConfig) -> int:
+        """Side in pixels of the square images the tower was made for. Raises `ValueError` where it takes any."""
+        size = getattr(config, "image_size", None)
+        if size is None:
+            raise ValueError(
+                f"{_vision(config)} takes images of any size: image_size must say which. Typical value: 256"
+            )
+        return size if isinstance(size, int) else min(size)
+
+    def width(self, config: PretrainedConfig) -> int:
+        """Channels of the map."""
+        return self._shape(config, self.image_size(config) if getattr(config, "image_size", None) else 256)[1]
+
+    def grid(self, config: PretrainedConfig, image_size: int) -> tuple[int, int]:
+        """(rows, columns) of the map. Raises `ValueError` where its cells are not square or do not divide the image."""
+        rows, columns = self._shape(config, image_size)[2:]
+        patch = getattr(config, "patch_size", None) or 1
+        strides = {side * 2**n for side in (1, patch if isinstance(patch, int) else patch[0]) for n in range(11)}
+        if rows != columns or image_size % rows or image_size // rows not in strides:
+            raise ValueError(
+                f"{_vision(config)} gives a map of {rows} x {columns} cells, which are not square or do not divide an "
+                f"image of image_size={image_size} pixels a side. Typical value: 256"
+            )
+        return rows, columns
+
+    def __call__(self, tower: PreTrainedModel, images: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] -> [N, rows * columns, channels]."""
+        return _run(self, tower, images).flatten(2).transpose(1, 2)
+
+    def _shape(self, config: PretrainedConfig, image_size: int) -> tuple[int, ...]:
+        shape = try_out(config, image_size).shape
+        if len(shape) != 4:
+            raise ValueError(f"{_vision(config)} gives no feature map [N, channels, rows, columns]; {_TAKE}")
+        return shape
+
+
 TOWERS: dict[str, Tower] = {
     "clip_vision_model": Tower(unused=("post_layernorm.",)),
     "convnext": ConvolutionalTower(unused=("layernorm.",)),
     "convnextv2": ConvolutionalTower(unused=("layernorm.",)),
     "dinov2": Tower(unused=("embeddings.mask_token",), resizes=True),
     "dinov2_with_registers": Tower(unused=("embeddings.mask_token",), resizes=True),
+    "dinov3_vit": Tower(unused=("embeddings.mask_token",), resizes=True),
     "resnet": ConvolutionalTower(),
     "siglip_vision_model": Tower(unused=("head.",)),
     "siglip2_vision_model": Siglip2Tower(unused=("head.",)),
     "vit": Tower(unused=("pooler.", "embeddings.mask_token")),
 }
+# Networks of convolutions that `AutoBackbone` does not know.
+MAPS = ("efficientnet", "mobilenet_v1", "mobilenet_v2", "mobilevit", "mobilevitv2", "poolformer", "regnet", "segformer")
+_TAKE = "take a tower with a grid of tokens, as SigLIP, SigLIP2, CLIP, DINOv2, DINOv3, ViT and ConvNeXt have"
 
 
 def tower_of(config: PretrainedConfig) -> Tower:
     """How the tower of a configuration is run."""
-    return TOWERS.get(config.model_type, Tower())
+    if is_backbone(config) or config.model_type in MAPS:
+        return MapTower()
+    return TOWERS.get(config.model_type, UnknownTower())
+
+
+def is_backbone(config: PretrainedConfig) -> bool:
+    """Whether the tower is what `AutoBackbone` makes of its configuration, and not what `AutoModel` makes."""
+    if type(config) not in MODEL_FOR_BACKBONE_MAPPING:
+        return False
+    if config.model_type not in TOWERS:
+        return True
+    return isinstance(config, BackboneConfigMixin) and config.out_features[-1] != config.stage_names[-1]
+
+
+def new_tower(config: PretrainedConfig) -> PreTrainedModel:
+    """The tower of a configuration, with random weights."""
+    if isinstance(sizes := getattr(config, "hidden_sizes", None), tuple):
+        config.hidden_sizes = list(sizes)  # the default, which ConvNeXt's backbone adds to a list
+    return (AutoBackbone if is_backbone(config) else AutoModel).from_config(config)
+
+
+def load_tower(name: str, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """The pretrained tower of a Hub id or folder.
+
+    Args:
+        config: its configuration; of a model with two towers the vision half.
+        kwargs: for `from_pretrained`; `out_features` and `out_indices` are in the configuration already.
+    """
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("out_features", "out_indices")}
+    # AutoBackbone.from_pretrained takes what is no repository on the Hub, such as a folder, for a name of timm.
+    loader = MODEL_FOR_BACKBONE_MAPPING[type(config)] if is_backbone(config) else AutoModel
+    return loader.from_pretrained(name, **{**kwargs, "config": config})
+
+
+def check_class(tower: PreTrainedModel) -> None:
+    """Raises `ValueError` for a tower of another kind than a saved folder would be loaded as."""
+    if is_backbone(tower.config) != isinstance(tower, BackboneMixin):
+        loader = "AutoBackbone" if is_backbone(tower.config) else "AutoModel"
+        raise ValueError(
+            f"a {type(tower).__name__} would not be loaded again as it is: make the vision tower with "
+            f"{loader}.from_config or .from_pretrained, or give its name"
+        )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a tower does with two images.
+
+    Args:
+        shape: of its patch tokens or its map; empty where it cannot be run without weights.
+        unused: the parameters that get no gradient.
+    """
+
+    shape: tuple[int, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+_TRIALS: dict[tuple[str, int], Trial] = {}
+
+
+def try_out(config: PretrainedConfig, image_size: int) -> Trial:
+    """Runs the tower of a configuration once, forward and backward, on the meta device: without weights and numbers,
+    in a fraction of a second, and once for each configuration.
+
+    Raises:
+        ValueError: for a tower that cannot be run on images alone.
+    """
+    key = (repr(config), image_size)
+    if key not in _TRIALS:
+        try:
+            _TRIALS[key] = _try_out(config, image_size)
+        except ImportError as error:
+            raise ValueError(f"{_vision(config)} needs a package that is not installed: {error}") from error
+        except (TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{_vision(config)} cannot be run on images of {image_size} pixels a side alone ({error}); {_TAKE}"
+            ) from error
+        except (RuntimeError, NotImplementedError):  # it looks at numbers, and there are none
+            _TRIALS[key] = Trial()
+    return _TRIALS[key]
+
+
+def _try_out(config: PretrainedConfig, image_size: int) -> Trial:
+    how = tower_of(config)
+    with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
+        tower = new_tower(copy.deepcopy(config)).float().eval().requires_grad_(True)
+        output = _run(how, tower, torch.zeros(2, 3, image_size, image_size))
+        if output.ndim == 3:  # of a sequence the patches alone
+            rows, columns = how.grid(config, image_size)
+            output = output[:, max(0, output.shape[1] - rows * columns) :]
+        output.sum().backward()
+    return Trial(tuple(output.shape), tuple(name for name, p in tower.named_parameters() if p.grad is None))
+
+
+def _run(how: Tower, tower: PreTrainedModel, images: torch.Tensor) -> torch.Tensor:
+    if isinstance(tower, BackboneMixin):
+        return tower(pixel_values=images).feature_maps[-1]
+    if isinstance(how, MapTower):
+        return tower(pixel_values=images).last_hidden_state
+    return how.hidden_states(tower, images)
+
+
+def _vision(config: PretrainedConfig) -> str:
+    return f"vision_config of type {config.model_type!r}"
 
 
 @contextmanager

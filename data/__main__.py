@@ -17,6 +17,7 @@ _OPTIONS = {  # of a source -> what it is
     "images": "folder that relative image paths start from",
     "split": "of a saved or a Hub dataset",
     "subset": "of a Hub dataset",
+    "projection": "of its images, where they are not equirectangular, as of the trainer's source",
     **{
         f"{what}_column": "found by its usual names"
         for what in ("image", "question", "answer", "conversation", "tables")

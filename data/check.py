@@ -15,7 +15,8 @@ from PIL import ExifTags
 from PIL import Image as PILImage
 
 from ..processing_panorama import IMAGE_TOKEN
-from ..reading_panorama import covered_by_size, open_image, read_photo_sphere
+from ..projections_panorama import Projection
+from ..reading_panorama import covered_by_size, open_image, read_photo_sphere, shape_of
 from .collators import BAD_INPUT, images_of, where_it_lies
 from .files import panoramas_in, said_of
 from .rows import BadSample, RawSample, check_said
@@ -203,7 +204,7 @@ def _look(of: tuple[Any, RawSample]) -> Seen:
             return Seen(kind=f"not looked at, they lie on the {where}")
         opened = open_image(image)
         try:
-            return Seen(opened.size, _kind(opened))
+            return Seen(opened.size, _kind(opened, sample.get("projection")))
         finally:
             if opened is not image:
                 opened.close()
@@ -212,15 +213,21 @@ def _look(of: tuple[Any, RawSample]) -> Seen:
         return Seen(problem=str(error) if isinstance(error, BadSample) else f"unreadable image: {name}: {error}")
 
 
-def _kind(image: PILImage.Image) -> str:
-    """Which part of the sphere an image shows, and what says so."""
-    sphere = read_photo_sphere(image)
-    if sphere is not None and sphere.full is not None:
-        part = "whole spheres" if sphere.crop in (None, sphere.full) else "parts of the sphere"
-        return f"{part}, by their Photo Sphere data"
+def _kind(image: PILImage.Image, projection: str | None) -> str:
+    """Which part of the sphere an image shows, and what says so; `projection` is what its source says it is."""
     width, height = image.size
     if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # it is turned upright
         width, height = height, width
+    shape = Projection.parse(projection)
+    if shape.name != "equirectangular":
+        shape.check_size(height, width)
+        return f"{shape.name}, as the source says"
+    sphere = read_photo_sphere(image)
+    if sphere is not None and projection is None and shape_of(sphere).name != "equirectangular":
+        return f"{sphere.projection}, by their Photo Sphere data"
+    if sphere is not None and sphere.full is not None:
+        part = "whole spheres" if sphere.crop in (None, sphere.full) else "parts of the sphere"
+        return f"{part}, by their Photo Sphere data"
     if covered_by_size(height, width) is None:
         return "whole spheres, by their size of 2:1"
     return "guessed to be a band of the sphere: not 2:1, and no Photo Sphere data"

@@ -86,8 +86,10 @@ class _Collator:
         if any(shown.tilt):
             maps = None
         elif "label_files" in sample:
-            align = self.processor.image_processor.align_heading
-            maps = read_label_maps(images_of(sample)[0], **sample["label_files"], align_heading=align)
+            own = self.processor.image_processor
+            how = {"align_heading": own.align_heading, "level": own.level}
+            how["projection"] = sample.get("projection", own.projection)
+            maps = read_label_maps(images_of(sample)[0], **sample["label_files"], **how)
         panoramas = len(inputs["pixel_values"])
         if maps is not None and panoramas != 1:
             raise BadSample(f"token labels: they are of one panorama, and the sample has {panoramas}")
@@ -379,13 +381,13 @@ def where_it_lies(image: str, sample: RawSample) -> str:
 
 
 def _present(image: Any, sample: RawSample) -> Any:
-    """The image, if it is there."""
-    if not isinstance(image, str):
-        return image
-    where = where_it_lies(image, sample)
+    """The image, if it is there, with what its source says of all its images."""
+    where = where_it_lies(image, sample) if isinstance(image, str) else None
     if where == "web":
-        return fetch(image, sample["fetch"])
-    if where == "hub":
+        image = fetch(image, sample["fetch"])
+    elif where == "hub":
         with fsspec.open(image, "rb") as file:
-            return file.read()
-    return image
+            image = file.read()
+    if "projection" not in sample or not isinstance(image, str | bytes):
+        return image
+    return {"bytes" if isinstance(image, bytes) else "path": image, "projection": sample["projection"]}

@@ -35,7 +35,12 @@ class LabelColumn:
 
 
 def read_label_maps(
-    panorama: Any, classes: dict[str, tuple[Any, LabelColumn]], things: Any = None, align_heading: bool = False
+    panorama: Any,
+    classes: dict[str, tuple[Any, LabelColumn]],
+    things: Any = None,
+    align_heading: bool = False,
+    level: bool = True,
+    projection: str | None = None,
 ) -> LabelMaps:
     """The label maps of one panorama.
 
@@ -43,12 +48,13 @@ def read_label_maps(
         panorama: the image itself; it must show the whole sphere, as its pixels lie in the file.
         classes: field -> file (path or bytes) and what it holds; nothing is known of a field without a file.
         things: file of the ids of single things, 0 where none is; their places follow from it.
-        align_heading: whether the panorama is turned to the north by its Photo Sphere data.
+        align_heading, level: whether the panorama is turned to the north and levelled by its Photo Sphere data.
+        projection: what the panorama is said to be, see :class:`Projection`.
 
     Raises:
         BadSample: for files that cannot be this, each named.
     """
-    _check_panorama(panorama, align_heading)
+    _check_panorama(panorama, align_heading, level, projection)
     maps = {name: _class_map(name, file, column) for name, (file, column) in classes.items() if file is not None}
     if things is None:
         return LabelMaps(maps)
@@ -59,17 +65,20 @@ def read_label_maps(
     return LabelMaps(maps, index, tuple(bfov_of_mask(index == number) for number in range(count)))
 
 
-def _check_panorama(panorama: Any, align_heading: bool) -> None:
+def _check_panorama(panorama: Any, align_heading: bool, level: bool, projection: str | None) -> None:
     """See that the pixels of a panorama lie as those of its maps do."""
     image = open_image(panorama)
     if not isinstance(image, Image.Image):
         return
     sphere = read_photo_sphere(image)
+    shape = projection or ("equirectangular" if sphere is None else sphere.projection)
     problems = {
         f"is {image.width} x {image.height}": image.width != 2 * image.height,
         "shows a part of the sphere": sphere is not None and sphere.crop not in (None, sphere.full),
         "is rotated by its EXIF orientation": image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
         "is turned by its heading (align_heading)": align_heading and sphere is not None and bool(sphere.heading),
+        "is not equirectangular": shape != "equirectangular",
+        "is levelled (level)": level and sphere is not None and bool(sphere.pitch or sphere.roll),
     }
     if image is not panorama:
         image.close()

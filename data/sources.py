@@ -27,6 +27,7 @@ from datasets import (
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetsError
 
+from ..projections_panorama import Projection
 from ..synthetic.write import SYNTHETIC, World, parse_world, warn_without_cutouts
 from .augmentation import KNOWLEDGE, RULES, knowledge_of
 from .files import existing, list_folder, names_in_url, panoramas_in, said_of, spellings
@@ -74,6 +75,8 @@ class DataSource:
             follow from it.
         allow_outside: whether rows may name images outside the source's own folder (or `images`), by `../`, absolute
             paths or links.
+        projection: what its images are, where they are not equirectangular, as of the image processor, such as
+            `cubemap_3x2` or `dual_fisheye:fov=190`.
         streaming: read while training instead of before; the number of samples is unknown then.
     """
 
@@ -93,6 +96,7 @@ class DataSource:
     private_hosts: list[str] = field(default_factory=list)
     labels: dict[str, LabelColumn] = field(default_factory=dict)
     things_column: str | None = None
+    projection: str | None = None
 
 
 @dataclass
@@ -173,6 +177,8 @@ class OpenedSource:
         raw: RawSample = {"name": name, "source": self.source.path}
         if self.source.fetch:
             raw["fetch"] = self.source.private_hosts
+        if self.source.projection:
+            raw["projection"] = self.source.projection
         try:
             if row.get(ERROR):
                 raise BadSample(f"broken row: {row[ERROR]}")
@@ -292,6 +298,10 @@ def open_source(source: DataSource, stage: str) -> OpenedSource:
     """A source with its columns; what is wrong with it as a whole is a `ValueError` that names it."""
     if not source.weight > 0:
         raise ValueError(f"the weight of {source.path!r} must be positive, got {source.weight}. Typical value: 1.0")
+    try:
+        Projection.parse(source.projection)
+    except ValueError as error:
+        raise ValueError(f"of {source.path!r}: {error}") from None
     if source.path.startswith(SYNTHETIC):
         return SyntheticSource.open(source)
     if source.images is not None:

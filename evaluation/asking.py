@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ..ask import question
+from ..image_processing_panorama import READ_OPTIONS
 from ..processing_panorama import PanoramaProcessor, split_steps
 from ..reading_panorama import open_image, read_panorama
 from ..sampling_panorama import needed_width, tilted_pixels
@@ -165,7 +166,7 @@ class Answerer:
         options: dict[str, Any] = {}
         if self.is_ours:
             own = self.processor.image_processor
-            options = {"strict_aspect": own.strict_aspect, "align_heading": own.align_heading, "fill": own.image_mean}
+            options = {name: getattr(own, name) for name in READ_OPTIONS} | {"fill": own.image_mean}
             options["needed_width"] = needed_width(own.view_plan, own.image_size)
         pixels = read_panorama(source, **options).pixels
         array = (pixels if pixels.dtype == torch.uint8 else (pixels * 255).round().to(torch.uint8)).numpy()

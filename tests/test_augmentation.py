@@ -144,7 +144,9 @@ def test_pixels_are_exact_and_the_order_is_turn_then_mirror(panoramas):
     torch.testing.assert_close(found, cut([by_hand], return_tensors="pt")["pixel_values"], rtol=0, atol=0)
     tilted = cut([array], return_tensors="pt", yaw_offsets=[45.0], mirrored=[True], tilts=[(4.0, -3.0)])["pixel_values"]
     by_hand = tilted_pixels(by_hand, 4.0, -3.0)
-    torch.testing.assert_close(tilted, cut([by_hand], return_tensors="pt")["pixel_values"], rtol=0, atol=0)
+    # Resampled once instead of twice: sharper, at the same place.
+    assert (tilted - cut([by_hand], return_tensors="pt")["pixel_values"]).abs().mean() < 0.02
+    assert (tilted - found).abs().mean() > 0.05
 
 
 def test_partial_panoramas_stay_partial(tmp_path):
@@ -166,7 +168,7 @@ def test_partial_panoramas_stay_partial(tmp_path):
         assert found["view_mask"][0].tolist() == bright.tolist(), options
         assert 0 < int(bright.sum()) < len(bright)
     plan = cut.view_plan
-    assert view_mask(plan, (0.4, 0.6, 0.2, 0.3), (0.0, 0.0)).tolist() == view_mask(plan, (0.4, 0.6, 0.2, 0.3)).tolist()
+    assert view_mask(plan, (0.4, 0.6, 0.2, 0.3), np.eye(3)).tolist() == view_mask(plan, (0.4, 0.6, 0.2, 0.3)).tolist()
 
 
 def test_a_tilt_is_the_rotation_of_the_camera():

@@ -24,7 +24,7 @@ from transformers import CLIPConfig, Dinov2Config, LlamaConfig
         ({"fov_deg": 180.0}, r"fov_deg must be in \(0, 180\), got 180.0"),
         ({"pitch_rows": []}, "pitch_rows must be different degrees"),
         ({"pitch_rows": [0, 100]}, "pitch_rows must be different degrees"),
-        ({"resampler_type": "qformer"}, "resampler_type must be one of .*'mlp'.*, got 'qformer'"),
+        ({"resampler_type": "linear"}, "resampler_type must be one of .*'mlp'.*, got 'linear'"),
         ({"view_strategy": "mosaic"}, "view_strategy must be one of"),
         ({"token_selection": "some"}, "token_selection must be one of"),
         ({"vicreg_mode": "global"}, "vicreg_mode must be one of"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import datasets
@@ -76,6 +77,34 @@ def test_the_report_says_what_a_source_is(mixed, capsys):
         assert words in said.out
     assert "training would fail: 8 of 13 samples cannot be used, more than the allowed share of 0.1" in said.err
     main(["check", str(mixed), "--max-bad-share", "0.7"])
+
+
+def test_projections_are_what_the_file_or_the_source_says(tmp_path, make):
+    Image.new("RGB", (96, 16)).save(tmp_path / "faces.png")
+    for name in ("cylindrical", "fisheye"):
+        xmp = GPANO.replace("GPano:FullPanoWidth", f'GPano:ProjectionType="{name}" GPano:FullPanoWidth')
+        Image.new("RGB", (32, 16)).save(tmp_path / f"{name}.jpg", xmp=xmp.encode())
+    _, processor = make()
+    for projection, kinds, bad in (
+        (None, {"cylindrical, by their Photo Sphere data": 1, "guessed to be a band of the sphere": 1}, "'fisheye'"),
+        ("cubemap_6x1", {"cubemap_6x1, as the source says": 1}, "a cubemap_6x1 is 6:1"),
+    ):
+        source = DataSource(str(tmp_path), projection=projection)
+        report = check_source(source, "vision")
+        assert {kind.split(": ")[0]: count for kind, count in report.kinds.items()} == kinds
+        samples, skipped = open_data([source], stage="vision", seed=0)[0], []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            VisionCollator(processor, 0)(list(samples), skipped)
+        unreadable = [record for record in skipped if "unreadable" in record["reason"]]
+        ((words, count),) = report.bad.values()
+        assert bad in words and count == len(unreadable) and all(bad in each["reason"] for each in unreadable)
+
+
+def test_the_command_line_takes_a_projection(tmp_path, capsys):
+    Image.new("RGB", (96, 16)).save(tmp_path / "faces.png")
+    main(["check", str(tmp_path), "--projection", "cubemap_6x1"])
+    assert "panoramas: 1 cubemap_6x1, as the source says" in capsys.readouterr().out
 
 
 def test_a_good_source_passes_and_a_folder_of_images_serves_stage_vision(tmp_path, capsys):

@@ -111,7 +111,7 @@ def test_a_list_for_each_panorama_is_needed(make, panoramas):
 
 
 def test_without_the_ray_code_nothing_says_where_a_token_looks(make, panoramas):
-    model, processor = make(use_ray_code=False)
+    model, processor = make(position_encoding="none")
     with_code, _ = make()
     assert model.model.projection.ray is None and with_code.model.projection.ray is not None
     tokens = torch.rand(1, 1, 16, 32).expand(1, 9, 16, 32)

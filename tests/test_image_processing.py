@@ -6,7 +6,7 @@ import pytest
 import torch
 from panorama_vlm import PanoramaImageProcessor, PanoramaProcessor
 from panorama_vlm.geometry_panorama import View, ViewOptions, ViewPlan, plan_rays
-from panorama_vlm.reading_panorama import to_erp_tensor
+from panorama_vlm.reading_panorama import content_digest, to_erp_tensor
 from panorama_vlm.sampling_panorama import erp_to_views, views_to_erp
 from PIL import Image
 
@@ -131,6 +131,22 @@ def test_prepared_views_are_kept_and_used_again(mosaic, tmp_path, monkeypatch):
     # Mean and standard deviation are applied to what is kept.
     scaled = processor(tmp_path / "a.png", cache_dir=kept, image_std=(1, 1, 1), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(scaled, first / 2)
+
+
+def test_prepared_views_are_those_of_the_colours_of_a_palette(panoramas, tmp_path):
+    """Equal indices under another palette, or with another colour transparent, are another image."""
+    processor = PanoramaImageProcessor(image_size=32, cache_dir=tmp_path)
+    first, second, third = (panoramas[0].quantize(16) for _ in range(3))
+    second.putpalette(bytes(255 - value for value in first.getpalette()))
+    third.info["transparency"] = 3
+    for image in (first, second, third):
+        found = processor(image, return_tensors="pt")["pixel_values"]
+        wanted = processor(image.convert("RGBA"), return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    assert len({content_digest(image) for image in (first, second, third, first.copy())}) == 3
+    grey, other = (panoramas[0].convert("L") for _ in range(2))
+    other.info["transparency"] = 7
+    assert content_digest(grey) != content_digest(other)
 
 
 def test_a_torn_file_in_the_cache_is_made_again_and_the_folder_is_not_saved_with_the_processor(

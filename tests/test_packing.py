@@ -29,9 +29,9 @@ def sample(further=()):
     return {"messages": messages_of(turns, [image]), "further": [table] if table else [], "index": 0}, image
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_logits_and_loss_are_those_of_rows_of_their_own(make, attention):
-    model, processor = make()
+@pytest.mark.parametrize(("attention", "encoding"), [("sdpa", "rays"), ("eager", "rays"), ("sdpa", "panorope")])
+def test_packed_logits_and_loss_are_those_of_rows_of_their_own(make, attention, encoding):
+    model, processor = make(position_encoding=encoding)
     model.set_attn_implementation(attention)
     raw, image = sample(further=[("Ball?", "red"), ("Cone?", "blue")])
     packed = ConversationCollator(processor, independent=1.0)([raw])

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-KINDS = ("mlp", "avg_pool", "perceiver")
-OPTIONS = {"resampler_queries": 4, "resampler_heads": 4}  # of the perceiver: the blocks of a pool of 2, on a 4 x 4 grid
+KINDS = ("mlp", "avg_pool", "perceiver", "qformer", "c_abstractor", "bimamba")
+QUERIES = ("perceiver", "qformer")  # they start small, not at 0
+OPTIONS = {"resampler_queries": 4, "resampler_heads": 4}  # of the queries: the blocks of a pool of 2, on a 4 x 4 grid
 
 
 def cosines(tokens):
@@ -26,7 +27,7 @@ def what_comes_in(tokens, kind):
     if kind == "avg_pool":
         tokens = blocks.mean((2, 4)).flatten(1, 2)
     tokens = (tokens - tokens.mean(-1, keepdim=True)) / tokens.std(-1, keepdim=True)
-    return tokens.view(blocks.shape).mean((2, 4)).flatten(1, 2) if kind == "perceiver" else tokens
+    return tokens.view(blocks.shape).mean((2, 4)).flatten(1, 2) if kind in (*QUERIES, "c_abstractor") else tokens
 
 
 def tower_like(width, generator):
@@ -44,7 +45,7 @@ def test_a_new_resampler_keeps_the_angles_between_tokens(make, tower, kind, dept
     with torch.no_grad():
         kept = model.model.resampler(tokens)
     difference = cosines(kept) - cosines(what_comes_in(tokens, kind))
-    assert difference.abs().max() < (0.03 if kind == "perceiver" else 1e-5)  # its queries start small, not at 0
+    assert difference.abs().max() < (0.03 if kind in QUERIES else 1e-5)
     assert 0.9 < kept.std() < 1.1
 
 
@@ -69,7 +70,7 @@ def test_a_narrower_resampler_keeps_which_token_is_which(make, kind):
         with torch.no_grad():
             after[skip] = found(resampler(noisy), resampler(tokens))
     assert after[True] > before - 0.06
-    assert kind == "perceiver" or after[True] > after[False] + 0.02
+    assert kind in (*QUERIES, "c_abstractor") or after[True] > after[False] + 0.02
 
 
 def test_everything_of_the_resampler_learns_from_the_second_step(make):
@@ -225,3 +226,128 @@ def test_what_a_resampler_without_weights_cannot_do_is_said(make):
     model, _ = make(latent_dimension=None, resampler_type="identity")
     with pytest.raises(ValueError, match="nothing to train that later stages keep"):
         model.set_stage("vision")
+
+
+def random_resampler(make, kind, **options):
+    """A resampler of random weights, and tokens of a view of 4 x 4, both in float64."""
+    options = {"resampler_type": kind, "resampler_depth": 1, **OPTIONS, **options}
+    resampler = make(**options)[0].model.resampler.double().eval()
+    for parameter in resampler.parameters():
+        nn.init.normal_(parameter, parameter.mean().item(), 0.3)
+    return resampler, torch.randn(2, 16, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "grid"),
+    [
+        *(("mlp", (4, 4)), ("bimamba", (4, 4)), ("avg_pool", (2, 2)), ("c_abstractor", (2, 2))),
+        *(("perceiver", (2, 2)), ("qformer", (2, 2))),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_tokens_that_come_out_are_those_of_the_grid_in_every_dtype(make, kind, grid, dtype):
+    model, _ = make(resampler_type=kind, **OPTIONS)
+    assert model.config.token_grid == grid and model.config.tokens_per_view == grid[0] * grid[1]
+    resampler = model.model.resampler.to(dtype).train()
+    tokens = resampler(torch.randn(3, 16, 32, dtype=dtype))
+    assert tokens.shape == (3, grid[0] * grid[1], 32) and tokens.dtype == dtype
+    tokens.float().square().mean().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_changes_at_one_place_moves_the_token_of_that_place_most(make, kind):
+    model, _ = make(latent_dimension=64, resampler_type=kind, **OPTIONS)
+    resampler = model.model.resampler.double()
+    tokens = torch.randn(1, 16, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    blocks = torch.arange(16) if len(resampler(tokens)[0]) == 16 else torch.tensor([0, 0, 1, 1] * 2 + [2, 2, 3, 3] * 2)
+    for place in range(16):
+        moved = tokens.clone()
+        moved[0, place] += torch.randn(32, dtype=torch.float64)
+        with torch.no_grad():
+            change = (resampler(moved) - resampler(tokens))[0].square().sum(-1)
+        assert int(change.argmax()) == blocks[place]
+
+
+def test_the_qformer_is_that_of_blip2(make):
+    from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+    resampler, tokens = random_resampler(make, "qformer", resampler_depth=3)
+    config = Blip2QFormerConfig(hidden_size=32, encoder_hidden_size=32, num_attention_heads=4, intermediate_size=128)
+    config.num_hidden_layers, config.use_qformer_text_input = 3, False
+    model = Blip2QFormerModel(config).double().eval()
+    model.layernorm.load_state_dict(resampler.norm.state_dict())
+    model.encoder.layer.load_state_dict(resampler.layers.state_dict())
+    with torch.no_grad():
+        context = resampler.input(tokens)
+        queries = context.view(2, 2, 2, 2, 2, 32).mean((2, 4)).flatten(1, 2) + resampler.queries.weight
+        expected = model(query_embeds=queries, encoder_hidden_states=context).last_hidden_state
+        torch.testing.assert_close(resampler(tokens), expected)
+
+
+def test_the_c_abstractor_is_convolutions_a_mean_and_convolutions(make):
+    resampler, tokens = random_resampler(make, "c_abstractor")
+
+    def block(grid, layer):  # [N, rows, columns, D], each cell a sum over the 7 x 7 around it
+        rows, columns = grid.shape[1:3]
+        around = torch.zeros(len(grid), rows + 6, columns + 6, 32, dtype=torch.float64)
+        around[:, 3:-3, 3:-3] = grid
+        kernel = layer.dwconv.weight[:, 0].permute(1, 2, 0)  # [7, 7, D]
+        found = torch.stack(
+            [
+                torch.stack([(around[:, i : i + 7, j : j + 7] * kernel).sum((1, 2)) for j in range(columns)], 1)
+                for i in range(rows)
+            ],
+            1,
+        )
+        found = found + layer.dwconv.bias
+        found = (found - found.mean(-1, keepdim=True)) / (found.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+        hidden = (found * layer.layernorm.weight + layer.layernorm.bias) @ layer.pwconv1.weight.T + layer.pwconv1.bias
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+        return grid + hidden @ layer.pwconv2.weight.T + layer.pwconv2.bias
+
+    with torch.no_grad():
+        grid = block(resampler.input(tokens).view(2, 4, 4, 32), resampler.before[0])
+        grid = block(grid.view(2, 2, 2, 2, 2, 32).mean((2, 4)), resampler.behind[0])
+        torch.testing.assert_close(resampler(tokens), resampler.norm(grid.flatten(1, 2)))
+
+
+def test_the_bimamba_is_two_selective_state_spaces_in_opposite_directions(make):
+    """Against the recurrence of the paper (arXiv:2405.21060, section 2), token after token: of each head
+    h = exp(dt a) h + dt b x, y = c h + d x, then its gated norm."""
+    resampler, tokens = random_resampler(make, "bimamba")
+    layer = resampler.layers[0]
+
+    def mixed(mixer, sequence):  # [S, D] -> [S, D]
+        gate, x, step = (mixer.in_proj.weight @ sequence.T).split([64, 64 + 2 * 64, 1])  # one head of 64, state 64
+        before = nn.functional.pad(x, (3, 0))
+        kernel = mixer.conv1d.weight[:, 0]
+        x = sum(kernel[:, k, None] * before[:, k : k + x.shape[1]] for k in range(4)) + mixer.conv1d.bias[:, None]
+        x, b, c = (x * x.sigmoid()).split(64)
+        step = torch.log1p(torch.exp(step + mixer.dt_bias))[0]  # [S]
+        outputs, state = [], torch.zeros(64, 64, dtype=torch.float64)
+        for t in range(x.shape[1]):
+            state = (-step[t] * mixer.A_log.exp()).exp() * state + step[t] * torch.outer(x[:, t], b[:, t])
+            outputs.append(state @ c[:, t] + mixer.D * x[:, t])
+        gated = torch.stack(outputs) * (gate * gate.sigmoid()).T
+        normed = gated / (gated.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon).sqrt()
+        return normed * mixer.norm.weight @ mixer.out_proj.weight.T
+
+    with torch.no_grad():
+        hidden = resampler.input(tokens)
+        normed = layer.norm(hidden)
+        expected = [
+            one + mixed(layer.onward, of_it) + mixed(layer.reverse, of_it.flip(0)).flip(0)
+            for one, of_it in zip(hidden, normed, strict=True)
+        ]
+        # transformers computes decay, states and norms in float32
+        torch.testing.assert_close(resampler(tokens), resampler.norm(torch.stack(expected)), rtol=1e-3, atol=1e-4)
+
+
+def test_state_spaces_start_as_mambas_do_however_a_model_is_made(make):
+    config = make(resampler_type="bimamba")[0].config
+    made = [PanoramaVLM(config), AutoModel.from_config(config, dtype=torch.bfloat16)]
+    for model in made:
+        for mixer in (model.model.resampler.layers[0].onward, model.model.resampler.layers[1].reverse):
+            assert mixer.A_log.tolist() == [0.0] and mixer.D.tolist() == [1.0]  # one head
+            steps = nn.functional.softplus(mixer.dt_bias.float())
+            assert 0.0009 < steps.min() and steps.max() < 0.11 and not mixer.out_proj.weight.any()

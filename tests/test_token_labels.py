@@ -255,7 +255,7 @@ def test_a_row_without_a_map_is_a_sample_of_which_nothing_is_known(make, labelle
     assert sorted(known.tolist()) == [False, True]
 
 
-def test_a_heading_that_turns_the_panorama_is_not_followed_in_silence(tmp_path, labelled_folder):
+def test_a_heading_or_pose_that_turns_the_panorama_is_not_followed_in_silence(tmp_path, labelled_folder):
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
     xmp += b'<rdf:Description xmlns:GPano="http://ns.google.com/photos/1.0/panorama/" GPano:PoseHeadingDegrees="90"/>'
     Image.new("RGB", (512, 256)).save(tmp_path / "turned.jpg", xmp=xmp + b"</rdf:RDF></x:xmpmeta>")
@@ -263,6 +263,13 @@ def test_a_heading_that_turns_the_panorama_is_not_followed_in_silence(tmp_path, 
     assert read_label_maps(str(tmp_path / "turned.jpg"), files).classes["semantic"].shape == (256, 512)
     with pytest.raises(BadSample, match="align_heading"):
         read_label_maps(str(tmp_path / "turned.jpg"), files, align_heading=True)
+    tilted = xmp.replace(b"PoseHeadingDegrees", b"PosePitchDegrees")
+    Image.new("RGB", (512, 256)).save(tmp_path / "tilted.jpg", xmp=tilted + b"</rdf:RDF></x:xmpmeta>")
+    assert read_label_maps(str(tmp_path / "tilted.jpg"), files, level=False).classes["semantic"].shape == (256, 512)
+    with pytest.raises(BadSample, match="level"):
+        read_label_maps(str(tmp_path / "tilted.jpg"), files)
+    with pytest.raises(BadSample, match="not equirectangular"):
+        read_label_maps(str(labelled_folder / "semantic0.png"), files, projection="vr180")
 
 
 def test_things_without_names_are_refused(labelled_folder):

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..composing_panorama import public_name
 from ..configuration_panorama import PanoramaConfig
+from ..image_processing_panorama import READ_OPTIONS
 from ..modeling_panorama import PanoramaVLM
 from ..processing_panorama import IMAGE_TOKEN, PanoramaProcessor
 from ..stages_panorama import part_of
@@ -76,7 +77,7 @@ def load_start(config: TrainConfig, model: str | None = None) -> tuple[PanoramaV
     statistics = {name: getattr(saved.image_processor, name) for name in ("image_mean", "image_std")}
     processor = PanoramaProcessor.from_config(loaded.config, saved.tokenizer, **statistics)
     processor.chat_template = saved.chat_template
-    for name in ("strict_aspect", "align_heading"):
+    for name in (*READ_OPTIONS, "min_seen"):
         setattr(processor.image_processor, name, getattr(saved.image_processor, name))
     return loaded, processor
 
