@@ -10,14 +10,15 @@ from functools import cache
 from typing import Any
 
 from transformers import AutoConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-from .geometry_panorama import ViewOptions, ViewPlan, owned_tokens, ray_correspondences
+from .geometry_panorama import ViewOptions, ViewPlan, check_view_text, owned_tokens, ray_correspondences
 from .language_loss_panorama import logit_transform
 from .options_panorama import DEFAULT_PROMPT, MAX_TEXT_LENGTH, check_option_names
 from .resampler_panorama import RESAMPLERS
-from .towers_panorama import tower_of
+from .towers_panorama import Tower, tower_of
 
 IMAGE_TOKEN = "<image>"  # what stands for a panorama in a text
 # Which class of a saved folder's own code each Auto class loads.
@@ -57,13 +58,16 @@ class PanoramaConfig(PretrainedConfig):
         vision_config, text_config: configs (or their dicts) of any vision tower with a patch grid and any causal
             language model that `AutoConfig` knows. Without them: the shapes of SigLIP2-base and Qwen3-0.6B.
         vision_name, language_model_name: Hub ids or folders the two were composed from; for the record.
+        vlm_name: the same of a whole vision-language model (:meth:`PanoramaVLM.from_vlm_pretrained`).
+        vision_feature_layer: which hidden states of the tower are its tokens, of several side by side: 0 what its first
+            block is given, -1 what its last gives, before any last norm. Not given: its output.
         latent_dimension: width D_latent of the resampled tokens. Where it is not given, 768, or what follows from the
             tower's width where the resampler has no weights.
         resampler_type: `"mlp"`, `"avg_pool"`, `"perceiver"`, `"qformer"`, `"c_abstractor"` or `"bimamba"`; or, without
             weights, `"identity"` (the tower's tokens as they are) or `"pixel_shuffle"` (blocks of tokens side by side
             in one). `docs/backbones.md` says what each is and costs.
         resampler_depth: linear layers of the MLPs, or layers of the others; of `"c_abstractor"` before its pooling and
-            as many behind it.
+            as many behind it; 0 of `"avg_pool"` is the mean alone, without weights.
         resampler_skip: whether the resampler starts by keeping what the tower says: a layer that leads past the MLP (of
             layers with skips their own), orthogonal at the start, when the rest adds nothing. Where it is not given,
             `True`; a file that does not say is from before there was one.
@@ -78,6 +82,22 @@ class PanoramaConfig(PretrainedConfig):
             it is not given): a learned layer on a code of the ray is added to the token. `"yaw"`: sines of the yaw are
             added. `"panorope"`: nothing is added, the rotary positions of the tokens follow the yaw. `"none"`: not.
         ray_frequencies: octaves of the code of `"rays"`; 0 leaves the bare ray.
+        projection_depth: linear layers of the projection, 1 or 2.
+        projection_hidden: width between the two; the language model's where it is not given.
+        projection_activation: between the two, a name that transformers knows, such as `"gelu"`, or `"swiglu"`, which
+            halves the width.
+        projection_bias: whether they have biases.
+        projection_norm, projection_norm_eps: norm before them: `"layer"`, or `"rms"` as Gemma has it (times 1 + w);
+            none where it is not given.
+        image_attention: whether tokens of one view, standing side by side, see each other (`"bidirectional"`, as in
+            Gemma 3) or what is before them (`"causal"`).
+        view_text: words before the tokens of each view, that say which way it looks: a template that may hold
+            `{direction}` (front, right, up, ...; "panorama" for the global view), `{yaw}` and `{pitch}` (whole degrees),
+            such as `"{direction}: "`. None where it is not given.
+        view_prefix, view_suffix: what stands right before and behind the tokens of each view, such as control tokens
+            of a pretrained vision-language model.
+        silent_token_ids: ids beside `image_token_id` whose logit is the lowest: rows of the table of embeddings that
+            are no words.
         vision_trainable_blocks: how many of the last blocks of the vision tower train in stage `vision`; `"all"` for
             the whole tower, its embeddings and last norm too.
         resampler_vision_tower, finetune_vision_tower: whether the vision tower trains in stage `resampler`, `finetune`.
@@ -180,6 +200,19 @@ class PanoramaConfig(PretrainedConfig):
         lora_target_modules: Sequence[str] | None = None,
         image_token_id: int | None = None,
         use_ray_code: bool | None = None,
+        vlm_name: str | None = None,
+        vision_feature_layer: int | Sequence[int] | None = None,
+        projection_depth: int = 2,
+        projection_hidden: int | None = None,
+        projection_activation: str = "gelu",
+        projection_bias: bool = True,
+        projection_norm: str | None = None,
+        projection_norm_eps: float = 1e-6,
+        image_attention: str = "causal",
+        view_text: str | None = None,
+        view_prefix: str = "",
+        view_suffix: str = "",
+        silent_token_ids: Sequence[int] = (),
         **kwargs: Any,
     ):
         self.vision_config = _sub_config(vision_config, _DEFAULT_VISION)
@@ -187,9 +220,13 @@ class PanoramaConfig(PretrainedConfig):
         logit_transform(self.text_config)  # or an error
         self.vision_name = vision_name
         self.language_model_name = language_model_name
+        self.vlm_name = vlm_name
+        layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+        self.vision_feature_layer = None if layers is None else [int(layer) for layer in layers]
 
         self.resampler_type = _one_of("resampler_type", resampler_type, sorted(RESAMPLERS))
-        self.resampler_depth = _positive("resampler_depth", resampler_depth, 2)
+        bare = resampler_depth == 0 and self.resampler_type == "avg_pool"
+        self.resampler_depth = 0 if bare else _positive("resampler_depth", resampler_depth, 2)
         is_new = "transformers_version" not in kwargs  # else it comes from a file
         self.resampler_skip = is_new if resampler_skip is None else _flag("resampler_skip", resampler_skip)
         self.resampler_pool = _positive("resampler_pool", resampler_pool, 2)
@@ -199,11 +236,11 @@ class PanoramaConfig(PretrainedConfig):
         views = {name: kwargs.pop(name) for name in ViewOptions.names() if name in kwargs}
         self._check_names(kwargs)
         if views.get("image_size") is None:
-            views["image_size"] = tower_of(self.vision_config).image_size(self.vision_config)
+            views["image_size"] = self.tower.image_size(self.vision_config)
         for name, value in asdict(ViewOptions(**views)).items():
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
-        tower_of(self.vision_config).check(self.vision_config, self.image_size)
-        width = tower_of(self.vision_config).width(self.vision_config)
+        self.tower.check(self.vision_config, self.image_size)
+        width = self.tower.width(self.vision_config)
         follows = RESAMPLERS[self.resampler_type].output_width(self, width)
         if latent_dimension is None:
             latent_dimension = follows or 768
@@ -215,6 +252,18 @@ class PanoramaConfig(PretrainedConfig):
             )
         self.token_selection = _one_of("token_selection", token_selection, ["owned", "all"])
         self.position_encoding = _position_encoding(position_encoding, use_ray_code)
+        self._set_projection(
+            projection_depth,
+            projection_hidden,
+            projection_activation,
+            projection_bias,
+            projection_norm,
+            projection_norm_eps,
+        )
+        self.view_text = check_view_text(view_text)
+        self.view_prefix, self.view_suffix = view_prefix or "", view_suffix or ""
+        self.image_attention = _one_of("image_attention", image_attention, ["causal", "bidirectional"])
+        self.silent_token_ids = list(silent_token_ids)
         self._check_position_encoding()
         self.ray_frequencies = _at_least_zero("ray_frequencies", ray_frequencies, 6)
         if vision_trainable_blocks != "all" and not (
@@ -319,14 +368,39 @@ class PanoramaConfig(PretrainedConfig):
         unknown = [name for name in given if name not in _TRANSFORMERS_OPTIONS]
         check_option_names(unknown, cls.option_names(), cls.__name__)
 
+    def _set_projection(
+        self, depth: int, hidden: int | None, activation: str, bias: bool, norm: str | None, eps: float
+    ) -> None:
+        if depth not in (1, 2):
+            raise ValueError(f"projection_depth must be 1 or 2, got {depth}. Typical value: 2")
+        self.projection_depth = depth
+        self.projection_hidden = None if hidden is None else _positive("projection_hidden", hidden, 1024)
+        self.projection_activation = _one_of("projection_activation", activation, sorted({*ACT2FN, "swiglu"}))
+        if activation == "swiglu" and (hidden or self.text_config.hidden_size) % 2:
+            raise ValueError(f"projection_hidden must be even with projection_activation='swiglu', got {hidden}")
+        self.projection_bias = _flag("projection_bias", bias)
+        self.projection_norm = None if norm is None else _one_of("projection_norm", norm, ["layer", "rms"])
+        self.projection_norm_eps = _positive("projection_norm_eps", eps, 1e-6)
+
     def _check_position_encoding(self) -> None:
         """Raise for a position encoding that the parts cannot have."""
         if self.position_encoding == "yaw" and self.latent_dimension % 2:
             raise ValueError(
                 f"latent_dimension must be even where position_encoding='yaw', got {self.latent_dimension}"
             )
+        words = self.view_text or self.view_prefix or self.view_suffix
+        if self.image_attention == "bidirectional" and not words and self.num_views > 1:
+            raise ValueError(
+                "image_attention='bidirectional' needs words between the views, which say where one ends: set view_text "
+                "or view_prefix"
+            )
         if self.position_encoding != "panorope":
             return
+        if words and self.num_views > 1:
+            raise ValueError(
+                "position_encoding='panorope' lets the tokens of all views share their places, and view_text, "
+                "view_prefix and view_suffix put words between them: leave these empty, or use 'rays'"
+            )
         rope = getattr(self.text_config, "rope_parameters", None)
         family = f"text_config of type {self.text_config.model_type!r}"
         if not rope:
@@ -426,9 +500,14 @@ class PanoramaConfig(PretrainedConfig):
         return self.view_plan.num_views
 
     @property
+    def tower(self) -> Tower:
+        """How the vision tower is run."""
+        return tower_of(self.vision_config, self.vision_feature_layer or ())
+
+    @property
     def vision_grid(self) -> tuple[int, int]:
         """(rows, columns) of the vision tower's patches of one view."""
-        return tower_of(self.vision_config).grid(self.vision_config, self.image_size)
+        return self.tower.grid(self.vision_config, self.image_size)
 
     @property
     def token_grid(self) -> tuple[int, int]:

@@ -267,6 +267,43 @@ def loop_yaws(width_deg: float, overlap_ratio: float) -> list[float]:
     return [i * 360 / n for i in range(n)]
 
 
+_SECTORS = ("front", "front right", "right", "back right", "back", "back left", "left", "front left")
+
+
+def view_words(view: View, template: str | None) -> str:
+    """Which way a view looks, in words.
+
+    Args:
+        view: any.
+        template: what is said, with `{direction}` (the eighth of the horizon in which the middle of the view lies, with
+            "upper" or "lower" before it where that is more than 22.5 degrees away from the horizon; "up" and "down"
+            from 67.5 degrees on; "panorama" for the global view), `{yaw}` and `{pitch}` (whole degrees).
+    """
+    if not template:
+        return ""
+    yaw, pitch = (round(view.yaw) + 180) % 360 - 180, round(view.pitch)
+    if view.is_global:
+        direction = "panorama"
+    elif abs(view.pitch) >= 67.5:
+        direction = "up" if view.pitch > 0 else "down"
+    else:
+        height = "upper " if view.pitch > 22.5 else "lower " if view.pitch < -22.5 else ""
+        direction = height + _SECTORS[math.floor(view.yaw / 45 + 0.5) % 8]
+    return template.format(direction=direction, yaw=yaw, pitch=pitch)
+
+
+def check_view_text(template: str | None) -> str | None:
+    """The template of :func:`view_words`. Raises `ValueError` for one that cannot be filled in."""
+    try:
+        view_words(View("erp"), template)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"view_text may hold {{direction}}, {{yaw}} and {{pitch}}, got {template!r} ({error}). "
+            "Typical value: '{direction}: '"
+        ) from error
+    return template or None
+
+
 @dataclass(frozen=True)
 class ViewOptions:
     """What is cut out of a panorama: the options that the configuration and the image processor share.

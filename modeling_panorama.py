@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
@@ -32,15 +33,25 @@ from .outputs_panorama import (
     VisionStageOutput,
 )
 from .overlap_panorama import OverlapLoss, VICRegProjector, VICRegTerms
-from .resampler_panorama import RESAMPLERS, initialize_start, start_at
+from .resampler_panorama import RESAMPLERS, UnitOffsetNorm, initialize_start, start_at
 from .stages_panorama import TRAINED_PARTS, Stage, StagesMixin
 from .token_labels_panorama import TokenLabelHead
 from .tokens_panorama import further_codes, further_places, image_places, image_tokens, pooled, pooling_weights
-from .towers_panorama import new_tower, outputs_of, tower_of
+from .towers_panorama import new_tower, outputs_of
+from .vlm_panorama import load_projection, vlm_parts
 
 ENGINES = ("vllm", "sglang")  # what the attention implementations of serving engines begin with
 LANGUAGE_HEAD = r"^lm_head\."  # its weights' names in a folder
 RAY_SCALE = 0.5  # deviation of the ray code at the start, beside tokens of deviation 1
+
+
+class _SwiGLU(nn.Module):
+    """The first half of the features times SiLU of the second (Shazeer 2020, arXiv:2002.05202), [..., 2D] ->
+    [..., D]."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        values, gate = features.chunk(2, -1)
+        return nn.functional.silu(gate) * values
 
 
 class PanoramaProjection(nn.Module):
@@ -56,7 +67,21 @@ class PanoramaProjection(nn.Module):
             self.ray = nn.Linear(3 + 6 * config.ray_frequencies, config.latent_dimension, bias=False)
             # The squares of a code add up to 1 (the ray) and 3 for each octave (sine and cosine of three coordinates).
             start_at(self.ray, RAY_SCALE / (1 + 3 * config.ray_frequencies) ** 0.5)
-        self.layers = nn.Sequential(nn.Linear(config.latent_dimension, width), nn.GELU(), nn.Linear(width, width))
+        self.norm: nn.Module | None = None
+        if config.projection_norm is not None:
+            norm = nn.LayerNorm if config.projection_norm == "layer" else UnitOffsetNorm
+            self.norm = norm(config.latent_dimension, eps=config.projection_norm_eps)
+        bias = config.projection_bias
+        if config.projection_depth == 1:
+            self.layers = nn.Sequential(nn.Linear(config.latent_dimension, width, bias=bias))
+            return
+        hidden, activation = config.projection_hidden or width, config.projection_activation
+        gated = activation == "swiglu"
+        self.layers = nn.Sequential(
+            nn.Linear(config.latent_dimension, hidden, bias=bias),
+            _SwiGLU() if gated else ACT2FN[activation],
+            nn.Linear(hidden // 2 if gated else hidden, width, bias=bias),
+        )
 
     def forward(self, tokens: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """[..., D_latent] and codes [..., 3 + 6K] of `"rays"` or [..., D_latent] of `"yaw"` -> [..., D_lm]."""
@@ -64,7 +89,7 @@ class PanoramaProjection(nn.Module):
             tokens = tokens + self.ray(codes.to(tokens.dtype))
         elif self.adds_yaw:
             tokens = tokens + codes.to(tokens.dtype)
-        return self.layers(tokens)
+        return self.layers(tokens if self.norm is None else self.norm(tokens))
 
 
 def _kept(features: torch.Tensor, kept: torch.Tensor) -> list[torch.Tensor]:
@@ -112,12 +137,10 @@ class PanoramaModel(PanoramaPreTrainedModel):
     ):
         super().__init__(config)
         self.vision_tower = new_tower(config.vision_config) if vision_tower is None else vision_tower
-        self.resampler = RESAMPLERS[config.resampler_type](
-            config, tower_of(config.vision_config).width(config.vision_config)
-        )
+        self.run_tower = config.tower
+        self.resampler = RESAMPLERS[config.resampler_type](config, self.run_tower.width(config.vision_config))
         self.projection = PanoramaProjection(config)
         self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
-        self.run_tower = tower_of(config.vision_config)
         self.view_plan = config.view_plan
         self.token_grid = config.token_grid
         self.in_pieces = InPieces()
@@ -697,6 +720,37 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         return model
 
     @classmethod
+    def from_vlm_pretrained(
+        cls,
+        vlm: str | PreTrainedModel,
+        processor: Any = None,
+        vlm_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> PanoramaVLM:
+        """Take a pretrained vision-language model apart into the parts of this one; it answers about panoramas at once.
+
+        Each view is shown as the source's own classes show an image of its size: its tower, its connector (as resampler
+        and projection) and its language model keep their weights, and the code of the ray starts at zero. Words say
+        which way each view looks (`view_text`), and all tokens of a view are shown (`token_selection="all"`).
+
+        Args:
+            vlm: Hub id or folder of a vision-language model, of a type in `vlm_panorama.FAMILIES`, or the model itself,
+                whose modules are then used and not copied.
+            processor: the source's; where it is not given, that of its name.
+            vlm_kwargs: for the source's `from_pretrained`, such as `{"dtype": torch.bfloat16}`.
+            options: options of :class:`PanoramaConfig`, the same as for :meth:`PanoramaProcessor.from_vlm_pretrained`.
+
+        Raises:
+            ValueError: for a family that cannot be taken apart so that a view is shown as it would show it, for options
+                that are the source's own, and for weights that would be lost.
+        """
+        tower, source, weights, options = vlm_parts(vlm, processor, vlm_kwargs, options)
+        model = cls(PanoramaConfig(**options), vision_tower=tower, language_model=source)
+        load_projection(model.model.projection, weights)
+        model.generation_config = copy.deepcopy(source.generation_config) or model.generation_config
+        return model.to(dtype=source.dtype)
+
+    @classmethod
     def from_checkpoint(
         cls, path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, **kwargs: Any
     ) -> PanoramaVLM:
@@ -952,9 +1006,9 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
     def _logits(self, output: torch.Tensor) -> torch.Tensor:
         """Output of the head [..., vocabulary] -> logits. That of `<image>`, which is no word, is the lowest."""
         logits = self.logit_transform(output)
-        token = self.config.image_token_id
-        if token is not None and token < logits.shape[-1]:
-            logits[..., token] = torch.finfo(logits.dtype).min
+        for token in (self.config.image_token_id, *self.config.silent_token_ids):
+            if token is not None and token < logits.shape[-1]:
+                logits[..., token] = torch.finfo(logits.dtype).min
         return logits
 
     @torch.compiler.disable  # it picks supervised positions, whose number the compiler cannot know

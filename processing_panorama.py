@@ -1,7 +1,9 @@
 """The processor: text and panoramas in, model inputs (and labels for training) out."""
 
+import copy
 import json
 import logging
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrain
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import (
     _MARKED_RE,
+    _UNMARKED,
     AudioKwargs,
     MultiModalData,
     ProcessingKwargs,
@@ -22,12 +25,13 @@ from transformers.processing_utils import (
     TextKwargs,
     VideosKwargs,
 )
-from transformers.utils.chat_template_utils import _get_template_variables
+from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
 
 from .configuration_panorama import IMAGE_TOKEN, PanoramaConfig
 from .conversations_panorama import (
     STEPS,
     Message,
+    TemplateError,
     as_text,
     encode,
     images_of,
@@ -37,11 +41,13 @@ from .conversations_panorama import (
     turns_of_the_assistant,
     words_of,
 )
+from .geometry_panorama import View, check_view_text, view_words
 from .image_processing_panorama import PanoramaImageProcessor, PanoramaImageProcessorKwargs, flatten_images
 from .options_panorama import DEFAULT_PROMPT, IMAGE_MEAN, IMAGE_STD, MAX_TEXT_LENGTH, check_resembling_names
 from .places_panorama import NamedPlace, read_places
 from .reading_panorama import covered_by_size
 from .sampling_panorama import view_mask
+from .vlm_panorama import vlm_panorama_config, vlm_processor
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +85,41 @@ _PRELUDE = """\
 {%- endfor -%}
 {%- set messages = panorama.messages -%}
 """
+# Stands before the template of a vision-language model, which reads parts: it turns strings into parts.
+_PARTS_PRELUDE = """\
+{%- set panorama = namespace(messages=[]) -%}
+{%- if SYSTEM_PROMPT and messages[0]['role'] != 'system' -%}
+{%- set panorama.messages = [{'role': 'system', 'content': [{'type': 'text', 'text': SYSTEM_PROMPT}]}] -%}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}
+{%- set panorama.messages = panorama.messages
+    + [dict(message, content=[{'type': 'text', 'text': message['content']}])] -%}
+{%- else -%}
+{%- for part in message['content'] if part['type'] not in ('text', 'image') -%}
+{{- raise_exception('a message may hold parts of type text and image, got ' + part['type']) -}}
+{%- endfor -%}
+{%- set panorama.messages = panorama.messages + [message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = panorama.messages -%}
+"""
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {"text_kwargs": {"padding": True}}  # where the tokenizer says nothing else
+
+
+Shown = tuple[str, int, str]  # words before the tokens of a view, how many they are, and words behind them
+
+
+def reads_parts(template: str, placeholder: str) -> bool:
+    """Whether a chat template reads messages made of parts, and writes a placeholder for an image."""
+    parts = [{"type": "image"}, {"type": "text", "text": "words"}]
+    try:
+        (shown,), _ = render_jinja_template([[{"role": "user", "content": parts}]], chat_template=template)
+    except (TemplateError, TypeError):
+        return False
+    return placeholder in shown and "words" in shown and "'type'" not in shown
 
 
 class SteppedAnswer(NamedTuple):
@@ -134,6 +172,8 @@ class PanoramaProcessor(ProcessorMixin):
         max_text_length, default_generation_prompt, vision_token_fallback_position: as in :class:`PanoramaConfig`.
         image_token: the placeholder in texts.
         tokens_per_view: placeholders that a further view of a panorama costs; `PanoramaConfig.tokens_per_view`.
+        view_text, view_prefix, view_suffix: what is said before and behind the tokens of each view, as in
+            :class:`PanoramaConfig`.
     """
 
     valid_processor_kwargs = PanoramaProcessorKwargs
@@ -150,6 +190,9 @@ class PanoramaProcessor(ProcessorMixin):
         vision_token_fallback_position: str = "start",
         image_token: str = IMAGE_TOKEN,
         tokens_per_view: int | None = None,
+        view_text: str | None = None,
+        view_prefix: str = "",
+        view_suffix: str = "",
     ):
         if tokenizer is None or image_processor is None:
             raise ValueError("PanoramaProcessor needs an image_processor and a tokenizer, one of them is None")
@@ -168,6 +211,13 @@ class PanoramaProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.image_tokens_per_view = None if image_tokens_per_view is None else list(image_tokens_per_view)
         self.tokens_per_view = tokens_per_view
+        self.view_text = check_view_text(view_text)
+        self.view_prefix, self.view_suffix = view_prefix or "", view_suffix or ""
+        if self.has_view_words and image_tokens_per_view is None:
+            raise ValueError(
+                "view_text, view_prefix and view_suffix stand between the views and need image_tokens_per_view; make "
+                "the processor with PanoramaProcessor.from_config, or set it to PanoramaConfig.image_tokens_per_view"
+            )
         self.max_text_length = max_text_length
         self.default_generation_prompt = default_generation_prompt
         self.vision_token_fallback_position = vision_token_fallback_position
@@ -178,9 +228,18 @@ class PanoramaProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.auto_map = {"AutoProcessor": "processing_panorama.PanoramaProcessor"}  # as saved
 
+    @property
+    def has_view_words(self) -> bool:
+        """Whether words stand before or behind the tokens of each view."""
+        return bool(self.view_text or self.view_prefix or self.view_suffix)
+
     @classmethod
     def teach_template(
-        cls, template: Any, system_prompt: str | None = None, image_token: str = IMAGE_TOKEN
+        cls,
+        template: Any,
+        system_prompt: str | None = None,
+        image_token: str = IMAGE_TOKEN,
+        placeholder: str | None = None,
     ) -> str | dict[str, str]:
         """A chat template that also reads messages made of parts (`[{"type": "image"}, {"type": "text", ...}]`).
 
@@ -188,13 +247,18 @@ class PanoramaProcessor(ProcessorMixin):
             template: the language model's own; `None` for a plain one; a dict of named ones for as many.
             system_prompt: said first where a conversation has no system message.
             image_token: the placeholder of a panorama.
+            placeholder: what the template itself writes for an image, where it reads such messages already, as those of
+                vision-language models do.
         """
+        options = (system_prompt, image_token, placeholder)
         if isinstance(template, Mapping):
-            return {name: str(cls.teach_template(each, system_prompt, image_token)) for name, each in template.items()}
+            return {name: str(cls.teach_template(each, *options)) for name, each in template.items()}
         names = (
             f"{{%- set SYSTEM_PROMPT = {json.dumps(system_prompt or '')} -%}}\n"
             f"{{%- set IMAGE_TOKEN = {json.dumps(image_token)} -%}}\n"
         )
+        if template and placeholder is not None and reads_parts(template, placeholder):
+            return names + _PARTS_PRELUDE + template.replace(placeholder, image_token)
         return names + _PRELUDE + (template or _PLAIN_TEMPLATE)
 
     @classmethod
@@ -204,8 +268,20 @@ class PanoramaProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         image_mean: Sequence[float] = IMAGE_MEAN,
         image_std: Sequence[float] = IMAGE_STD,
+        chat_template: Any = None,
+        image_token: str = IMAGE_TOKEN,
+        placeholder: str | None = None,
     ) -> "PanoramaProcessor":
-        """The processor that fits a model's configuration."""
+        """The processor that fits a model's configuration.
+
+        Args:
+            config: of the model.
+            tokenizer: of its language model.
+            image_mean, image_std: what its tower expects.
+            chat_template: instead of the tokenizer's; it is taught to read panoramas.
+            image_token, placeholder: as in :meth:`teach_template`.
+        """
+        template = tokenizer.chat_template if chat_template is None else chat_template
         image_processor = PanoramaImageProcessor(
             **asdict(config.view_options),
             image_mean=image_mean,
@@ -214,13 +290,44 @@ class PanoramaProcessor(ProcessorMixin):
         return cls(
             image_processor,
             tokenizer,
-            chat_template=cls.teach_template(tokenizer.chat_template, config.system_prompt),
+            chat_template=cls.teach_template(template, config.system_prompt, image_token, placeholder),
             num_image_tokens=config.num_image_tokens,
             image_tokens_per_view=config.image_tokens_per_view,
             tokens_per_view=config.tokens_per_view,
             max_text_length=config.max_text_length,
             default_generation_prompt=config.default_generation_prompt,
             vision_token_fallback_position=config.vision_token_fallback_position,
+            image_token=image_token,
+            view_text=config.view_text,
+            view_prefix=config.view_prefix,
+            view_suffix=config.view_suffix,
+        )
+
+    @classmethod
+    def from_vlm_pretrained(
+        cls,
+        vlm: Any,
+        processor: Any = None,
+        vlm_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> "PanoramaProcessor":
+        """The processor for a model made from a pretrained vision-language model: its tokenizer (a copy), chat template,
+        image token and image statistics.
+
+        Args:
+            vlm, processor, vlm_kwargs, options: as in :meth:`PanoramaVLM.from_vlm_pretrained`.
+        """
+        source = vlm_processor(vlm, processor, vlm_kwargs)
+        config = vlm_panorama_config(vlm, source, vlm_kwargs, options)
+        template = getattr(source, "chat_template", None) or source.tokenizer.chat_template
+        return cls.from_config(
+            config,
+            copy.deepcopy(source.tokenizer),
+            source.image_processor.image_mean,
+            source.image_processor.image_std,
+            template,
+            source.tokenizer.convert_ids_to_tokens(config.image_token_id),
+            source.image_token,
         )
 
     @classmethod
@@ -355,11 +462,33 @@ class PanoramaProcessor(ProcessorMixin):
         """As `ProcessorMixin._process_images`, which counts only opened images: the views of all panoramas, and the
         placeholders of each."""
         inputs = self.image_processor(images, **kwargs)
-        return inputs, [self.replace_image_token(inputs, index) for index in range(len(inputs["pixel_values"]))]
+        return inputs, ["".join(a + self.image_token * n + b for a, n, b in views) for views in self._shown(inputs)]
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """The placeholders of one panorama; transformers asks for it."""
-        return self.image_token * self._image_token_counts(image_inputs)[image_idx]
+        """The placeholders of one panorama, with what is said around its views; transformers asks for it."""
+        return "".join(a + self.image_token * n + b for a, n, b in self._shown(image_inputs)[image_idx])
+
+    def _shown(self, image_inputs: Mapping[str, Any]) -> list[list[Shown]]:
+        """What each panorama expands to: of each view that shows something the words before its tokens, their number,
+        and the words behind; one entry for all where there are no words."""
+        counts = self._image_token_counts(image_inputs)
+        if not self.has_view_words:
+            return [[("", count, "")] for count in counts]
+        plan = self.image_processor.view_plan
+        masks = image_inputs.get("view_mask", [[True] * plan.num_views] * len(counts))
+        of_plan = [*zip(plan.views, self.image_tokens_per_view or (), strict=True)]
+        further = image_inputs.get("further_views", [[]] * len(counts))
+        panoramas = []
+        for mask, others in zip(masks, further, strict=True):
+            views = [view for view, shown in zip(of_plan, mask, strict=True) if shown]
+            for yaw, pitch, fov in (map(float, other) for other in others):
+                if yaw == yaw:  # NaN where there is none
+                    views.append((View("perspective", yaw, pitch, fov), self.tokens_per_view or 0))
+            panoramas.append([self._around(view, count) for view, count in views if count])
+        return panoramas
+
+    def _around(self, view: View, count: int) -> "Shown":
+        return view_words(view, self.view_text) + self.view_prefix, count, self.view_suffix
 
     def _image_token_counts(self, image_inputs: Mapping[str, Any]) -> list[int]:
         """What each panorama expands to, from `pixel_values`, `view_mask` and `further_views`."""
@@ -518,22 +647,23 @@ class PanoramaProcessor(ProcessorMixin):
         variables -= {"messages", "add_generation_prompt"}
         own = {**(processor_kwargs or {}), **{name: kwargs.pop(name) for name in [*kwargs] if name not in variables}}
         _check_training_options(own)
-        rows, labels = [], []
-        for messages in conversations:
-            row, label = self._taught(messages, template, kwargs)
-            rows.append(row)
-            labels.append(label)
+        written = [self._written(messages, template, kwargs) for messages in conversations]
         images = own.pop("images", None) or [images_of(messages) for messages in conversations]
-        found = [int((row == self.image_token_id).sum()) for row in rows]
+        found = [sum(len(self._placeholders(piece)) for piece in pieces) for pieces, _ in written]
         if sum(found) != len(flatten_images(images)):
             raise ValueError(f"the conversations show {found} panoramas, but there are {len(flatten_images(images))}")
         own["images_kwargs"] = {**own.get("images_kwargs", {}), **shown_by(conversations)}
         inputs = self(images=images, **own) if any(found) else {}
-        counts = iter(self._image_token_counts(inputs) if inputs else [])
-        for index, row in enumerate(rows):
-            self._check_length(int((row != self.image_token_id).sum()), "shorten the conversation")
-            times = torch.tensor([next(counts) if token == self.image_token_id else 1 for token in row.tolist()])
-            rows[index], labels[index] = row.repeat_interleave(times), labels[index].repeat_interleave(times)
+        shown = iter(self._shown(inputs) if inputs else [])
+        rows, labels = [], []
+        for (pieces, open_ended), panoramas in zip(written, found, strict=True):
+            of_row = [next(shown) for _ in range(panoramas)]
+            ids, label = self._taught(pieces, open_ended, of_row)
+            self._check_length(ids, of_row, "shorten the conversation")
+            counts = iter([count for views in of_row for _, count, _ in views])
+            times = torch.tensor([next(counts) if token == self.image_token_id else 1 for token in ids.tolist()])
+            rows.append(ids.repeat_interleave(times))
+            labels.append(label.repeat_interleave(times))
         data = {
             "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True),
@@ -542,17 +672,27 @@ class PanoramaProcessor(ProcessorMixin):
         data |= {name: torch.stack([torch.as_tensor(value) for value in values]) for name, values in inputs.items()}
         return BatchFeature(data)
 
-    def _check_length(self, tokens: int, otherwise: str) -> None:
+    def _check_length(self, ids: torch.Tensor, panoramas: Sequence[Sequence[Shown]], otherwise: str) -> None:
+        """Raise for too many tokens that are neither of images nor what is said around views."""
+        tokens = int((ids != self.image_token_id).sum())
+        if tokens > self.max_text_length and self.has_view_words:
+            words = [word for views in panoramas for before, _, behind in views for word in (before, behind)]
+            tokens -= sum(len(encode(self.tokenizer, [word])[0]) for word in words)
         if tokens > self.max_text_length:
             raise ValueError(
                 f"too long: {tokens} text tokens, at most max_text_length={self.max_text_length} are used; "
                 f"raise it, or {otherwise}"
             )
 
-    def _taught(
+    def _placeholders(self, text: str) -> list[str]:
+        """The placeholders of panoramas in a text, in which those that somebody typed are marked."""
+        return re.findall(_UNMARKED + re.escape(self.image_token), text)
+
+    def _written(
         self, messages: list[Message], template: str, variables: Mapping[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of a conversation and their labels, [T] each; a panorama is one placeholder."""
+    ) -> tuple[list[str], bool]:
+        """What the template writes of a conversation, in pieces of which every second is said by the assistant, and
+        whether its last turn is closed with nothing."""
 
         def render(messages: list[Message], **options: Any) -> str:
             return super(PanoramaProcessor, self).apply_chat_template(
@@ -563,9 +703,21 @@ class PanoramaProcessor(ProcessorMixin):
         text = render(messages)
         turns = turns_of_the_assistant(render, messages, text, self._closing_tokens())
         places = [0, *(place for turn in turns for place in turn[:2]), len(text)]
-        pieces = encode(self.tokenizer, [text[start:end] for start, end in pairwise(places)])
+        open_ended = bool(turns) and not turns[-1].closed and not text[turns[-1].end :].strip()
+        return [text[start:end] for start, end in pairwise(places)], open_ended
+
+    def _taught(
+        self, written: Sequence[str], open_ended: bool, panoramas: Sequence[Sequence[Shown]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of what :meth:`_written` gives and their labels, [T] each; a view of a panorama, or all of them where
+        nothing is said around them, is one placeholder."""
+        if self.has_view_words:
+            expanded = iter(["".join(a + self.image_token + b for a, _, b in views) for views in panoramas])
+            placeholder = re.compile(_UNMARKED + re.escape(self.image_token))
+            written = [placeholder.sub(lambda _: next(expanded), text) for text in written]
+        pieces = encode(self.tokenizer, written)
         eos = self.tokenizer.eos_token_id
-        if eos is not None and turns and not turns[-1].closed and not text[turns[-1].end :].strip():
+        if eos is not None and open_ended:
             warnings.warn(
                 "the chat template closes the last turn of the assistant with no token: "
                 f"{self.tokenizer.eos_token!r} is put behind it, to teach where an answer ends",
@@ -575,6 +727,9 @@ class PanoramaProcessor(ProcessorMixin):
         spoken = [index % 2 == 1 for index, piece in enumerate(pieces) for _ in piece]
         ids = torch.tensor([*chain(*pieces)])
         return ids, torch.where(torch.tensor(spoken) & (ids != self.image_token_id), ids, IGNORE_INDEX)
+
+    def _before_the_panorama(self, pieces: Sequence[str]) -> str:
+        return re.split(_UNMARKED + re.escape(self.image_token), "".join(pieces))[0]
 
     def _closing_tokens(self) -> list[str]:
         tokens = map(str, self.tokenizer.added_tokens_decoder.values())
@@ -604,19 +759,23 @@ class PanoramaProcessor(ProcessorMixin):
         """
         template = self._resolve_chat_template(chat_template)
         each = [normalized(messages) for messages in conversations]
-        taught = [self._taught(messages, template, {}) for messages in each]
-        rows, labels = [ids for ids, _ in taught], [label for _, label in taught]
+        written = [self._written(messages, template, {}) for messages in each]
         images = images_of(each[0])
-        begun = {tuple(row[: int((row == self.image_token_id).int().argmax())].tolist()) for row in rows}
-        if len(begun) > 1 or len(images) != 1 or any((row == self.image_token_id).sum() != 1 for row in rows):
+        alone = len(images) == 1 and all(len(self._placeholders("".join(pieces))) == 1 for pieces, _ in written)
+        if not alone or len({self._before_the_panorama(pieces) for pieces, _ in written}) > 1:
             raise ValueError("conversations that are packed must each begin with the same panorama and have no other")
         inputs = self.image_processor(images, return_tensors="pt", **shown_by(each[:1]))
-        (count,) = self._image_token_counts(inputs)
-        begins = int((rows[0] == self.image_token_id).nonzero()[0, 0])  # the panorama's place
-        prefix = torch.cat([rows[0][:begins], torch.full((count,), self.image_token_id)])
+        shown = self._shown(inputs)
+        taught = [self._taught(pieces, open_ended, shown) for pieces, open_ended in written]
+        rows, labels = [ids for ids, _ in taught], [label for _, label in taught]
+        begins = int((rows[0] == self.image_token_id).nonzero()[-1, 0])  # the place of its last view
+        counts = iter([count for _, count, _ in shown[0]])
+        prefix = rows[0][: begins + 1]
+        times = torch.tensor([next(counts) if token == self.image_token_id else 1 for token in prefix.tolist()])
         own = [row[begins + 1 :] for row in rows]
+        self._check_length(torch.cat([prefix, *own]), shown, "pack fewer conversations")
+        prefix = prefix.repeat_interleave(times)
         lengths = torch.tensor([len(prefix), *map(len, own)])
-        self._check_length(int(lengths.sum()) - count, "pack fewer conversations")
         block = torch.arange(len(lengths)).repeat_interleave(lengths)  # [T], 0 is what all share
         sees = (block[:, None] == block) | (block == 0)
         positions = [torch.arange(len(prefix)), *(len(prefix) + torch.arange(len(part)) for part in own)]

@@ -40,6 +40,9 @@ def initialize_start(layer: nn.Module) -> bool:
         init.kaiming_uniform_(mixer.conv1d.weight, a=5**0.5)
         init.zeros_(mixer.conv1d.bias)
         return True
+    if isinstance(layer, UnitOffsetNorm):
+        init.zeros_(layer.weight)
+        return True
     start = getattr(layer, "panorama_start", None)
     if start is None or not isinstance(layer, nn.Linear):
         return False
@@ -61,6 +64,20 @@ def _isometry_like(weight: torch.Tensor) -> torch.Tensor:
     normal = F.normalize(result.sum(1), dim=0) - torch.full_like(result[:, 0], rows**-0.5)
     normal = F.normalize(normal, dim=0)
     return result - 2 * torch.outer(normal, normal @ result)
+
+
+class UnitOffsetNorm(nn.Module):
+    """The root mean square norm of Gemma, whose weights are kept as their distance from one, [..., D] -> [..., D]."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """In float32, whatever the tokens are in."""
+        normed = F.rms_norm(tokens.float(), self.weight.shape, eps=self.eps)
+        return (normed * (1 + self.weight.float())).type_as(tokens)
 
 
 class Resampler(nn.Module):
@@ -203,17 +220,24 @@ class MLPResampler(Resampler):
 
 
 class AveragePoolResampler(Resampler):
-    """The mean of each `resampler_pool` x `resampler_pool` block of tokens, then an MLP."""
+    """The mean of each `resampler_pool` x `resampler_pool` block of tokens, then an MLP; with `resampler_depth` 0 the
+    mean alone, of the tower's width."""
 
     def __init__(self, config: PretrainedConfig, input_dimension: int):
         super().__init__(config, input_dimension)
         self.pool = config.resampler_pool
-        self.layers = _FeedForward(config, input_dimension, config.resampler_depth)
+        depth = config.resampler_depth
+        self.layers = _FeedForward(config, input_dimension, depth) if depth else nn.Identity()
 
     @staticmethod
     def output_grid(config: PretrainedConfig) -> tuple[int, int]:
         """One token a block. Raises `ValueError` where the blocks do not fill the grid."""
         return _blocks_of(config)
+
+    @staticmethod
+    def output_width(config: PretrainedConfig, input_dimension: int) -> int | None:
+        """The tower's where there is no MLP."""
+        return None if config.resampler_depth else input_dimension
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """[N, S, D_vision] -> [N, S', D_latent]."""

@@ -7,7 +7,6 @@ from typing import Any, Literal
 from torch import nn
 
 from .configuration_panorama import PanoramaConfig
-from .towers_panorama import tower_of
 
 Stage = Literal["vision", "resampler", "finetune"]
 
@@ -138,7 +137,7 @@ class StagesMixin:
 
     def _unused_in_the_tower(self) -> tuple[str, ...]:
         config = self.config
-        return tower_of(config.vision_config).unused_parameters(config.vision_config, config.image_size)
+        return config.tower.unused_parameters(config.vision_config, config.image_size)
 
     def _last_blocks(self, count: int) -> list[nn.Module]:
         """The last blocks of the vision tower."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,17 +29,20 @@ class Tower:
     Args:
         unused: how the names of parameters begin that no patch token depends on; they get no gradient.
         resizes: whether it fits its position embeddings to the size of the image without being asked.
+        layers: which of its hidden states are the tokens, side by side, before any last norm: 0 what its first block
+            is given, n what its n-th block gives; without any the tower's `last_hidden_state`.
     """
 
     unused: tuple[str, ...] = ()
     resizes: bool = False
+    layers: tuple[int, ...] = ()
 
     def check(self, config: PretrainedConfig, image_size: int) -> None:
         """Raises `ValueError` for a tower that gives no grid of tokens for images of `image_size` pixels a side."""
 
     def unused_parameters(self, config: PretrainedConfig, image_size: int) -> tuple[str, ...]:
         """How the names of parameters begin that no token depends on."""
-        return self.unused
+        return try_out(config, image_size, self).unused if self.layers else self.unused
 
     def image_size(self, config: PretrainedConfig) -> int:
         """Side in pixels of the square images the tower was made for.
@@ -57,7 +60,7 @@ class Tower:
 
     def width(self, config: PretrainedConfig) -> int:
         """D_vision."""
-        return config.hidden_size
+        return config.hidden_size * max(1, len(self.layers))
 
     def grid(self, config: PretrainedConfig, image_size: int) -> tuple[int, int]:
         """(rows, columns) of the patches of an image of `image_size` pixels a side."""
@@ -81,7 +84,14 @@ class Tower:
         """Everything the tower gives, [N, 3, H, W] -> [N, prefix + patches, D_vision]."""
         as_made = self.resizes or self.image_size(tower.config) == images.shape[-1]
         options = {} if as_made else {"interpolate_pos_encoding": True}
-        return tower(pixel_values=images, **options).last_hidden_state
+        return self.selected(tower, pixel_values=images, **options)
+
+    def selected(self, tower: PreTrainedModel, **inputs: Any) -> torch.Tensor:
+        """The hidden states that are its tokens, [N, tokens, D_vision]."""
+        if not self.layers:
+            return tower(**inputs).last_hidden_state
+        states = tower(**inputs, output_hidden_states=list(self.layers)).hidden_states
+        return torch.cat([states[layer] for layer in self.layers], -1)
 
 
 class Siglip2Tower(Tower):
@@ -96,11 +106,12 @@ class Siglip2Tower(Tower):
         rows, columns = self.grid(tower.config, images.shape[-1])
         patches = images.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # [N, 3, rows, p, columns, p]
         patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [N, S, p * p * 3]
-        return tower(
+        return self.selected(
+            tower,
             pixel_values=patches,
             pixel_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=images.device),
             spatial_shapes=torch.tensor([[rows, columns]] * len(images), device=images.device),
-        ).last_hidden_state
+        )
 
 
 class ConvolutionalTower(Tower):
@@ -147,8 +158,8 @@ class UnknownTower(Tower):
         if getattr(config, "num_detection_tokens", 0):
             raise ValueError(f"{_vision(config)} puts tokens behind its patches; take a tower that puts them in front")
         self.image_size(config)  # or an error
-        shape = try_out(config, image_size).shape
-        (rows, columns), width = self.grid(config, image_size), getattr(config, "hidden_size", None)
+        shape = try_out(config, image_size, self).shape
+        (rows, columns), width = self.grid(config, image_size), getattr(config, "hidden_size", 0) and self.width(config)
         if shape and (len(shape) != 3 or shape[0] != 2 or shape[1] < rows * columns or shape[2] != width):
             raise ValueError(
                 f"{_vision(config)} gives {list(shape)} for 2 images of {image_size} pixels a side, and not "
@@ -157,7 +168,7 @@ class UnknownTower(Tower):
 
     def unused_parameters(self, config: PretrainedConfig, image_size: int) -> tuple[str, ...]:
         """Their names."""
-        return try_out(config, image_size).unused
+        return try_out(config, image_size, self).unused
 
 
 @dataclass(frozen=True)
@@ -199,7 +210,7 @@ class MapTower(UnknownTower):
         return _run(self, tower, images).flatten(2).transpose(1, 2)
 
     def _shape(self, config: PretrainedConfig, image_size: int) -> tuple[int, ...]:
-        shape = try_out(config, image_size).shape
+        shape = try_out(config, image_size, self).shape
         if len(shape) != 4:
             raise ValueError(f"{_vision(config)} gives no feature map [N, channels, rows, columns]; {_TAKE}")
         return shape
@@ -222,11 +233,30 @@ MAPS = ("efficientnet", "mobilenet_v1", "mobilenet_v2", "mobilevit", "mobilevitv
 _TAKE = "take a tower with a grid of tokens, as SigLIP, SigLIP2, CLIP, DINOv2, DINOv3, ViT and ConvNeXt have"
 
 
-def tower_of(config: PretrainedConfig) -> Tower:
-    """How the tower of a configuration is run."""
+def tower_of(config: PretrainedConfig, layers: Sequence[int] = ()) -> Tower:
+    """How the tower of a configuration is run.
+
+    Args:
+        layers: its hidden states that are the tokens, as :class:`Tower` has them, negative ones counted from the end.
+
+    Raises:
+        ValueError: for layers that it has not.
+    """
     if is_backbone(config) or config.model_type in MAPS:
-        return MapTower()
-    return TOWERS.get(config.model_type, UnknownTower())
+        tower: Tower = MapTower()
+    else:
+        tower = TOWERS.get(config.model_type, UnknownTower())
+    if not layers:
+        return tower
+    depth = getattr(config, "num_hidden_layers", None)
+    if isinstance(tower, MapTower | ConvolutionalTower) or not isinstance(depth, int):
+        raise ValueError(
+            f"vision_feature_layer={list(layers)} names hidden states, and {_vision(config)} has feature maps: name one "
+            "in its configuration with out_features"
+        )
+    if wrong := [layer for layer in layers if not -depth - 1 <= layer <= depth]:
+        raise ValueError(f"vision_feature_layer must be in [{-depth - 1}, {depth}], got {wrong[0]}. Typical value: -2")
+    return replace(tower, layers=tuple(layer % (depth + 1) for layer in layers))
 
 
 def is_backbone(config: PretrainedConfig) -> bool:
@@ -281,20 +311,24 @@ class Trial:
     unused: tuple[str, ...] = ()
 
 
-_TRIALS: dict[tuple[str, int], Trial] = {}
+_TRIALS: dict[tuple[str, int, Tower], Trial] = {}
 
 
-def try_out(config: PretrainedConfig, image_size: int) -> Trial:
+def try_out(config: PretrainedConfig, image_size: int, how: Tower | None = None) -> Trial:
     """Runs the tower of a configuration once, forward and backward, on the meta device: without weights and numbers,
     in a fraction of a second, and once for each configuration.
+
+    Args:
+        how: it is run, where not as :func:`tower_of` says.
 
     Raises:
         ValueError: for a tower that cannot be run on images alone.
     """
-    key = (repr(config), image_size)
+    how = tower_of(config) if how is None else how
+    key = (repr(config), image_size, how)
     if key not in _TRIALS:
         try:
-            _TRIALS[key] = _try_out(config, image_size)
+            _TRIALS[key] = _try_out(config, image_size, how)
         except ImportError as error:
             raise ValueError(f"{_vision(config)} needs a package that is not installed: {error}") from error
         except (TypeError, AttributeError, ValueError) as error:
@@ -306,8 +340,7 @@ def try_out(config: PretrainedConfig, image_size: int) -> Trial:
     return _TRIALS[key]
 
 
-def _try_out(config: PretrainedConfig, image_size: int) -> Trial:
-    how = tower_of(config)
+def _try_out(config: PretrainedConfig, image_size: int, how: Tower) -> Trial:
     with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
         tower = new_tower(copy.deepcopy(config)).float().eval().requires_grad_(True)
         output = _run(how, tower, torch.zeros(2, 3, image_size, image_size))
@@ -342,7 +375,8 @@ def outputs_of(tower: PreTrainedModel, names: Sequence[str], asked: Mapping[str,
     options = {f"output_{name}": asked.get(f"output_{name}") for name in names}
     options = {name: getattr(tower.config, name, None) if value is None else value for name, value in options.items()}
     found: dict[str, Any] = {}
-    if not any(options.values()):
+    options = {name: value for name, value in options.items() if value}  # a tower may ask for some itself
+    if not options:
         yield found
         return
     outputs: list[ModelOutput] = []
@@ -356,6 +390,6 @@ def outputs_of(tower: PreTrainedModel, names: Sequence[str], asked: Mapping[str,
         for hook in hooks:
             hook.remove()
     for name in names:
-        if options[f"output_{name}"] and outputs[0].get(name) is not None:
+        if f"output_{name}" in options and outputs[0].get(name) is not None:
             layers = zip(*(output[name] for output in outputs), strict=True)  # `None` for those that are not asked for
             found[name] = tuple(None if pieces[0] is None else torch.cat(pieces) for pieces in layers)

@@ -1,0 +1,362 @@
+"""Pretrained vision-language models taken apart: where each family has its tower, connector, language model and head,
+and as which resampler and projection of ours the connector lives on."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.configuration_utils import PretrainedConfig
+
+from .composing_panorama import language_parts, public_name
+from .configuration_panorama import PanoramaConfig
+from .towers_panorama import check_class, tower_of
+
+logger = logging.getLogger(__name__)
+
+Options = dict[str, Any]
+
+VIEW_TEXT = "{direction}: "  # a model that never heard of rays is told in words which way a view looks
+NEWLINE = "<image_newline>"  # the learned vector that some put behind an image, as a row of the table of embeddings
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a vision-language model of one `model_type` is taken apart.
+
+    Args:
+        options: its configuration -> options of :class:`PanoramaConfig`.
+        names: how the names of the connector's weights begin, and what they are called in the projection.
+        tower, connector: what they are called in its base model.
+        around: what its processor writes before and behind the tokens of an image that is not cut into tiles, with
+            `{p.name}` for attributes of the processor.
+        transposed: weights of the connector that are [in, out].
+        newline: what the vector behind an image is called in its base model.
+        tile: of its image processor, the side in pixels of the images that a tower for any size was trained with.
+    """
+
+    options: Callable[[Any], Options]
+    names: Mapping[str, str] = field(default_factory=lambda: {"linear_1.": "layers.0.", "linear_2.": "layers.2."})
+    tower: str = "vision_tower"
+    connector: str = "multi_modal_projector"
+    around: tuple[str, str] = ("", "")
+    transposed: tuple[str, ...] = ()
+    newline: str | None = None
+    tile: str | None = None
+
+
+def _features(config: Any) -> Options:
+    """Which hidden states are shown, and whether CLS, which looks nowhere, is left out."""
+    cls = config.vision_config.model_type in ("clip_vision_model", "internvl_vision")
+    strategy = getattr(config, "vision_feature_select_strategy", "default" if cls else "full")
+    if (strategy == "default") != cls:
+        raise ValueError(
+            f"vision_feature_select_strategy={strategy!r} with a tower of type {config.vision_config.model_type!r} "
+            + ("shows CLS, which looks nowhere" if cls else "leaves out the first patch")
+            + ": train such a model's parts with from_vision_text_pretrained instead"
+        )
+    return {"vision_feature_layer": config.vision_feature_layer}
+
+
+def _mlp(config: Any) -> Options:
+    bias = getattr(config, "multimodal_projector_bias", True)
+    return {
+        "resampler_type": "identity",
+        "projection_activation": config.projector_hidden_act,
+        "projection_bias": bias,
+        **_features(config),
+    }
+
+
+def _vipllava(config: Any) -> Options:
+    norm = {"projection_norm": "layer", "projection_norm_eps": config.projector_layernorm_eps}
+    return {**_mlp(config), **norm}
+
+
+def _idefics3(config: Any) -> Options:
+    return {
+        "resampler_type": "pixel_shuffle",
+        "resampler_pool": config.scale_factor,
+        "projection_depth": 1,
+        "projection_bias": False,
+    }
+
+
+def _internvl(config: Any) -> Options:
+    features = _features(config)
+    if features["vision_feature_layer"] == -1:  # then it takes the tower's output, behind its norm
+        features = {}
+    return {
+        "resampler_type": "pixel_shuffle",
+        "resampler_pool": round(1 / config.downsample_ratio),
+        "projection_activation": config.projector_hidden_act,
+        "projection_norm": "layer",
+        "projection_norm_eps": 1e-5,
+        **features,
+    }
+
+
+def _gemma3(config: Any) -> Options:
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    return {
+        "resampler_type": "avg_pool",
+        "resampler_depth": 0,
+        "resampler_pool": side // round(config.mm_tokens_per_image**0.5),
+        "projection_depth": 1,
+        "projection_bias": False,
+        "projection_norm": "rms",
+        "projection_norm_eps": vision.layer_norm_eps,
+        "image_attention": "bidirectional",
+    }
+
+
+def _lfm2_vl(config: Any) -> Options:
+    norm = {"projection_norm": "layer", "projection_norm_eps": 1e-5} if config.projector_use_layernorm else {}
+    return {
+        "resampler_type": "pixel_shuffle",
+        "resampler_pool": config.downsample_factor,
+        "projection_activation": config.projector_hidden_act,
+        "projection_hidden": config.projector_hidden_size,
+        "projection_bias": config.projector_bias,
+        **norm,
+    }
+
+
+def _aya_vision(config: Any) -> Options:
+    return {
+        "resampler_type": "pixel_shuffle",
+        "resampler_pool": config.downsample_factor,
+        "projection_activation": "swiglu",
+        "projection_hidden": getattr(config, "alignment_intermediate_size", config.text_config.hidden_size),
+        "projection_norm": "layer",
+        "projection_norm_eps": config.adapter_layer_norm_eps,
+        **_features(config),
+    }
+
+
+_TWO = {"linear_1.": "layers.0.", "linear_2.": "layers.2."}
+_IDEFICS3 = Family(
+    _idefics3,
+    {"modality_projection.proj.": "layers.0."},
+    tower="vision_model",
+    connector="connector",
+    around=("{p.fake_image_token}{p.global_image_tag}", "{p.fake_image_token}"),
+)
+FAMILIES: dict[str, Family] = {
+    "aya_vision": Family(
+        _aya_vision,
+        {"layernorm.": "norm.", **_TWO},
+        around=("{p.start_of_img_token}{p.tile_global_token}", "{p.end_of_img_token}"),
+    ),
+    "gemma3": Family(
+        _gemma3,
+        {"mm_input_projection_weight": "layers.0.weight", "mm_soft_emb_norm.": "norm."},
+        around=("\n\n{p.tokenizer.boi_token}", "{p.tokenizer.eoi_token}\n\n"),
+        transposed=("mm_input_projection_weight",),
+    ),
+    "idefics3": _IDEFICS3,
+    "internvl": Family(
+        _internvl, {"layer_norm.": "norm.", **_TWO}, around=("{p.start_image_token}", "{p.end_image_token}")
+    ),
+    "lfm2_vl": Family(
+        _lfm2_vl,
+        {"layer_norm.": "norm.", **_TWO},
+        around=("{p.image_start_token}", "{p.image_end_token}"),
+        tile="tile_size",
+    ),
+    "llava": Family(_mlp),
+    "llava_next": Family(_mlp, newline="image_newline"),
+    "llava_onevision": Family(_mlp, newline="image_newline"),
+    "smolvlm": _IDEFICS3,
+    "vipllava": Family(_vipllava, {"projector_layernorm.": "norm.", **_TWO}),
+}
+_MROPE = (
+    "gives each image token positions of three axes (M-RoPE), and its tower takes images of any size in two frames, "
+    "which the views here are not shown as"
+)
+_ANY_SIZE = "takes images at their own size, and its tower and connector know no square view"
+_TIMM = "has a tower of timm, which gives no grid of tokens that could be checked here"
+# Why others cannot be taken apart so that each view is shown as they would show it.
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "ernie4_5_vl_moe"), _MROPE),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _MROPE + ", and adds features of its tower "
+                    "to the first layers of its language model (deepstack)"),
+    **dict.fromkeys(("mistral3", "pixtral", "kimi_vl", "gemma4", "gemma3n", "lfm3_vl"), _ANY_SIZE),
+    **dict.fromkeys(("fast_vlm", "perception_lm"), _TIMM),
+    "internvl_chat": "is code of its repository's own; the same weights are there with '-hf' behind the name",
+    "mllama": "shows images to its language model through cross attention, and not as tokens",
+    "paligemma": "reads its whole prompt in both directions, the words too, and answers tasks and no chats",
+}
+_TAKE = (
+    "Take one of type {known}, such as HuggingFaceTB/SmolVLM2-2.2B-Instruct, google/gemma-3-4b-it or "
+    "OpenGVLab/InternVL3_5-1B-HF; or compose a new model of its parts with from_vision_text_pretrained"
+)
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """How a vision-language model is taken apart. Raises `ValueError` for one that cannot be, and says why."""
+    kind = config.model_type
+    if kind not in FAMILIES:
+        reason = REFUSED.get(kind, "is not known here")
+        raise ValueError(
+            f"a vision-language model of type {kind!r} {reason}. " + _TAKE.format(known=", ".join(sorted(FAMILIES)))
+        )
+    return FAMILIES[kind]
+
+
+def vlm_processor(vlm: str | PreTrainedModel, processor: Any, vlm_kwargs: Mapping[str, Any] | None) -> Any:
+    """The processor of a vision-language model: the given one, or that of its name."""
+    if processor is not None:
+        return processor
+    if not isinstance(vlm, str):
+        raise ValueError("processor must be given where the vision-language model is given as a model")
+    kwargs = {name: value for name, value in (vlm_kwargs or {}).items() if name not in _OF_MODELS}
+    return AutoProcessor.from_pretrained(vlm, **kwargs)
+
+
+_OF_MODELS = ("attn_implementation", "device_map", "dtype", "quantization_config", "torch_dtype")
+
+
+def vlm_config(vlm: str | PreTrainedModel, vlm_kwargs: Mapping[str, Any] | None) -> Any:
+    """The configuration of a vision-language model."""
+    if not isinstance(vlm, str):
+        return vlm.config
+    kwargs = {name: value for name, value in (vlm_kwargs or {}).items() if name not in _OF_MODELS}
+    return AutoConfig.from_pretrained(vlm, **kwargs)
+
+
+def vlm_options(vlm: str | PreTrainedModel, config: Any, processor: Any, options: Options) -> Options:
+    """Options of the :class:`PanoramaConfig` of a model made from a vision-language model.
+
+    Args:
+        vlm: its name goes into the record.
+        config: its configuration, which stays as it is.
+        processor: its processor. A token for the vector behind an image is added to the tokenizer where there is one.
+        options: what is wanted otherwise.
+
+    Raises:
+        ValueError: for a family that cannot be taken apart, and options that are its own.
+    """
+    family = family_of(config)
+    own = family.options(config)
+    if wrong := sorted(name for name in own if name in options and options[name] != own[name]):
+        raise ValueError(f"{', '.join(wrong)} cannot be chosen: a model of type {config.model_type!r} has its own")
+    vision, text = copy.deepcopy(config.vision_config), copy.deepcopy(config.get_text_config())
+    if own.get("vision_feature_layer") is not None:
+        layers = own["vision_feature_layer"]
+        layers = tower_of(vision, [layers] if isinstance(layers, int) else layers).layers
+        own["vision_feature_layer"], vision.num_hidden_layers = list(layers), max(layers)
+    if family.tile is not None:
+        own["image_size"] = options.get("image_size") or getattr(processor.image_processor, family.tile)
+    before, behind = (part.format(p=processor) for part in family.around)
+    silent = []
+    if family.newline is not None:
+        processor.tokenizer.add_tokens([NEWLINE], special_tokens=True)
+        silent, behind = [processor.tokenizer.convert_tokens_to_ids(NEWLINE)], behind + NEWLINE
+    defaults = {
+        "image_token_id": config.image_token_id,
+        "token_selection": "all",
+        "view_text": VIEW_TEXT,
+        "view_prefix": before,
+        "view_suffix": behind,
+        "silent_token_ids": silent,
+        "vision_config": vision,
+        "text_config": text,
+    }
+    if isinstance(vlm, str):
+        defaults["vlm_name"] = public_name(vlm)
+    return {**defaults, **options, **own}
+
+
+def vlm_parts(
+    vlm: str | PreTrainedModel, processor: Any, vlm_kwargs: Mapping[str, Any] | None, options: Options
+) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, torch.Tensor], Options]:
+    """The tower, the language model with its head, the weights of the projection, and the options of their
+    :class:`PanoramaConfig`; see :meth:`PanoramaVLM.from_vlm_pretrained`."""
+    config = vlm_config(vlm, vlm_kwargs)
+    options = vlm_options(vlm, config, vlm_processor(vlm, processor, vlm_kwargs), options)
+    family = family_of(config)
+    if isinstance(vlm, str):
+        vlm = AutoModelForImageTextToText.from_pretrained(vlm, **(vlm_kwargs or {}))
+    base = vlm.base_model
+    tower, connector = getattr(base, family.tower), getattr(base, family.connector)
+    check_class(tower)
+    body, head = language_parts(vlm)
+    taken = [tower, connector, body, head, *([getattr(base, family.newline)] if family.newline else [])]
+    _check_all_taken(vlm, taken)
+    tower = _cut(tower, options["vision_config"].num_hidden_layers)
+    _make_rows(vlm, [options["image_token_id"], *options["silent_token_ids"]])
+    if family.newline is not None:
+        for token in options["silent_token_ids"]:
+            body.get_input_embeddings().weight.data[token] = getattr(base, family.newline).data
+    body.config.vocab_size = body.get_input_embeddings().weight.shape[0]
+    body.config.tie_word_embeddings = vlm.get_output_embeddings().weight is body.get_input_embeddings().weight
+    parts = {"vision_config": tower.config, "text_config": body.config}
+    attention = {name: part._attn_implementation for name, part in parts.items()}
+    return tower, vlm, _renamed(connector, family), {**options, **parts, "attn_implementation": attention}
+
+
+def _check_all_taken(vlm: PreTrainedModel, taken: list[Any]) -> None:
+    """Raise for weights that would be lost."""
+    known: set[int] = set()
+    for part in taken:
+        known |= {id(part)} if isinstance(part, nn.Parameter) else {id(p) for p in part.parameters()}
+    if lost := [name for name, parameter in vlm.named_parameters() if id(parameter) not in known]:
+        raise ValueError(
+            f"{type(vlm).__name__} has weights that have no place here: {', '.join(lost[:5])}"
+            f"{f' and {len(lost) - 5} more' * (len(lost) > 5)}"
+        )
+
+
+def _cut(tower: PreTrainedModel, depth: int) -> PreTrainedModel:
+    """The tower without the blocks that come behind the last one whose features are shown; a copy, if there are any."""
+    there = getattr(tower.config, "num_hidden_layers", depth)
+    if there == depth:
+        return tower
+    tower = copy.deepcopy(tower)
+    name, blocks = next((n, m) for n, m in tower.named_modules() if isinstance(m, nn.ModuleList) and len(m) == there)
+    del blocks[depth:]
+    tower.config.num_hidden_layers = depth
+    logger.info("Left out: %s[%d:] of the tower, behind the features that the language model is shown.", name, depth)
+    return tower
+
+
+def _make_rows(vlm: PreTrainedModel, tokens: list[int]) -> None:
+    """Rows in the table of embeddings for tokens that have none."""
+    if max(tokens) >= vlm.get_input_embeddings().weight.shape[0]:
+        vlm.resize_token_embeddings(max(tokens) + 1, mean_resizing=False)
+
+
+def _renamed(connector: nn.Module, family: Family) -> dict[str, torch.Tensor]:
+    """The weights of a connector as those of our projection. Raises `ValueError` for one that has no place there."""
+    weights = {}
+    for name, weight in connector.state_dict().items():
+        found = next((prefix for prefix in family.names if name.startswith(prefix)), None)
+        if found is None:
+            raise ValueError(f"the connector {type(connector).__name__} has weights that have no place here: {name}")
+        weight = weight.T if name in family.transposed else weight
+        weights[family.names[found] + name[len(found) :]] = weight
+    return weights
+
+
+def load_projection(projection: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put a connector's weights into a :class:`PanoramaProjection`, whose code of the ray adds nothing at first."""
+    missing, unknown = projection.load_state_dict(weights, strict=False)
+    if unknown or set(missing) - {"ray.weight"}:
+        raise ValueError(f"the connector does not fit the projection: missing {missing}, unknown {unknown}")
+    if "ray.weight" in missing:
+        nn.init.zeros_(projection.get_parameter("ray.weight"))
+
+
+def vlm_panorama_config(
+    vlm: str | PreTrainedModel, processor: Any, vlm_kwargs: Mapping[str, Any] | None, options: Options
+) -> PanoramaConfig:
+    """The configuration of a model made from a vision-language model, without its weights."""
+    return PanoramaConfig(**vlm_options(vlm, vlm_config(vlm, vlm_kwargs), processor, options))
