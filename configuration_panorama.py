@@ -388,7 +388,7 @@ class PanoramaConfig(PretrainedConfig):
             raise ValueError(
                 f"latent_dimension must be even where position_encoding='yaw', got {self.latent_dimension}"
             )
-        words = self.view_text or self.view_prefix or self.view_suffix
+        words = self.view_words
         if self.image_attention == "bidirectional" and not words and self.num_views > 1:
             raise ValueError(
                 "image_attention='bidirectional' needs words between the views, which say where one ends: set view_text "
@@ -498,6 +498,11 @@ class PanoramaConfig(PretrainedConfig):
     def num_views(self) -> int:
         """V: views a panorama."""
         return self.view_plan.num_views
+
+    @property
+    def view_words(self) -> bool:
+        """Whether something is said before or behind the tokens of each view."""
+        return bool(self.view_text or self.view_prefix or self.view_suffix)
 
     @property
     def tower(self) -> Tower:

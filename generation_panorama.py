@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PretrainedConfig
 from transformers.generation import (
     GenerationConfig,
     GenerationMixin,
@@ -16,12 +17,57 @@ from transformers.generation import (
     SuppressTokensLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.masking_utils import create_masks_for_generate
 
+from .geometry_panorama import view_words
 from .outputs_panorama import CACHE, GenerationOutput, take_cache
 
 TEMPERATURE_RANGE = (0.1, 1.0)
 
 Panoramas = dict[str, Any]
+
+
+def masks_with_image_blocks(
+    config: PretrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    position_ids: torch.Tensor | None,
+    token_type_ids: torch.Tensor,
+) -> Any:
+    """Masks of a language model in which the tokens of one view see each other, as Gemma 3 has them: each run of image
+    tokens is a view; all else sees what is before it.
+
+    Args:
+        config: of the language model.
+        inputs_embeds: [B, T, ...].
+        attention_mask: [B, T] and what a cache holds, zero where padded; or bool [B, 1, T, T].
+        cache, position_ids: as the language model gets them.
+        token_type_ids: [B, T], 1 at image tokens.
+
+    Returns:
+        What the language model takes as its `attention_mask`.
+
+    Raises:
+        ValueError: for attention that knows no such mask.
+    """
+    if "flash" in str(config._attn_implementation):
+        raise ValueError(
+            f"attn_implementation={config._attn_implementation!r} cannot let the tokens of a view see each other "
+            "(image_attention='bidirectional'): use 'sdpa' or 'eager'"
+        )
+    is_image = token_type_ids.eq(1)
+    starts = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
+    blocks = torch.where(is_image, starts.long().cumsum(1) - 1, -1)  # [B, T]
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask | ((blocks[:, None] == blocks[:, :, None]) & is_image[:, None])[:, None]
+    blocks = torch.nn.functional.pad(blocks, (int(cache.get_seq_length()) if cache is not None else 0, 0), value=-1)
+    given = {"attention_mask": attention_mask, CACHE: cache, "position_ids": position_ids}
+    if set(getattr(config, "layer_types", None) or ()) == {"full_attention", "sliding_attention"}:
+        from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model
+
+        return create_masks_for_vision_model(config, inputs_embeds, block_sequence_ids=blocks, **given)
+    return create_masks_for_generate(config, inputs_embeds, block_sequence_ids=blocks, **given)
 
 
 class _Wider(LogitsProcessor):
@@ -88,6 +134,8 @@ class PanoramaGenerationMixin(GenerationMixin):
                 masks = {"view_mask": view_mask, "further_views": further_views}
                 positions = self.model.panorama_positions(input_ids, len(pixel_values), attention_mask, **masks)
                 kwargs["position_ids"] = positions
+            if self.config.image_attention == "bidirectional":
+                kwargs.setdefault("token_type_ids", self.model.is_placeholder(input_ids).long())
             panoramas = self._not_yet_seen(input_ids, attention_mask, cache, panoramas)
             _check_guesses(self, input_ids, kwargs)
         if attention_mask is not None:
@@ -133,6 +181,16 @@ class PanoramaGenerationMixin(GenerationMixin):
         if (new & old).any():
             raise ValueError(f"past_key_values end at token {length}, in the middle of a panorama")
         return {name: value[new] if value is not None and new.any() else None for name, value in panoramas.items()}
+
+    @staticmethod
+    def create_masks_for_generate(config: Any, token_type_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """Masks for caches of a fixed size, made before the step is compiled; `generate` calls it."""
+        kwargs.pop("is_first_iteration", None), kwargs.pop("mm_token_type_ids", None)
+        if token_type_ids is None or token_type_ids.shape[1] == 1:
+            return create_masks_for_generate(config, **kwargs)
+        kwargs.pop("block_sequence_ids", None)
+        kwargs["cache"] = take_cache(kwargs)
+        return masks_with_image_blocks(config.get_text_config(), token_type_ids=token_type_ids, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         """As `GenerationMixin` does; what was seen of the panoramas also reaches an assistant model, for which nothing
@@ -181,15 +239,23 @@ class PanoramaGenerationMixin(GenerationMixin):
             raise ValueError("generate needs input_ids, or pixel_values and tokenizer= to ask the default prompt")
         words = self.config.default_generation_prompt
         warnings.warn(f"no input_ids: asking the default prompt {words!r}", stacklevel=3)
-        words = tokenizer(words, add_special_tokens=False)["input_ids"]
-        counts = torch.tensor(self.config.image_tokens_per_view)
+        words = _ids(tokenizer, words)
+        config = self.config
+        before = [_ids(tokenizer, view_words(v, config.view_text) + config.view_prefix) for v in config.view_plan.views]
+        behind = _ids(tokenizer, config.view_suffix)
+        counts = config.image_tokens_per_view
+        views = [a + [config.image_token_id] * n + behind for a, n in zip(before, counts, strict=True)]
         shown = torch.ones(len(pixel_values), len(counts)) if view_mask is None else view_mask.cpu()
-        images = [[self.config.image_token_id] * int(counts[views.bool()].sum()) for views in shown]
+        images = [[token for view, there in zip(views, row, strict=True) if there for token in view] for row in shown]
         width = max(map(len, images))
         padded = [[0] * (width - len(tokens)) for tokens in images]  # on the left
         ids = torch.tensor([zeros + tokens + words for zeros, tokens in zip(padded, images, strict=True)])
         mask = torch.tensor([zeros + [1] * (len(row) - len(zeros)) for zeros, row in zip(padded, ids, strict=True)])
         return ids.to(pixel_values.device), mask.to(pixel_values.device)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
 
 def sort_inputs(

@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from .checkpoint_panorama import CheckedLoading, load_checkpoint
 from .composing_panorama import language_parts, parts_from_pretrained
 from .configuration_panorama import PanoramaConfig
-from .generation_panorama import PanoramaGenerationMixin, sort_inputs
+from .generation_panorama import PanoramaGenerationMixin, masks_with_image_blocks, sort_inputs
 from .geometry_panorama import View, ViewPlan, check_direction
 from .language_loss_panorama import CHUNK_BYTES, IGNORED, chunked_cross_entropy, is_sharded, logit_transform
 from .memory_panorama import InPieces
@@ -446,6 +446,28 @@ class PanoramaModel(PanoramaPreTrainedModel):
                 "panorama_positions(input_ids, ...) gives"
             )
 
+    def _with_image_blocks(
+        self,
+        input_ids: torch.Tensor | None,
+        embeddings: Any,
+        types: torch.Tensor | None,
+        mask: Any,
+        cache: Cache | None,
+        positions: torch.Tensor | None,
+    ) -> Any:
+        """The mask of `image_attention="bidirectional"`; as it is where it is made already, and for a single token."""
+        made = isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.dtype != torch.bool)
+        made |= isinstance(mask, torch.Tensor) and mask.ndim == 4 and cache is not None  # of a static cache
+        if made or embeddings.shape[1] == 1:
+            return mask
+        if types is None:
+            if input_ids is None:
+                raise ValueError(
+                    "with image_attention='bidirectional' inputs_embeds need token_type_ids [B, T], 1 at image tokens"
+                )
+            types = self.is_placeholder(input_ids).long()
+        return masks_with_image_blocks(self.language_model.config, embeddings, mask, cache, positions, types)
+
     def _as_attended(self, mask: torch.Tensor | None, embeddings: torch.Tensor | None) -> torch.Tensor | None:
         """A mask as the language model takes it: one of [B, 1, T, T] as zeros and lowest numbers where it is added.
 
@@ -479,6 +501,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
         further_views: torch.Tensor | None = None,
         mm_encoder_outputs: Mapping[str, Any] | None = None,
         cache: Cache | None = None,
+        token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> PanoramaModelOutput:
         """Hidden states of text with panoramas.
@@ -494,6 +517,8 @@ class PanoramaModel(PanoramaPreTrainedModel):
                 each further view S more placeholders.
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`, as `generate` hands
                 them over.
+            token_type_ids: [B, T], 1 at image tokens, for `image_attention="bidirectional"`; they follow from
+                `input_ids`, and have to be given with `inputs_embeds`.
             position_ids, past_key_values (`cache` since transformers 5.24), kwargs: as in any language model of
                 transformers.
 
@@ -532,6 +557,9 @@ class PanoramaModel(PanoramaPreTrainedModel):
             self._check_positions(position_ids)
             if attention_mask is None and past_key_values is None:  # else they are taken for those of packed texts
                 attention_mask = torch.ones_like(position_ids, dtype=torch.long)  # type: ignore[arg-type]
+        if self.config.image_attention == "bidirectional":
+            given = (attention_mask, past_key_values, position_ids)
+            attention_mask = self._with_image_blocks(input_ids, inputs_embeds, token_type_ids, *given)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=self._as_attended(attention_mask, inputs_embeds),
@@ -679,6 +707,12 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
                 f"a serving engine looks <image> up in the table of embeddings, which has {rows} rows, and "
                 f"image_token_id is {token}. Load the model without the engine, call "
                 "resize_token_embeddings(config.image_token_id + 1), and save it"
+            )
+        if config.view_words and config.num_views > 1 or config.image_attention == "bidirectional":
+            raise ValueError(
+                "a serving engine expects the tokens of a panorama side by side and lets each see what is before it; "
+                "this model has words between its views (view_text, view_prefix, view_suffix) or "
+                "image_attention='bidirectional': ask it through transformers"
             )
         if config.position_encoding == "panorope":
             raise ValueError(
@@ -902,6 +936,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         further_views: torch.Tensor | None = None,
         mm_encoder_outputs: Mapping[str, Any] | None = None,
         cache: Cache | None = None,
+        token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> VisionStageOutput | TrainingStageOutput:
         """One step of a stage.
@@ -932,7 +967,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
                 :func:`token_labels_panorama.token_labels` makes them, for a model with a `label_head`.
             further_views: [panoramas, E, 3], views beside those of the plan, see
                 :meth:`PanoramaModel.get_image_features`; not in stage `vision`.
-            mm_encoder_outputs: as in :meth:`PanoramaModel.forward`.
+            mm_encoder_outputs, token_type_ids: as in :meth:`PanoramaModel.forward`.
 
         Raises:
             ValueError: for a shape, a number of views or a number of placeholders that does not fit.
@@ -957,6 +992,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             view_mask=view_mask,
             further_views=further_views,
             mm_encoder_outputs=mm_encoder_outputs,
+            token_type_ids=token_type_ids,
             use_cache=bool(use_cache) if supervised and not return_logits else use_cache,
             **kwargs,
         )

@@ -47,7 +47,7 @@ from .options_panorama import DEFAULT_PROMPT, IMAGE_MEAN, IMAGE_STD, MAX_TEXT_LE
 from .places_panorama import NamedPlace, read_places
 from .reading_panorama import covered_by_size
 from .sampling_panorama import view_mask
-from .vlm_panorama import vlm_panorama_config, vlm_processor
+from .vlm_panorama import vlm_reading
 
 logger = logging.getLogger(__name__)
 
@@ -317,17 +317,15 @@ class PanoramaProcessor(ProcessorMixin):
         Args:
             vlm, processor, vlm_kwargs, options: as in :meth:`PanoramaVLM.from_vlm_pretrained`.
         """
-        source = vlm_processor(vlm, processor, vlm_kwargs)
-        config = vlm_panorama_config(vlm, source, vlm_kwargs, options)
-        template = getattr(source, "chat_template", None) or source.tokenizer.chat_template
+        source, config, placeholder = vlm_reading(vlm, processor, vlm_kwargs, options)
         return cls.from_config(
             config,
             copy.deepcopy(source.tokenizer),
             source.image_processor.image_mean,
             source.image_processor.image_std,
-            template,
+            source.chat_template,
             source.tokenizer.convert_ids_to_tokens(config.image_token_id),
-            source.image_token,
+            placeholder,
         )
 
     @classmethod

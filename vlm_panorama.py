@@ -7,11 +7,19 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.configuration_utils import PretrainedConfig
 
 from .composing_panorama import language_parts, public_name
@@ -35,7 +43,9 @@ class Family:
         names: how the names of the connector's weights begin, and what they are called in the projection.
         tower, connector: what they are called in its base model.
         around: what its processor writes before and behind the tokens of an image that is not cut into tiles, with
-            `{p.name}` for attributes of the processor.
+            `{name}` for the tokens below.
+        tokens: tokens that its tokenizer knows by a name, and what they are where it does not.
+        placeholder: what its chat template writes for an image, with `{name}` too.
         transposed: weights of the connector that are [in, out].
         newline: what the vector behind an image is called in its base model.
         tile: of its image processor, the side in pixels of the images that a tower for any size was trained with.
@@ -46,9 +56,27 @@ class Family:
     tower: str = "vision_tower"
     connector: str = "multi_modal_projector"
     around: tuple[str, str] = ("", "")
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    placeholder: str = "{image_token}"
     transposed: tuple[str, ...] = ()
     newline: str | None = None
     tile: str | None = None
+
+    def said(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+        """What is written before and behind the tokens of an image, and for an image."""
+        tokens = {name: getattr(tokenizer, name, None) or default for name, default in self.tokens.items()}
+        tokens.setdefault("image_token", getattr(tokenizer, "image_token", None) or "<image>")
+        before, behind, placeholder = (text.format(**tokens) for text in (*self.around, self.placeholder))
+        return before, behind, placeholder
+
+
+class Source(NamedTuple):
+    """What the processor of a vision-language model has; it itself may need packages that nothing here does, such as
+    torchvision for videos."""
+
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: Any
+    chat_template: Any
 
 
 def _features(config: Any) -> Options:
@@ -147,28 +175,41 @@ _IDEFICS3 = Family(
     {"modality_projection.proj.": "layers.0."},
     tower="vision_model",
     connector="connector",
-    around=("{p.fake_image_token}{p.global_image_tag}", "{p.fake_image_token}"),
+    around=("{fake_image_token}{global_image_token}", "{fake_image_token}"),
+    tokens={"fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"},
 )
 FAMILIES: dict[str, Family] = {
     "aya_vision": Family(
         _aya_vision,
         {"layernorm.": "norm.", **_TWO},
-        around=("{p.start_of_img_token}{p.tile_global_token}", "{p.end_of_img_token}"),
+        around=("<|START_OF_IMG|>TILE_GLOBAL", "<|END_OF_IMG|>"),
+        placeholder="<image>",
     ),
     "gemma3": Family(
         _gemma3,
         {"mm_input_projection_weight": "layers.0.weight", "mm_soft_emb_norm.": "norm."},
-        around=("\n\n{p.tokenizer.boi_token}", "{p.tokenizer.eoi_token}\n\n"),
+        around=("\n\n{boi_token}", "{eoi_token}\n\n"),
+        tokens={"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
+        placeholder="{boi_token}",
         transposed=("mm_input_projection_weight",),
     ),
     "idefics3": _IDEFICS3,
     "internvl": Family(
-        _internvl, {"layer_norm.": "norm.", **_TWO}, around=("{p.start_image_token}", "{p.end_image_token}")
+        _internvl,
+        {"layer_norm.": "norm.", **_TWO},
+        around=("{start_image_token}", "{end_image_token}"),
+        tokens={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+        },
+        placeholder="{context_image_token}",
     ),
     "lfm2_vl": Family(
         _lfm2_vl,
         {"layer_norm.": "norm.", **_TWO},
-        around=("{p.image_start_token}", "{p.image_end_token}"),
+        around=("{image_start_token}", "{image_end_token}"),
+        tokens={"image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"},
         tile="tile_size",
     ),
     "llava": Family(_mlp),
@@ -211,14 +252,20 @@ def family_of(config: PretrainedConfig) -> Family:
     return FAMILIES[kind]
 
 
-def vlm_processor(vlm: str | PreTrainedModel, processor: Any, vlm_kwargs: Mapping[str, Any] | None) -> Any:
-    """The processor of a vision-language model: the given one, or that of its name."""
-    if processor is not None:
+def vlm_source(vlm: str | PreTrainedModel, processor: Any, vlm_kwargs: Mapping[str, Any] | None) -> Source:
+    """What is needed of the processor of a vision-language model: of the given one, or of that of its name."""
+    if isinstance(processor, Source):
         return processor
+    if processor is not None:
+        return Source(processor.tokenizer, processor.image_processor, getattr(processor, "chat_template", None))
     if not isinstance(vlm, str):
         raise ValueError("processor must be given where the vision-language model is given as a model")
     kwargs = {name: value for name, value in (vlm_kwargs or {}).items() if name not in _OF_MODELS}
-    return AutoProcessor.from_pretrained(vlm, **kwargs)
+    return Source(
+        AutoTokenizer.from_pretrained(vlm, **kwargs),
+        AutoImageProcessor.from_pretrained(vlm, **kwargs),
+        ProcessorMixin.get_processor_dict(vlm, **kwargs)[0].get("chat_template"),
+    )
 
 
 _OF_MODELS = ("attn_implementation", "device_map", "dtype", "quantization_config", "torch_dtype")
@@ -232,13 +279,13 @@ def vlm_config(vlm: str | PreTrainedModel, vlm_kwargs: Mapping[str, Any] | None)
     return AutoConfig.from_pretrained(vlm, **kwargs)
 
 
-def vlm_options(vlm: str | PreTrainedModel, config: Any, processor: Any, options: Options) -> Options:
+def vlm_options(vlm: str | PreTrainedModel, config: Any, source: Source, options: Options) -> Options:
     """Options of the :class:`PanoramaConfig` of a model made from a vision-language model.
 
     Args:
         vlm: its name goes into the record.
         config: its configuration, which stays as it is.
-        processor: its processor. A token for the vector behind an image is added to the tokenizer where there is one.
+        source: of its processor. A token for the vector behind an image is added to the tokenizer where there is one.
         options: what is wanted otherwise.
 
     Raises:
@@ -253,13 +300,14 @@ def vlm_options(vlm: str | PreTrainedModel, config: Any, processor: Any, options
         layers = own["vision_feature_layer"]
         layers = tower_of(vision, [layers] if isinstance(layers, int) else layers).layers
         own["vision_feature_layer"], vision.num_hidden_layers = list(layers), max(layers)
+    _with_plain_head(text)
     if family.tile is not None:
-        own["image_size"] = options.get("image_size") or getattr(processor.image_processor, family.tile)
-    before, behind = (part.format(p=processor) for part in family.around)
+        own["image_size"] = options.get("image_size") or getattr(source.image_processor, family.tile)
+    before, behind, _ = family.said(source.tokenizer)
     silent = []
     if family.newline is not None:
-        processor.tokenizer.add_tokens([NEWLINE], special_tokens=True)
-        silent, behind = [processor.tokenizer.convert_tokens_to_ids(NEWLINE)], behind + NEWLINE
+        source.tokenizer.add_tokens([NEWLINE], special_tokens=True)
+        silent, behind = [source.tokenizer.convert_tokens_to_ids(NEWLINE)], behind + NEWLINE
     defaults = {
         "image_token_id": config.image_token_id,
         "token_selection": "all",
@@ -281,7 +329,7 @@ def vlm_parts(
     """The tower, the language model with its head, the weights of the projection, and the options of their
     :class:`PanoramaConfig`; see :meth:`PanoramaVLM.from_vlm_pretrained`."""
     config = vlm_config(vlm, vlm_kwargs)
-    options = vlm_options(vlm, config, vlm_processor(vlm, processor, vlm_kwargs), options)
+    options = vlm_options(vlm, config, vlm_source(vlm, processor, vlm_kwargs), options)
     family = family_of(config)
     if isinstance(vlm, str):
         vlm = AutoModelForImageTextToText.from_pretrained(vlm, **(vlm_kwargs or {}))
@@ -296,11 +344,21 @@ def vlm_parts(
     if family.newline is not None:
         for token in options["silent_token_ids"]:
             body.get_input_embeddings().weight.data[token] = getattr(base, family.newline).data
+    _with_plain_head(body.config)
     body.config.vocab_size = body.get_input_embeddings().weight.shape[0]
     body.config.tie_word_embeddings = vlm.get_output_embeddings().weight is body.get_input_embeddings().weight
     parts = {"vision_config": tower.config, "text_config": body.config}
     attention = {name: part._attn_implementation for name, part in parts.items()}
     return tower, vlm, _renamed(connector, family), {**options, **parts, "attn_implementation": attention}
+
+
+def _with_plain_head(text: PretrainedConfig) -> None:
+    """A language model alone may scale or cap its logits; the classes of vision-language models take them as they
+    are."""
+    plain = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+    for name, value in plain.items():
+        if getattr(text, name, None) is not None:
+            setattr(text, name, value)
 
 
 def _check_all_taken(vlm: PreTrainedModel, taken: list[Any]) -> None:
@@ -355,8 +413,12 @@ def load_projection(projection: nn.Module, weights: Mapping[str, torch.Tensor]) 
         nn.init.zeros_(projection.get_parameter("ray.weight"))
 
 
-def vlm_panorama_config(
+def vlm_reading(
     vlm: str | PreTrainedModel, processor: Any, vlm_kwargs: Mapping[str, Any] | None, options: Options
-) -> PanoramaConfig:
-    """The configuration of a model made from a vision-language model, without its weights."""
-    return PanoramaConfig(**vlm_options(vlm, vlm_config(vlm, vlm_kwargs), processor, options))
+) -> tuple[Source, PanoramaConfig, str]:
+    """For the processor of a model made from a vision-language model: what its own processor has, the configuration of
+    the model, and what its chat template writes for an image."""
+    source = vlm_source(vlm, processor, vlm_kwargs)
+    config = vlm_config(vlm, vlm_kwargs)
+    made = PanoramaConfig(**vlm_options(vlm, config, source, options))
+    return source, made, family_of(config).said(source.tokenizer)[2]
