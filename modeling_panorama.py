@@ -456,7 +456,9 @@ class PanoramaModel(PanoramaPreTrainedModel):
         positions: torch.Tensor | None,
     ) -> Any:
         """The mask of `image_attention="bidirectional"`; as it is where it is made already, and for a single token."""
-        made = isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.dtype != torch.bool)
+        made = isinstance(mask, dict) or (
+            isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.dtype != torch.bool
+        )
         made |= isinstance(mask, torch.Tensor) and mask.ndim == 4 and cache is not None  # of a static cache
         if made or embeddings.shape[1] == 1:
             return mask

@@ -686,9 +686,7 @@ class PanoramaProcessor(ProcessorMixin):
         """The placeholders of panoramas in a text, in which those that somebody typed are marked."""
         return re.findall(_UNMARKED + re.escape(self.image_token), text)
 
-    def _written(
-        self, messages: list[Message], template: str, variables: Mapping[str, Any]
-    ) -> tuple[list[str], bool]:
+    def _written(self, messages: list[Message], template: str, variables: Mapping[str, Any]) -> tuple[list[str], bool]:
         """What the template writes of a conversation, in pieces of which every second is said by the assistant, and
         whether its last turn is closed with nothing."""
 

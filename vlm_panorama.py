@@ -227,8 +227,10 @@ _TIMM = "has a tower of timm, which gives no grid of tokens that could be checke
 # Why others cannot be taken apart so that each view is shown as they would show it.
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "ernie4_5_vl_moe"), _MROPE),
-    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _MROPE + ", and adds features of its tower "
-                    "to the first layers of its language model (deepstack)"),
+    **dict.fromkeys(
+        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+        _MROPE + ", and adds features of its tower to the first layers of its language model (deepstack)",
+    ),
     **dict.fromkeys(("mistral3", "pixtral", "kimi_vl", "gemma4", "gemma3n", "lfm3_vl"), _ANY_SIZE),
     **dict.fromkeys(("fast_vlm", "perception_lm"), _TIMM),
     "internvl_chat": "is code of its repository's own; the same weights are there with '-hf' behind the name",

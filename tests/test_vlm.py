@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -216,3 +220,249 @@ def test_flat_images_are_shown_as_the_source_shows_them(family, source, question
     tokens = model.generate(**inputs, **options)[:, ids.shape[1] :]
     begins = 0 if "inputs_embeds" in given else ids.shape[1]
     assert tokens.tolist() == theirs.generate(**given, **options)[:, begins:].tolist()
+
+
+@pytest.mark.parametrize("family", SOURCES)
+def test_each_of_nine_views_is_shown_as_the_source_shows_an_image(family, source, panoramas):
+    theirs, processor = source(family)
+    model, own = ours(copy.deepcopy(theirs), processor, view_strategy="anyres_e2p")
+    pixels = own.image_processor(panoramas[:2], return_tensors="pt")["pixel_values"]  # [2, 9, 3, H, W]
+    assert pixels.shape[1] == 9
+    shown = model.get_image_features(pixels).pooler_output.unflatten(1, (9, -1))
+    for views, tokens in zip(pixels, shown, strict=True):
+        torch.testing.assert_close(tokens, source_features(family, theirs, views), rtol=1e-4, atol=1e-5)
+    assert own.num_image_tokens == shown.shape[1] * shown.shape[2]
+
+
+@pytest.mark.parametrize("family", SOURCES)
+def test_a_ray_belongs_to_what_its_token_has_seen(family, source):
+    """In a tower without attention a patch of the input moves one token: the one that looks that way."""
+    model, own = ours(*source(family), view_strategy="e2p")
+    for name, parameter in model.model.vision_tower.named_parameters():
+        if "out_proj" in name or "projection_layer" in name:
+            parameter.data.zero_()
+    views = model.config.num_views
+    plain = torch.rand(1, views, 3, 32, 32)
+    with torch.no_grad():
+        before = model.get_image_features(plain).pooler_output[0].unflatten(0, (views, -1))
+        for view, row, column in ((0, 0, 0), (1, 1, 3), (3, 2, 0), (7, 3, 2)):
+            marked = plain.clone()
+            marked[0, view, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 1
+            after = model.get_image_features(marked).pooler_output[0].unflatten(0, (views, -1))
+            moved = (after - before).norm(dim=-1).gt(1e-5).nonzero().tolist()
+            looking = model.config.view_plan.views[view]
+            ray = looking.rays((4, 4))[row, column]
+            tokens = looking.rays(model.config.token_grid).reshape(-1, 3)
+            assert moved == [[view, int((tokens @ ray).argmax())]]
+
+
+@pytest.mark.parametrize("family", SOURCES)
+def test_all_weights_of_the_source_are_there_or_named(family, source, caplog):
+    theirs, processor = source(family)
+    with caplog.at_level("INFO"):
+        model, _ = ours(copy.deepcopy(theirs), processor)
+    kept = [parameter.detach() for parameter in model.parameters()]
+
+    def is_kept(weight):
+        shapes = (weight, weight.T if weight.ndim == 2 else weight)
+        return any(k.shape == w.shape and torch.equal(k, w) for k in kept for w in shapes)
+
+    lost = {name for name, weight in theirs.named_parameters() if not is_kept(weight.detach())}
+    if family in ("llava", "llava_next", "vipllava"):  # the last block, behind the features
+        assert "encoder.layers[2:] of the tower" in caplog.text
+        cut = {name for name in lost if "vision_tower" in name}
+        assert cut and all(".encoder.layers.2." in name for name in cut)
+        lost -= cut
+    if model.config.silent_token_ids:  # a row of the table, which was not used
+        (token,) = model.config.silent_token_ids
+        rows = model.get_input_embeddings().weight.detach()
+        assert torch.equal(rows[token], theirs.model.image_newline)
+        before = theirs.get_input_embeddings().weight
+        assert torch.equal(rows[:token], before[:token]) and torch.equal(rows[token + 1 :], before[token + 1 :])
+        lost -= {name for name in lost if name.endswith(("image_newline", "embed_tokens.weight"))}
+    assert not lost
+    torch.testing.assert_close(model.model.projection.ray.weight.abs().max(), torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("family", SOURCES)
+def test_stages_lora_saving_and_loading(family, source, panoramas, tmp_path):
+    model, own = ours(*source(family), view_strategy="anyres_e2p", view_text="{direction}: ", lora_rank=2)
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": panoramas[0]}, {"type": "text", "text": "where?"}]},
+        {"role": "assistant", "content": "A bridge."},
+    ]
+    inputs = own.apply_chat_template([messages], return_labels=True)
+    with pytest.raises(ValueError, match="nothing to train that later stages keep"):
+        model.set_stage("vision")
+    model.config.vision_trainable_blocks = 1
+    for stage in ("vision", "resampler", "finetune"):
+        trained = model.set_stage(stage)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        loss = model(**inputs, stage=stage).loss
+        loss.backward()
+        without = [name for name in trained if model.get_parameter(name).grad is None]
+        assert loss.isfinite() and not without
+        assert ("projection.ray.weight" in str(trained)) == (stage != "vision")
+        optimizer.step()
+        optimizer.zero_grad()
+    model.merge_lora()
+    model.eval()
+    model.save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path)
+    again = PanoramaVLM.from_pretrained(tmp_path).eval()
+    processor = PanoramaProcessor.from_pretrained(tmp_path)
+    answers = []
+    for each, reads in ((model, own), (again, processor)):
+        asking = asked(reads, messages[:1])
+        answers.append(each.generate(**asking, max_new_tokens=5, do_sample=False).tolist())
+    assert answers[0] == answers[1]
+    assert again.generation_config.eos_token_id == own.tokenizer.convert_tokens_to_ids("<|end|>")
+
+
+WITHOUT = """
+import json, sys
+import torch
+from transformers import AutoModel
+assert "panorama_vlm" not in sys.modules
+for folder in sys.argv[1:]:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    inputs = torch.load(folder + "/inputs.pt", weights_only=True)
+    print(json.dumps(model.generate(**inputs, max_new_tokens=5, do_sample=False).tolist()))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_the_package_says_the_same(source, question, tmp_path):
+    folders, expected = [], []
+    for family in ("gemma3", "llava_onevision", "smolvlm"):
+        model, own = ours(*source(family), view_strategy="cubemap", view_text="{direction}: ")
+        inputs = dict(asked(own, question))
+        expected.append(model.generate(**inputs, max_new_tokens=5, do_sample=False).tolist())
+        folders.append(str(tmp_path / family))
+        model.save_pretrained(folders[-1])
+        own.save_pretrained(folders[-1])
+        torch.save(inputs, folders[-1] + "/inputs.pt")
+    environment = {**os.environ, "PYTHONPATH": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-P", "-c", WITHOUT, *folders]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert [json.loads(line) for line in run.stdout.splitlines() if line.startswith("[[")] == expected
+
+
+# The tokens of a view see each other
+
+
+def test_image_tokens_see_each_other_whatever_the_cache_and_in_training(source, question):
+    theirs, processor = source("gemma3", mm_tokens_per_image=16)
+    model, own = ours(copy.deepcopy(theirs), processor)
+    inputs = asked(own, question)
+    types = (inputs["input_ids"] == own.image_token_id).long()
+    given = {**inputs, "pixel_values": inputs["pixel_values"][:, 0], "token_type_ids": types}
+    options = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [own.image_token_id]}
+    expected = theirs.generate(**given, **options).tolist()
+    for cache in (None, "static", "dynamic"):
+        assert model.generate(**inputs, **options, cache_implementation=cache).tolist() == expected
+    assert model.generate(**inputs, **options, use_cache=False).tolist() == expected
+    labels = inputs["input_ids"].masked_fill(types == 1, -100)
+    for each, batch in ((theirs, given), (model, inputs)):
+        each.train()
+        each(**batch, labels=labels).loss.backward()
+    query = "language_model.layers.{}.self_attn.q_proj.weight"
+    for layer in (0, 1):
+        gradients = [each.model.get_parameter(query.format(layer)).grad for each in (theirs, model)]
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-2 * float(gradients[0].abs().max()))
+    model.eval()
+    causal = copy.deepcopy(model)
+    causal.config.image_attention = "causal"
+    with torch.no_grad():
+        assert (causal(**inputs).logits - model(**inputs).logits).abs().max() > 1e-3
+
+
+def test_a_later_panorama_is_seen_both_ways_with_a_cache(source, panoramas):
+    """A chat that goes on with what the cache holds says what it says from the beginning."""
+    model, own = ours(*source("gemma3"), view_strategy="cubemap")
+    turn = [{"role": "user", "content": [{"type": "image", "image": panoramas[0]}, {"type": "text", "text": "A?"}]}]
+    more = [
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": [{"type": "image", "image": panoramas[1]}, {"type": "text", "text": "B?"}]},
+    ]
+    options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(**asked(own, turn), **options)
+    whole = asked(own, turn + more)
+    with torch.no_grad():
+        logits = model(**whole).logits[:, -1]
+    cache = first.past_key_values
+    later = model.generate(**whole, **options, past_key_values=cache, output_logits=True)
+    torch.testing.assert_close(later.logits[0], logits, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_questions_see_the_views_as_alone(source, panoramas):
+    model, own = ours(*source("gemma3"), view_strategy="cubemap", view_text="{direction}: ")
+    image = {"type": "image", "image": panoramas[0]}
+    chats = [
+        [
+            {"role": "user", "content": [image, {"type": "text", "text": words}]},
+            {"role": "assistant", "content": answer},
+        ]
+        for words, answer in (("where?", "A bridge."), ("what is behind me?", "Water."))
+    ]
+    model.model.language_model.config.sliding_window = 10**6  # a mask [B, 1, T, T] is that of every layer
+    packed = own.pack_conversations(chats)
+    with torch.no_grad():
+        logits = model(**{name: packed[name] for name in packed if name != "labels"}, stage="finetune").logits[0]
+        for chat in chats:
+            alone = own.apply_chat_template([chat], return_labels=True)
+            expected = model(**alone).logits[0][alone["labels"][0] != -100]
+            words = alone["labels"][0][alone["labels"][0] != -100]
+            ids = packed["labels"][0].unfold(0, len(words), 1).eq(words).all(1).nonzero()[0, 0]
+            torch.testing.assert_close(logits[ids : ids + len(words)], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_let_image_tokens_see_each_other_says_so(source, question):
+    model, own = ours(*source("gemma3"))
+    inputs = asked(own, question)
+    features = model.get_image_features(inputs["pixel_values"]).pooler_output
+    embeddings = model.model.embed(inputs["input_ids"], features)
+    with pytest.raises(ValueError, match="token_type_ids"):
+        model(inputs_embeds=embeddings)
+    types = (inputs["input_ids"] == own.image_token_id).long()
+    with torch.no_grad():
+        given = model(inputs_embeds=embeddings, token_type_ids=types).logits
+        torch.testing.assert_close(given, model(**inputs).logits, rtol=1e-4, atol=1e-4)
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="'sdpa' or 'eager'"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="words between the views"):
+        ours(*source("gemma3"), view_strategy="cubemap", view_prefix="", view_suffix="")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("qwen3_vl", "M-RoPE.*deepstack.*Take one of type .*gemma3"),
+        ("paligemma", "reads its whole prompt in both directions"),
+        ("blip-2", "is not known here"),
+    ],
+)
+def test_families_that_cannot_be_shown_views_are_refused_with_the_reason(family, words, source):
+    _, processor = source("llava")
+    vlm = SimpleNamespace(config=AutoConfig.for_model(family))
+    with pytest.raises(ValueError, match=words):
+        PanoramaProcessor.from_vlm_pretrained(vlm, processor)
+
+
+def test_what_is_the_sources_own_cannot_be_chosen(source):
+    theirs, processor = source("smolvlm")
+    with pytest.raises(ValueError, match="resampler_type cannot be chosen"):
+        ours(theirs, processor, resampler_type="mlp")
+    with pytest.raises(ValueError, match="processor must be given"):
+        PanoramaVLM.from_vlm_pretrained(theirs)
+    theirs.model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"weights that have no place here: model\.extra\.weight"):
+        ours(theirs, processor)
+    theirs, processor = source("llava", vision_feature_select_strategy="full")
+    with pytest.raises(ValueError, match="shows CLS, which looks nowhere"):
+        ours(theirs, processor)
