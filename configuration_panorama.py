@@ -92,7 +92,7 @@ class PanoramaConfig(PretrainedConfig):
         image_attention: whether tokens of one view, standing side by side, see each other (`"bidirectional"`, as in
             Gemma 3) or what is before them (`"causal"`).
         view_text: words before the tokens of each view, that say which way it looks: a template that may hold
-            `{direction}` (front, right, up, ...; "panorama" for the global view), `{yaw}` and `{pitch}` (whole degrees),
+            `{direction}` (front, right, up, ...; "panorama" for the global one), `{yaw}` and `{pitch}` (whole degrees),
             such as `"{direction}: "`. None where it is not given.
         view_prefix, view_suffix: what stands right before and behind the tokens of each view, such as control tokens
             of a pretrained vision-language model.
@@ -391,8 +391,8 @@ class PanoramaConfig(PretrainedConfig):
         words = self.view_words
         if self.image_attention == "bidirectional" and not words and self.num_views > 1:
             raise ValueError(
-                "image_attention='bidirectional' needs words between the views, which say where one ends: set view_text "
-                "or view_prefix"
+                "image_attention='bidirectional' needs words between the views, which say where one ends: set "
+                "view_text or view_prefix"
             )
         if self.position_encoding != "panorope":
             return

@@ -311,8 +311,8 @@ class PanoramaProcessor(ProcessorMixin):
         vlm_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> "PanoramaProcessor":
-        """The processor for a model made from a pretrained vision-language model: its tokenizer (a copy), chat template,
-        image token and image statistics.
+        """The processor for a model made from a pretrained vision-language model: its tokenizer (a copy), chat
+        template, image token and image statistics.
 
         Args:
             vlm, processor, vlm_kwargs, options: as in :meth:`PanoramaVLM.from_vlm_pretrained`.

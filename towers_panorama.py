@@ -251,8 +251,8 @@ def tower_of(config: PretrainedConfig, layers: Sequence[int] = ()) -> Tower:
     depth = getattr(config, "num_hidden_layers", None)
     if isinstance(tower, MapTower | ConvolutionalTower) or not isinstance(depth, int):
         raise ValueError(
-            f"vision_feature_layer={list(layers)} names hidden states, and {_vision(config)} has feature maps: name one "
-            "in its configuration with out_features"
+            f"vision_feature_layer={list(layers)} names hidden states, and {_vision(config)} has feature maps: name "
+            "one in its configuration with out_features"
         )
     if wrong := [layer for layer in layers if not -depth - 1 <= layer <= depth]:
         raise ValueError(f"vision_feature_layer must be in [{-depth - 1}, {depth}], got {wrong[0]}. Typical value: -2")

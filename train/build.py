@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..composing_panorama import public_name
@@ -34,6 +35,9 @@ def check_parts(config: TrainConfig, start: str | None = None) -> None:
         ValueError: for a model, tower, language model or tokenizer that is not there, or options that do not fit.
     """
     model = start or config.model
+    if (vlm := _vlm(config, start)) is not None:
+        PanoramaProcessor.from_vlm_pretrained(vlm.vlm, vlm_kwargs=vlm.vlm_kwargs, **config.options)
+        return
     if model is not None:
         _found("model", model, PanoramaConfig.from_pretrained, **config.options)
         return
@@ -53,6 +57,20 @@ def check_parts(config: TrainConfig, start: str | None = None) -> None:
     PanoramaConfig(configs["vision"], configs["language"], **config.options)
 
 
+def _vlm(config: TrainConfig, start: str | None) -> ComposeConfig | None:
+    """The vision-language model that a run starts from, by `compose.vlm` or `--model`; none where it goes on from a
+    folder of its own."""
+    if start is not None:
+        return None
+    parts = config.compose
+    if config.model is not None:
+        found = _found("model", config.model, PretrainedConfig.get_config_dict)[0].get("model_type")
+        return ComposeConfig(vlm=config.model) if found != PanoramaConfig.model_type else None
+    if parts.vlm is not None:
+        _found("compose.vlm", parts.vlm, PretrainedConfig.get_config_dict)
+    return None if parts.vlm is None else parts
+
+
 def _found(what: str, name: str, load: Any, **kwargs: Any) -> Any:
     """What `load` gives of a name; a sentence where there is nothing of the kind."""
     try:
@@ -69,17 +87,28 @@ def load_start(config: TrainConfig, model: str | None = None) -> tuple[PanoramaV
         config: of the run.
         model: folder of the stage before; without it what the configuration names.
     """
+    if (vlm := _vlm(config, model)) is not None:
+        return from_vlm(vlm, config.options)
     model = model or config.model
     if model is None:
         return compose(config.compose, config.options)
     loaded = PanoramaVLM.from_pretrained(model, dtype=torch.float32, **config.options)
     saved = PanoramaProcessor.from_pretrained(model)
     statistics = {name: getattr(saved.image_processor, name) for name in ("image_mean", "image_std")}
-    processor = PanoramaProcessor.from_config(loaded.config, saved.tokenizer, **statistics)
+    processor = PanoramaProcessor.from_config(
+        loaded.config, saved.tokenizer, image_token=saved.image_token, **statistics
+    )
     processor.chat_template = saved.chat_template
     for name in (*READ_OPTIONS, "min_seen"):
         setattr(processor.image_processor, name, getattr(saved.image_processor, name))
     return loaded, processor
+
+
+def from_vlm(parts: ComposeConfig, options: dict[str, Any]) -> tuple[PanoramaVLM, PanoramaProcessor]:
+    """A model made from a pretrained vision-language model, and its processor."""
+    kwargs = {"dtype": torch.float32, **parts.vlm_kwargs}
+    model = PanoramaVLM.from_vlm_pretrained(parts.vlm, vlm_kwargs=kwargs, **options)
+    return model, PanoramaProcessor.from_vlm_pretrained(parts.vlm, vlm_kwargs=kwargs, **options)
 
 
 def compose(parts: ComposeConfig, options: dict[str, Any]) -> tuple[PanoramaVLM, PanoramaProcessor]:
@@ -94,7 +123,7 @@ def compose(parts: ComposeConfig, options: dict[str, Any]) -> tuple[PanoramaVLM,
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         made = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **language})
         language = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
-    statistics = {}
+    statistics: dict[str, Any] = {}
     if isinstance(vision, str):
         mean, std = PanoramaProcessor.image_statistics(vision, parts.vision_kwargs)
         statistics = {"image_mean": mean, "image_std": std}

@@ -149,7 +149,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _metadata(config: PanoramaConfig, run: dict[str, Any], stages: list[dict[str, Any]], name: str) -> ModelCardData:
-    bases = [name for name in (config.vision_name, config.language_model_name) if name and _is_hub_id(name)]
+    names = (config.vlm_name, config.vision_name, config.language_model_name)
+    bases = [name for name in names if name and _is_hub_id(name)]
     paths = [data["path"] for stage in stages for data in stage.get("data") or []]
     return ModelCardData(
         library_name="transformers",
@@ -188,9 +189,11 @@ def _eval_results(stages: list[dict[str, Any]]) -> list[EvalResult]:
 def _introduction(config: PanoramaConfig) -> str:
     vision = _name(config.vision_name) or f"a {config.vision_config.model_type}"
     language = _name(config.language_model_name) or f"a {config.text_config.model_type}"
+    origin = f", both of {_name(config.vlm_name)}" if config.vlm_name else ""
     return (
         "A vision-language model that answers questions about 360° panoramas. It is a PanoramaVLM: a vision tower "
-        f"({vision}) and a language model ({language}), joined so that every visual token knows which way it looks. "
+        f"({vision}) and a language model ({language}){origin}, joined so that every visual token knows which way it "
+        "looks. "
         "The repo carries its own code, so it needs `trust_remote_code=True` where the package is not installed."
     )
 

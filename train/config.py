@@ -99,13 +99,15 @@ class StageConfig:
 
 @dataclass
 class ComposeConfig:
-    """A new model from two others."""
+    """A new model from two others, or from a pretrained vision-language model."""
 
     vision: Any = _option(None, "Hub id or folder of a vision tower, or its configuration (random weights)")
     language: Any = _option(None, "Hub id or folder of a causal language model, or its configuration (random weights)")
     vision_kwargs: dict[str, Any] = _option({}, "for its from_pretrained")
     language_kwargs: dict[str, Any] = _option({}, "for its from_pretrained, such as gguf_file")
     tokenizer: str | None = _option(None, "Hub id or folder; `bytes` for one token a byte. Else the language model's")
+    vlm: str | None = _option(None, "Hub id or folder of a whole vision-language model, instead of the two")
+    vlm_kwargs: dict[str, Any] = _option({}, "for its from_pretrained")
 
 
 @dataclass
@@ -114,7 +116,11 @@ class TrainConfig:
 
     output: str = _option("output", "folder for checkpoints, logs and a folder of each trained stage")
     stage: Literal["all", "vision", "resampler", "finetune"] = _option("all", "which stage to train")
-    model: str | None = _option(None, "folder or Hub id to start from; without it `compose` makes a new one")
+    model: str | None = _option(
+        None,
+        "folder or Hub id to start from, also of a vision-language model, as compose.vlm; without it `compose` makes a "
+        "new one",
+    )
     compose: ComposeConfig = field(default_factory=ComposeConfig, metadata={"help": "a new model"})
     options: dict[str, Any] = _option({}, "options of PanoramaConfig, such as overlap_ratio")
     data: list[DataSource] = _option([], "what is mixed; on the command line also one path")
@@ -213,10 +219,16 @@ class TrainConfig:
         for name in ("validation_share", "max_bad_share"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         made = self.compose.vision is not None, self.compose.language is not None
-        if self.model is None and not all(made):
-            raise ValueError("give --model, or both compose.vision and compose.language to make a new one")
-        if self.model is not None and any(made):
+        whole = self.compose.vlm is not None
+        if self.model is None and not whole and not all(made):
+            raise ValueError("give --model, compose.vlm, or both compose.vision and compose.language to make a new one")
+        if self.model is not None and (whole or any(made)):
             raise ValueError("compose makes a new model: leave it out with --model, or --model")
+        if whole and (any(made) or self.compose.tokenizer is not None):
+            raise ValueError(
+                "compose.vlm is a whole model, with its tower, language model and tokenizer: leave out compose.vision, "
+                "compose.language and compose.tokenizer, or compose.vlm"
+            )
 
 
 def _require(holds: bool, name: str, value: Any, allowed: str) -> None:
@@ -260,7 +272,7 @@ def load_config(arguments: Sequence[str]) -> TrainConfig:
     for stage in STAGES:
         options = config.stage_config(stage)
         options.data = [_resolve(source) for source in options.data]
-    for part in ("vision", "language", "tokenizer"):
+    for part in ("vision", "language", "tokenizer", "vlm"):
         if isinstance(value := getattr(config.compose, part), str):
             setattr(config.compose, part, package_path(value))
     config.check()
