@@ -12,8 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from panorama_vlm import PanoramaProcessor, PanoramaVLM
+from panorama_vlm.tests.launching import SAMPLES
+from panorama_vlm.train.build import check_parts, load_start
+from panorama_vlm.train.config import load_config
+from panorama_vlm.train.loop import train
 from panorama_vlm.vlm_panorama import FAMILIES, NEWLINE
 from transformers import AutoConfig, AutoModelForImageTextToText
+
 
 VISION = {
     "hidden_size": 16,
@@ -466,3 +471,63 @@ def test_what_is_the_sources_own_cannot_be_chosen(source):
     theirs, processor = source("llava", vision_feature_select_strategy="full")
     with pytest.raises(ValueError, match="shows CLS, which looks nowhere"):
         ours(theirs, processor)
+
+
+# From a folder, and in training
+
+
+@pytest.fixture
+def folder(source, tmp_path):
+    """`folder(family)` -> the folder of a source, as it would lie on the Hub."""
+
+    def make(family, image_processor):
+        theirs, processor = source(family)
+        path = tmp_path / f"a-{family}"
+        theirs.save_pretrained(path)
+        processor.tokenizer.save_pretrained(path)
+        (path / "chat_template.jinja").write_text(processor.chat_template)
+        statistics = {name: getattr(processor.image_processor, name) for name in ("image_mean", "image_std")}
+        written = {"image_processor_type": image_processor, **statistics}
+        (path / "preprocessor_config.json").write_text(json.dumps(written))
+        return path, theirs, processor
+
+    return make
+
+
+@pytest.mark.parametrize(("family", "reader"), [("smolvlm", "SmolVLMImageProcessor"), ("llava", "CLIPImageProcessor")])
+def test_a_folder_is_a_source_as_the_model_itself_is(family, reader, folder, question):
+    path, theirs, processor = folder(family, reader)
+    options = {"view_strategy": "cubemap"}
+    own = PanoramaProcessor.from_vlm_pretrained(str(path), **options)
+    model = PanoramaVLM.from_vlm_pretrained(str(path), vlm_kwargs={"dtype": torch.float32}, **options).eval()
+    assert (model.config.vlm_name, model.config.view_text) == (f"a-{family}", "{direction}: ")
+    loaded, reads = ours(theirs, processor, **options, view_text="{direction}: ")
+    inputs, expected = asked(own, question), asked(reads, question)
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+    torch.testing.assert_close(inputs["pixel_values"], expected["pixel_values"])
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, loaded(**expected).logits)
+
+
+def test_training_starts_from_one(folder, tmp_path):
+    path, *_ = folder("smolvlm", "SmolVLMImageProcessor")
+    steps = ["--finetune.max_steps", "1", "--finetune.batch_size", "2", "--eval_samples", "0", "--eval_batches", "1"]
+    options = ["--options.view_strategy", "resize", "--options.lora_rank", "2"]
+    shared = ["--data", str(SAMPLES), "--num_workers", "0", "--trackers", "[]", *steps, *options]
+    start = ["--compose.vlm", str(path), "--stage", "finetune", "--output", str(tmp_path / "run"), *shared]
+    train(load_config(start))
+    saved = tmp_path / "run" / "finetune"
+    model, processor = load_start(load_config(["--model", str(saved), *shared]))
+    assert (model.config.vlm_name, processor.view_text) == ("a-smolvlm", "{direction}: ")
+    assert processor.view_prefix == "<fake_token_around_image><global-img>"
+    assert ", both of a-smolvlm, joined" in (saved / "README.md").read_text()
+    named = load_config(["--model", str(path), *shared])  # as compose.vlm does
+    check_parts(named)
+    torch.testing.assert_close(
+        load_start(named)[0].model.projection.layers[0].weight,
+        load_start(load_config(start))[0].model.projection.layers[0].weight,
+    )
+    with pytest.raises(ValueError, match="leave out compose.vision"):
+        load_config([*start, "--compose.vision", "x", "--compose.language", "y"])
+    with pytest.raises(ValueError, match="compose.vlm: 'nowhere' is no folder here"):
+        check_parts(load_config(["--compose.vlm", "nowhere", *shared]))
