@@ -248,6 +248,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
                 that does not exist.
         """
         use_one_thread_in_a_worker(os.getpid())
+        _keep_working_memory()
         self._check_names(kwargs, (*self.option_names(), *_CALL_OPTIONS))
         options = {name: getattr(self, name) for name in self.option_names()}
         options |= {name: value for name, value in kwargs.items() if value is not None and name in options}
@@ -331,6 +332,13 @@ class PanoramaImageProcessor(BaseImageProcessor):
             os.replace(unfinished.name, file)
         out[: len(stored["views"])].copy_(stored["views"])
         return stored["mask"]
+
+
+@cache
+def _keep_working_memory() -> None:
+    """See that what one panorama takes (20 MiB) is there for the next one. glibc gives back what is freed beyond twice
+    the largest block that was: it is luck else, and new pages cost up to a third of the time."""
+    np.empty(31 << 20, np.uint8)  # no page of it is touched
 
 
 def check_min_seen(share: float) -> None:
