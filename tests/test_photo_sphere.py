@@ -72,6 +72,8 @@ def by_exiftool(path):
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "avif", "jp2"])
 def test_what_exiftool_writes_is_read_in_every_format(panoramas, tmp_path, ending):
+    if ending == "avif" and "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow has no AVIF")
     path = tmp_path / f"a.{ending}"
     panoramas[0].save(path)
     exiftool("-overwrite_original", *(f"-XMP-GPano:{key}={value}" for key, value in CROP.items()), path)
