@@ -1,11 +1,11 @@
 """Ask the default model about scenes that it was never trained on, in seconds.
 
-`make demo` (`python -m panorama_vlm.demo.default_model --output build/demo`) asks the model at the root of the repository
-(`--model` names another folder) a few questions of every kind: about rendered scenes, and about two real panoramas
-that training never had, with things put into them. It leaves the panoramas with their questions (`metadata.jsonl`),
-`answers.json`, `views.png` (the places of the answers: expected in green, answered in red) and the model, in `model/`;
-then it asks one of the questions in a process without this package, and ends with an error where the answer is another
-one.
+`make demo` (`python -m panorama_vlm.demo.default_model --output build/demo`) asks the model at the root of the
+repository (`--model` names another folder) a few questions of every kind: about rendered scenes, and about two real
+panoramas that training never had, with things put into them. It leaves the panoramas with their questions
+(`metadata.jsonl`), `answers.json`, `views.png` (the places of the answers: expected in green, answered in red) and the
+model, in `model/`; then it asks one of the questions in a process without this package, and ends with an error where the
+answer is another one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The main job on a small scale: compose, train the three stages, save, load elsewhere, ask.
 
-`make train-demo` (`python -m panorama_vlm.demo.quickstart --output build/train-demo`) takes a minute or two on two cores and needs
-no network.
+`make train-demo` (`python -m panorama_vlm.demo.quickstart --output build/train-demo`) takes a minute or two on two
+cores and needs no network.
 """
 
 from __future__ import annotations
