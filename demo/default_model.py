@@ -4,8 +4,8 @@
 repository (`--model` names another folder) a few questions of every kind: about rendered scenes, and about two real
 panoramas that training never had, with things put into them. It leaves the panoramas with their questions
 (`metadata.jsonl`), `answers.json`, `views.png` (the places of the answers: expected in green, answered in red) and the
-model, in `model/`; then it asks one of the questions in a process without this package, and ends with an error where the
-answer is another one.
+model, in `model/`; then it asks one of the questions in a process without this package, and ends with an error where
+the answer is another one.
 """
 
 from __future__ import annotations
