@@ -116,7 +116,8 @@ def reads_parts(template: str, placeholder: str) -> bool:
     """Whether a chat template reads messages made of parts, and writes a placeholder for an image."""
     parts = [{"type": "image"}, {"type": "text", "text": "words"}]
     try:
-        (shown,), _ = render_jinja_template([[{"role": "user", "content": parts}]], chat_template=template)
+        chat = [{"role": "user", "content": parts}]
+        (shown,), _ = render_jinja_template([chat], chat_template=template, bos_token="", eos_token="", pad_token="")
     except (TemplateError, TypeError):
         return False
     return placeholder in shown and "words" in shown and "'type'" not in shown

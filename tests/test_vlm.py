@@ -18,6 +18,7 @@ from panorama_vlm.train.config import load_config
 from panorama_vlm.train.loop import train
 from panorama_vlm.vlm_panorama import FAMILIES, NEWLINE
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils.chat_template_utils import render_jinja_template
 
 
 VISION = {
@@ -352,6 +353,103 @@ def test_a_process_without_the_package_says_the_same(source, question, tmp_path)
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr
     assert [json.loads(line) for line in run.stdout.splitlines() if line.startswith("[[")] == expected
+
+
+# Chat templates as they were released
+
+SMOLVLM = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+ONEVISION = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ '\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif %}{{'<|im_end|>'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+GEMMA3 = """{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- if messages[0]['content'] is string -%}
+        {%- set first_user_prefix = messages[0]['content'] + '\n\n' -%}
+    {%- else -%}
+        {%- set first_user_prefix = messages[0]['content'][0]['text'] + '\n\n' -%}
+    {%- endif -%}
+    {%- set loop_messages = messages[1:] -%}
+{%- else -%}
+    {%- set first_user_prefix = "" -%}
+    {%- set loop_messages = messages -%}
+{%- endif -%}
+{%- for message in loop_messages -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
+    {%- endif -%}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {{ '<start_of_turn>' + role + '\n' + (first_user_prefix if loop.first else "") }}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- elif message['content'] is iterable -%}
+        {%- for item in message['content'] -%}
+            {%- if item['type'] == 'image' -%}{{ '<start_of_image>' }}
+            {%- elif item['type'] == 'text' -%}{{ item['text'] | trim }}{%- endif -%}
+        {%- endfor -%}
+    {%- else -%}
+        {{ raise_exception("Invalid content type") }}
+    {%- endif -%}
+    {{ '<end_of_turn>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{'<start_of_turn>model\n'}}{%- endif -%}
+"""
+INTERNVL = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% elif content['type'] == 'text' %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}{% endif %}{{'<|im_end|>\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "closing"),
+    [
+        ("smolvlm", SMOLVLM, "<end_of_utterance>"),
+        ("llava_onevision", ONEVISION, "<|im_end|>"),
+        ("gemma3", GEMMA3, "<end_of_turn>"),
+        ("internvl", INTERNVL, "<|im_end|>"),
+    ],
+)
+def test_chats_are_written_as_the_source_writes_them(family, template, closing, source, panoramas):
+    theirs, processor = source(family)
+    processor.tokenizer.add_tokens([closing], special_tokens=True)
+    processor.chat_template = template
+    own = PanoramaProcessor.from_vlm_pretrained(theirs, processor, view_strategy="resize", view_text="")
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": [{"type": "image", "image": panoramas[0]}, {"type": "text", "text": "where?"}]},
+        {"role": "assistant", "content": "A bridge."},
+        {"role": "user", "content": "sure?"},
+    ]
+    as_parts = [
+        {**each, "content": [{"type": "text", "text": each["content"]}] if isinstance(each["content"], str) else
+         [{"type": part["type"], "text": part.get("text")} for part in each["content"]]}
+        for each in messages
+    ]  # fmt: skip
+    (expected,), _ = render_jinja_template([as_parts], chat_template=template, add_generation_prompt=True, bos_token="")
+    before, behind, placeholder = FAMILIES[family].said(processor.tokenizer)
+    newline = NEWLINE if theirs.config.model_type == "llava_onevision" else ""
+    shown = before + own.image_token * own.num_image_tokens + behind + newline
+    inputs = asked(own, messages)
+    assert own.tokenizer.decode(inputs["input_ids"][0]) == own.tokenizer.decode(
+        own.tokenizer.encode(expected.replace(placeholder, shown), add_special_tokens=False)
+    )
+    taught = own.apply_chat_template([messages[:3]], return_labels=True)
+    words = own.tokenizer.decode(taught["labels"][0][taught["labels"][0] != -100])
+    assert words.strip().removesuffix(closing).strip() == "A bridge." and closing in words
 
 
 # The tokens of a view see each other
