@@ -35,8 +35,8 @@ def masks_with_image_blocks(
     position_ids: torch.Tensor | None,
     token_type_ids: torch.Tensor,
 ) -> Any:
-    """Masks of a language model in which the tokens of one view see each other, as Gemma 3 has them: each run of image
-    tokens is a view; all else sees what is before it.
+    """Masks of a language model in which the tokens of one view see each other, as Gemma 3 has them (Gemma 4 in its
+    sliding layers): each run of image tokens is a view; all else sees what is before it.
 
     Args:
         config: of the language model.
@@ -59,14 +59,18 @@ def masks_with_image_blocks(
     is_image = token_type_ids.eq(1)
     starts = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
     blocks = torch.where(is_image, starts.long().cumsum(1) - 1, -1)  # [B, T]
+    slides_alone = config.model_type == "gemma4_text"  # whose other layers see what is before them
     if attention_mask is not None and attention_mask.ndim == 4:
-        return attention_mask | ((blocks[:, None] == blocks[:, :, None]) & is_image[:, None])[:, None]
+        both_ways = attention_mask | ((blocks[:, None] == blocks[:, :, None]) & is_image[:, None])[:, None]
+        return {"full_attention": attention_mask, "sliding_attention": both_ways} if slides_alone else both_ways
     blocks = torch.nn.functional.pad(blocks, (int(cache.get_seq_length()) if cache is not None else 0, 0), value=-1)
     given = {"attention_mask": attention_mask, CACHE: cache, "position_ids": position_ids}
     if set(getattr(config, "layer_types", None) or ()) == {"full_attention", "sliding_attention"}:
-        from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model
-
-        return create_masks_for_vision_model(config, inputs_embeds, block_sequence_ids=blocks, **given)
+        if slides_alone:
+            from transformers.models.gemma4.modeling_gemma4 import create_masks_for_vision_model as create_masks
+        else:
+            from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model as create_masks
+        return create_masks(config, inputs_embeds, block_sequence_ids=blocks, **given)
     return create_masks_for_generate(config, inputs_embeds, block_sequence_ids=blocks, **given)
 
 

@@ -42,25 +42,11 @@ _PLAIN = (
     *("qwen2_moe", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3"),
     *("stablelm", "starcoder2", "youtu"),
 )
-_SOFT_CAP = ("gemma2", "gemma3_text", "nanochat", "vaultgemma")
+_SOFT_CAP = ("gemma2", "gemma3_text", "gemma4_text", "nanochat", "vaultgemma")
 _MULTIPLIED = ("cohere", "cohere2", "cohere2_moe")
 _DIVIDED = (
     *("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "minicpm3"),
 )
-
-
-def _gemma4(config: PretrainedConfig) -> LogitTransform:
-    """Gemma 4's soft cap.
-
-    Raises:
-        ValueError: for its small models, which embed token ids in every layer: the pixels of an image have no id.
-    """
-    if config.hidden_size_per_layer_input:
-        raise ValueError(
-            "hidden_size_per_layer_input of a gemma4_text language model must be 0, got "
-            f"{config.hidden_size_per_layer_input}: a model that embeds token ids in every layer cannot be shown images"
-        )
-    return LogitTransform(softcap=config.final_logit_softcapping)
 
 
 # By `model_type` of the text config. A family belongs here if its logits are `transform(head(last_hidden_state))`, and
@@ -72,7 +58,6 @@ LANGUAGE_HEADS: dict[str, Callable[[PretrainedConfig], LogitTransform]] = {
     **dict.fromkeys(_MULTIPLIED, lambda config: LogitTransform(scale=config.logit_scale)),
     **dict.fromkeys(_DIVIDED, lambda config: LogitTransform(scale=1 / config.logits_scaling)),
     "falcon_h1": lambda config: LogitTransform(scale=config.lm_head_multiplier),
-    "gemma4_text": _gemma4,
     "hyperclovax": lambda config: LogitTransform(scale=config.logits_scaling),
     "recurrent_gemma": lambda config: LogitTransform(softcap=config.logits_soft_cap),
 }

@@ -470,12 +470,14 @@ class PanoramaModel(PanoramaPreTrainedModel):
             types = self.is_placeholder(input_ids).long()
         return masks_with_image_blocks(self.language_model.config, embeddings, mask, cache, positions, types)
 
-    def _as_attended(self, mask: torch.Tensor | None, embeddings: torch.Tensor | None) -> torch.Tensor | None:
+    def _as_attended(self, mask: Any, embeddings: torch.Tensor | None) -> Any:
         """A mask as the language model takes it: one of [B, 1, T, T] as zeros and lowest numbers where it is added.
 
         Raises:
             ValueError: for attention that knows no such mask.
         """
+        if isinstance(mask, dict):
+            return {layers: self._as_attended(each, embeddings) for layers, each in mask.items()}
         if not isinstance(mask, torch.Tensor) or mask.ndim != 4:  # of a static cache it is made already
             return mask
         attention = self.language_model.config._attn_implementation
@@ -550,6 +552,10 @@ class PanoramaModel(PanoramaPreTrainedModel):
             if begins and not torch.compiler.is_compiling():
                 self.language_model.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.embed(input_ids, image_features, check=begins)
+            if getattr(self.config.text_config, "hidden_size_per_layer_input", 0):
+                # Gemma 4's small models embed the ids in every layer; those of images count as padding there.
+                ids = input_ids.masked_fill(self.is_placeholder(input_ids), self.config.text_config.pad_token_id or 0)
+                kwargs.setdefault("per_layer_inputs", self.language_model.get_per_layer_inputs(ids))
         if self.config.position_encoding == "panorope" and (image_features is not None or input_ids is None):
             made = position_ids is not None and position_ids.is_floating_point()  # as `generate` makes them
             if input_ids is not None and pixel_values is not None and not made:
@@ -715,6 +721,11 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
                 "a serving engine expects the tokens of a panorama side by side and lets each see what is before it; "
                 "this model has words between its views (view_text, view_prefix, view_suffix) or "
                 "image_attention='bidirectional': ask it through transformers"
+            )
+        if getattr(config.text_config, "hidden_size_per_layer_input", 0):
+            raise ValueError(
+                "a serving engine hands over embeddings alone, and this language model embeds the ids in every layer "
+                "(hidden_size_per_layer_input): ask it through transformers"
             )
         if config.position_encoding == "panorope":
             raise ValueError(

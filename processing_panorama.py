@@ -319,11 +319,13 @@ class PanoramaProcessor(ProcessorMixin):
             vlm, processor, vlm_kwargs, options: as in :meth:`PanoramaVLM.from_vlm_pretrained`.
         """
         source, config, placeholder = vlm_reading(vlm, processor, vlm_kwargs, options)
+        reader = source.image_processor
+        normalized = getattr(reader, "do_normalize", True) is not False
         return cls.from_config(
             config,
             copy.deepcopy(source.tokenizer),
-            source.image_processor.image_mean,
-            source.image_processor.image_std,
+            reader.image_mean if normalized else [0.0, 0.0, 0.0],
+            reader.image_std if normalized else [1.0, 1.0, 1.0],
             source.chat_template,
             source.tokenizer.convert_ids_to_tokens(config.image_token_id),
             placeholder,

@@ -104,14 +104,50 @@ class Siglip2Tower(Tower):
     def hidden_states(self, tower: PreTrainedModel, images: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] -> [N, patches, D_vision]."""
         rows, columns = self.grid(tower.config, images.shape[-1])
-        patches = images.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # [N, 3, rows, p, columns, p]
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [N, S, p * p * 3]
+        patches = _patches(images, rows, columns)
         return self.selected(
             tower,
             pixel_values=patches,
             pixel_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=images.device),
             spatial_shapes=torch.tensor([[rows, columns]] * len(images), device=images.device),
         )
+
+
+class Gemma4Tower(Tower):
+    """Gemma 4's, which takes patches at places of an image of any size, of values in [0, 1], and gives the means of
+    blocks of them."""
+
+    def image_size(self, config: PretrainedConfig) -> int:
+        """Raises `ValueError`: it was made for images of any size."""
+        raise ValueError(f"{_vision(config)} takes images of any size: image_size must say which. Typical value: 768")
+
+    def grid(self, config: PretrainedConfig, image_size: int) -> tuple[int, int]:
+        """(rows, columns) of the blocks. Raises `ValueError` where they do not divide the image."""
+        cell = config.patch_size * config.pooling_kernel_size
+        if image_size % cell:
+            raise ValueError(
+                f"image_size must be a multiple of {cell}, a block of patches of {config.model_type!r}, got "
+                f"{image_size}. Typical value: {16 * cell}"
+            )
+        return image_size // cell, image_size // cell
+
+    def hidden_states(self, tower: PreTrainedModel, images: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] -> [N, rows * columns, D_vision]."""
+        side = images.shape[-1] // tower.config.patch_size
+        places = torch.arange(side, device=images.device)
+        places = torch.stack([places.expand(side, side), places[:, None].expand(side, side)], -1)  # x, y
+        tokens = self.selected(
+            tower,
+            pixel_values=_patches(images, side, side),
+            pixel_position_ids=places.reshape(1, -1, 2).expand(len(images), -1, -1),
+        )
+        return tokens.unflatten(0, (len(images), -1))
+
+
+def _patches(images: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """[N, 3, H, W] -> [N, rows * columns, p * p * 3]."""
+    patches = images.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # [N, 3, rows, p, columns, p]
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 class ConvolutionalTower(Tower):
@@ -223,6 +259,7 @@ TOWERS: dict[str, Tower] = {
     "dinov2": Tower(unused=("embeddings.mask_token",), resizes=True),
     "dinov2_with_registers": Tower(unused=("embeddings.mask_token",), resizes=True),
     "dinov3_vit": Tower(unused=("embeddings.mask_token",), resizes=True),
+    "gemma4_vision": Gemma4Tower(),
     "resnet": ConvolutionalTower(),
     "siglip_vision_model": Tower(unused=("head.",)),
     "siglip2_vision_model": Siglip2Tower(unused=("head.",)),

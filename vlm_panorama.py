@@ -24,6 +24,7 @@ from transformers.configuration_utils import PretrainedConfig
 
 from .composing_panorama import language_parts, public_name
 from .configuration_panorama import PanoramaConfig
+from .resampler_panorama import UnitOffsetNorm
 from .towers_panorama import check_class, tower_of
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,9 @@ class Family:
         placeholder: what its chat template writes for an image, with `{name}` too.
         transposed: weights of the connector that are [in, out].
         newline: what the vector behind an image is called in its base model.
-        tile: of its image processor, the side in pixels of the images that a tower for any size was trained with.
+        size: its image processor -> the side in pixels of the square images that a tower for any size is shown.
+        left: parts of its base model that have nothing to do with images, and are left out.
+        plain_head: whether it leaves out how its language model alone would scale or cap its logits.
     """
 
     options: Callable[[Any], Options]
@@ -60,7 +63,9 @@ class Family:
     placeholder: str = "{image_token}"
     transposed: tuple[str, ...] = ()
     newline: str | None = None
-    tile: str | None = None
+    size: Callable[[Any], int] | None = None
+    left: tuple[str, ...] = ()
+    plain_head: bool = True
 
     def said(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
         """What is written before and behind the tokens of an image, and for an image."""
@@ -157,6 +162,32 @@ def _lfm2_vl(config: Any) -> Options:
     }
 
 
+def _gemma4(config: Any) -> Options:
+    both_ways = config.get_text_config().use_bidirectional_attention == "vision"
+    return {
+        "resampler_type": "identity",
+        "projection_depth": 1,
+        "projection_bias": False,
+        "projection_norm": "rms",
+        "projection_norm_eps": config.vision_config.rms_norm_eps,
+        "image_attention": "bidirectional" if both_ways else "causal",
+    }
+
+
+def _gemma4_size(processor: Any) -> int:
+    cell = processor.patch_size * processor.pooling_kernel_size
+    return int(processor.max_soft_tokens**0.5) * cell
+
+
+def _cohere2_vision(config: Any) -> Options:
+    return {
+        "resampler_type": "pixel_shuffle",
+        "resampler_pool": config.downsample_factor,
+        "projection_activation": "swiglu",
+        "projection_hidden": config.alignment_intermediate_size,
+    }
+
+
 def _aya_vision(config: Any) -> Options:
     return {
         "resampler_type": "pixel_shuffle",
@@ -185,6 +216,26 @@ FAMILIES: dict[str, Family] = {
         around=("<|START_OF_IMG|>TILE_GLOBAL", "<|END_OF_IMG|>"),
         placeholder="<image>",
     ),
+    "cohere2_vision": Family(
+        _cohere2_vision,
+        around=("{boi_token}", "{img_line_break_token}{eoi_token}"),
+        tokens={
+            "boi_token": "<|START_OF_IMG|>",
+            "eoi_token": "<|END_OF_IMG|>",
+            "img_line_break_token": "<|IMG_LINE_BREAK|>",
+            "image_token": "<|IMG_PATCH|>",
+        },
+    ),
+    "gemma4": Family(
+        _gemma4,
+        {"embedding_projection.": "layers.0."},
+        connector="embed_vision",
+        around=("{boi_token}", "{eoi_token}"),
+        tokens={"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>"},
+        size=_gemma4_size,
+        left=("audio_tower", "embed_audio"),
+        plain_head=False,
+    ),
     "gemma3": Family(
         _gemma3,
         {"mm_input_projection_weight": "layers.0.weight", "mm_soft_emb_norm.": "norm."},
@@ -210,7 +261,7 @@ FAMILIES: dict[str, Family] = {
         {"layer_norm.": "norm.", **_TWO},
         around=("{image_start_token}", "{image_end_token}"),
         tokens={"image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"},
-        tile="tile_size",
+        size=lambda processor: processor.tile_size,
     ),
     "llava": Family(_mlp),
     "llava_next": Family(_mlp, newline="image_newline"),
@@ -231,7 +282,7 @@ REFUSED: dict[str, str] = {
         ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
         _MROPE + ", and adds features of its tower to the first layers of its language model (deepstack)",
     ),
-    **dict.fromkeys(("mistral3", "pixtral", "kimi_vl", "gemma4", "gemma3n", "lfm3_vl"), _ANY_SIZE),
+    **dict.fromkeys(("mistral3", "pixtral", "kimi_vl", "gemma3n", "lfm3_vl"), _ANY_SIZE),
     **dict.fromkeys(("fast_vlm", "perception_lm"), _TIMM),
     "internvl_chat": "is code of its repository's own; the same weights are there with '-hf' behind the name",
     "mllama": "shows images to its language model through cross attention, and not as tokens",
@@ -302,9 +353,10 @@ def vlm_options(vlm: str | PreTrainedModel, config: Any, source: Source, options
         layers = own["vision_feature_layer"]
         layers = tower_of(vision, [layers] if isinstance(layers, int) else layers).layers
         own["vision_feature_layer"], vision.num_hidden_layers = list(layers), max(layers)
-    _with_plain_head(text)
-    if family.tile is not None:
-        own["image_size"] = options.get("image_size") or getattr(source.image_processor, family.tile)
+    if family.plain_head:
+        _with_plain_head(text)
+    if family.size is not None:
+        own["image_size"] = options.get("image_size") or family.size(source.image_processor)
     before, behind, _ = family.said(source.tokenizer)
     silent = []
     if family.newline is not None:
@@ -339,14 +391,18 @@ def vlm_parts(
     tower, connector = getattr(base, family.tower), getattr(base, family.connector)
     check_class(tower)
     body, head = language_parts(vlm)
-    taken = [tower, connector, body, head, *([getattr(base, family.newline)] if family.newline else [])]
-    _check_all_taken(vlm, taken)
+    left = [name for name in family.left if getattr(base, name, None) is not None]
+    if left:
+        logger.info("Left out: %s, which have nothing to do with images.", ", ".join(left))
+    others = [getattr(base, name) for name in (*left, *([family.newline] if family.newline else []))]
+    _check_all_taken(vlm, [tower, connector, body, head, *others])
     tower = _cut(tower, options["vision_config"].num_hidden_layers)
     _make_rows(vlm, [options["image_token_id"], *options["silent_token_ids"]])
     if family.newline is not None:
         for token in options["silent_token_ids"]:
             body.get_input_embeddings().weight.data[token] = getattr(base, family.newline).data
-    _with_plain_head(body.config)
+    if family.plain_head:
+        _with_plain_head(body.config)
     body.config.vocab_size = body.get_input_embeddings().weight.shape[0]
     body.config.tie_word_embeddings = vlm.get_output_embeddings().weight is body.get_input_embeddings().weight
     parts = {"vision_config": tower.config, "text_config": body.config}
@@ -409,6 +465,8 @@ def _renamed(connector: nn.Module, family: Family) -> dict[str, torch.Tensor]:
 def load_projection(projection: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Put a connector's weights into a :class:`PanoramaProjection`, whose code of the ray adds nothing at first."""
     missing, unknown = projection.load_state_dict(weights, strict=False)
+    if isinstance(getattr(projection, "norm", None), UnitOffsetNorm) and "norm.weight" in missing:
+        missing.remove("norm.weight")  # a norm that scales nothing, as this one does before it has learned
     if unknown or set(missing) - {"ray.weight"}:
         raise ValueError(f"the connector does not fit the projection: missing {missing}, unknown {unknown}")
     if "ray.weight" in missing:
