@@ -6,7 +6,16 @@ import os
 from typing import Any
 
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.configuration_utils import PretrainedConfig
 
 from .configuration_panorama import IMAGE_TOKEN
 from .towers_panorama import check_class, load_tower
@@ -76,6 +85,15 @@ def language_parts(language: PreTrainedModel) -> tuple[PreTrainedModel, nn.Modul
             f"configuration of type {text_config.model_type!r}; {type(language).__name__} does not"
         )
     return body, head
+
+
+def new_language(text_config: PretrainedConfig) -> tuple[PreTrainedModel, nn.Module]:
+    """The body and the head of a language model with random weights; of one that is only part of a vision-language
+    model, for which `AutoModelForCausalLM` has no class, the head is the plain one."""
+    if type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return language_parts(AutoModelForCausalLM.from_config(text_config))
+    body = AutoModel.from_config(text_config)
+    return body, nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
 
 
 def _forget_gguf(language: PreTrainedModel) -> None:

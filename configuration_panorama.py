@@ -49,6 +49,11 @@ _DEFAULT_TEXT = {
 }
 
 
+# Language models whose positions have three axes, and those that take features of an image in their first layers.
+MROPE = ("qwen2_5_vl_text", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_vl_moe_text", "qwen3_vl_text")
+DEEPSTACK = ("qwen3_vl_moe_text", "qwen3_vl_text")
+
+
 class PanoramaConfig(PretrainedConfig):
     """Configuration of :class:`PanoramaVLM`.
 
@@ -82,7 +87,8 @@ class PanoramaConfig(PretrainedConfig):
             it is not given): a learned layer on a code of the ray is added to the token. `"yaw"`: sines of the yaw are
             added. `"panorope"`: nothing is added, the rotary positions of the tokens follow the yaw. `"none"`: not.
         ray_frequencies: octaves of the code of `"rays"`; 0 leaves the bare ray.
-        projection_depth: linear layers of the projection, 1 or 2.
+        projection_depth: linear layers of the projection, 1 or 2; 0 where the tower gives the language model's width
+            (and, where that takes more in its first layers, a multiple of it).
         projection_hidden: width between the two; the language model's where it is not given.
         projection_activation: between the two, a name that transformers knows, such as `"gelu"`, or `"swiglu"`, which
             halves the width.
@@ -91,6 +97,9 @@ class PanoramaConfig(PretrainedConfig):
             none where it is not given.
         image_attention: whether tokens of one view, standing side by side, see each other (`"bidirectional"`, as in
             Gemma 3) or what is before them (`"causal"`).
+        image_positions: `"sequence"`, one position after the other; or `"grid"` for a language model with positions of
+            three axes (M-RoPE): each token of a view stands at its row and column, and a view takes up as many
+            positions as it has rows.
         view_text: words before the tokens of each view, that say which way it looks: a template that may hold
             `{direction}` (front, right, up, ...; "panorama" for the global one), `{yaw}` and `{pitch}` (whole degrees),
             such as `"{direction}: "`. None where it is not given.
@@ -209,6 +218,7 @@ class PanoramaConfig(PretrainedConfig):
         projection_norm: str | None = None,
         projection_norm_eps: float = 1e-6,
         image_attention: str = "causal",
+        image_positions: str = "sequence",
         view_text: str | None = None,
         view_prefix: str = "",
         view_suffix: str = "",
@@ -263,6 +273,7 @@ class PanoramaConfig(PretrainedConfig):
         self.view_text = check_view_text(view_text)
         self.view_prefix, self.view_suffix = view_prefix or "", view_suffix or ""
         self.image_attention = _one_of("image_attention", image_attention, ["causal", "bidirectional"])
+        self.image_positions = _one_of("image_positions", image_positions, ["sequence", "grid"])
         self.silent_token_ids = list(silent_token_ids)
         self._check_position_encoding()
         self.ray_frequencies = _at_least_zero("ray_frequencies", ray_frequencies, 6)
@@ -371,9 +382,15 @@ class PanoramaConfig(PretrainedConfig):
     def _set_projection(
         self, depth: int, hidden: int | None, activation: str, bias: bool, norm: str | None, eps: float
     ) -> None:
-        if depth not in (1, 2):
-            raise ValueError(f"projection_depth must be 1 or 2, got {depth}. Typical value: 2")
+        if depth not in (0, 1, 2):
+            raise ValueError(f"projection_depth must be 0, 1 or 2, got {depth}. Typical value: 2")
         self.projection_depth = depth
+        taken = self.text_config.hidden_size * (1 + self.further_layers)
+        if depth == 0 and self.latent_dimension != taken:
+            raise ValueError(
+                "projection_depth=0 shows the language model the tokens as they are, which have "
+                f"{self.latent_dimension} dimensions where it takes {taken}"
+            )
         self.projection_hidden = None if hidden is None else _positive("projection_hidden", hidden, 1024)
         self.projection_activation = _one_of("projection_activation", activation, sorted({*ACT2FN, "swiglu"}))
         if activation == "swiglu" and (hidden or self.text_config.hidden_size) % 2:
@@ -394,6 +411,17 @@ class PanoramaConfig(PretrainedConfig):
                 "image_attention='bidirectional' needs words between the views, which say where one ends: set "
                 "view_text or view_prefix"
             )
+        if self.image_positions == "grid":
+            if self.text_config.model_type not in MROPE:
+                raise ValueError(
+                    f"image_positions='grid' needs positions of three axes (M-RoPE), as {', '.join(MROPE)} have them, "
+                    f"which text_config of type {self.text_config.model_type!r} has not"
+                )
+            if self.token_selection != "all" or (not words and self.num_views > 1):
+                raise ValueError(
+                    "image_positions='grid' needs whole views with words between them: token_selection='all', and "
+                    "view_text or view_prefix"
+                )
         if self.position_encoding != "panorope":
             return
         if words and self.num_views > 1:
@@ -498,6 +526,12 @@ class PanoramaConfig(PretrainedConfig):
     def num_views(self) -> int:
         """V: views a panorama."""
         return self.view_plan.num_views
+
+    @property
+    def further_layers(self) -> int:
+        """In how many of its first layers the language model is shown more of an image (deepstack)."""
+        deep = self.text_config.model_type in DEEPSTACK and self.projection_depth == 0
+        return len(getattr(self.vision_config, "deepstack_visual_indexes", ())) if deep else 0
 
     @property
     def view_words(self) -> bool:

@@ -138,6 +138,12 @@ class PanoramaGenerationMixin(GenerationMixin):
                 masks = {"view_mask": view_mask, "further_views": further_views}
                 positions = self.model.panorama_positions(input_ids, len(pixel_values), attention_mask, **masks)
                 kwargs["position_ids"] = positions
+            if self.config.image_positions == "grid" and kwargs.get("position_ids") is None:
+                if attention_mask is not None and attention_mask.shape != input_ids.shape:
+                    raise ValueError(
+                        "with image_positions='grid' hand over the whole conversation, not what is new of it"
+                    )
+                kwargs["position_ids"] = self.model.grid_positions(input_ids, attention_mask)
             if self.config.image_attention == "bidirectional":
                 kwargs.setdefault("token_type_ids", self.model.is_placeholder(input_ids).long())
             panoramas = self._not_yet_seen(input_ids, attention_mask, cache, panoramas)

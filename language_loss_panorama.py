@@ -39,7 +39,19 @@ _PLAIN = (
     *("gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe"),
     *("lfm2", "lfm2_moe", "llama", "llama4_text", "ministral", "ministral3", "mistral", "mixtral", "nemotron"),
     *("nemotron_h", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2"),
-    *("qwen2_moe", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3"),
+    *(
+        "qwen2_5_vl_text",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_moe",
+        "qwen3_next",
+        "qwen3_vl_moe_text",
+        "qwen3_vl_text",
+        "seed_oss",
+        "smollm3",
+    ),
     *("stablelm", "starcoder2", "youtu"),
 )
 _SOFT_CAP = ("gemma2", "gemma3_text", "gemma4_text", "nanochat", "vaultgemma")

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from .checkpoint_panorama import CheckedLoading, load_checkpoint
-from .composing_panorama import language_parts, parts_from_pretrained
+from .composing_panorama import language_parts, new_language, parts_from_pretrained
 from .configuration_panorama import PanoramaConfig
 from .generation_panorama import PanoramaGenerationMixin, masks_with_image_blocks, sort_inputs
 from .geometry_panorama import View, ViewPlan, check_direction
@@ -72,6 +72,9 @@ class PanoramaProjection(nn.Module):
             norm = nn.LayerNorm if config.projection_norm == "layer" else UnitOffsetNorm
             self.norm = norm(config.latent_dimension, eps=config.projection_norm_eps)
         bias = config.projection_bias
+        if config.projection_depth == 0:
+            self.layers = nn.Sequential()
+            return
         if config.projection_depth == 1:
             self.layers = nn.Sequential(nn.Linear(config.latent_dimension, width, bias=bias))
             return
@@ -382,6 +385,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
             return embeddings
         if isinstance(image_features, Sequence):
             image_features = torch.cat(list(image_features))
+        image_features = image_features[..., : embeddings.shape[-1]]  # behind that is what further layers are shown
         return embeddings.masked_scatter(mask.to(embeddings.device), image_features.to(embeddings))
 
     def panorama_positions(
@@ -431,6 +435,45 @@ class PanoramaModel(PanoramaPreTrainedModel):
         starts = of_images[counts.cumsum(0) - counts]
         moved = (starts[:, None] + places * counts[:, None])[shown]
         return torch.cat([positions[:, : -new.shape[1]], new.masked_scatter(is_image, moved)], 1)
+
+    def grid_positions(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Position ids of `image_positions="grid"`: text has the same on three axes; the tokens of a view have one in
+        time, and in height and width their row and column behind it; what follows goes on behind the largest (M-RoPE,
+        Wang et al. 2024, arXiv:2409.12191).
+
+        Args:
+            input_ids: [B, T], from the beginning, with a run of placeholders for each view.
+            attention_mask: [B, T], zero where padded.
+
+        Returns:
+            [4, B, T]: the place in the sequence, and the three axes.
+        """
+        rows, columns = self.token_grid
+        there = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
+        is_image = self.is_placeholder(input_ids)
+        starts = is_image & ~nn.functional.pad(is_image, (1, 0))[:, :-1]
+        is_text = there * ~is_image
+        before = is_text.cumsum(1) - is_text + (starts.long().cumsum(1) - is_image.long()) * max(rows, columns)
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        inside = places - torch.where(starts, places, 0).cummax(1).values  # of a view's tokens: which of them
+        height, width = inside // columns * is_image, inside % columns * is_image
+        sequence = (there.cumsum(1) - 1).clamp(min=0)
+        return torch.stack([sequence, before, before + height, before + width]) * there
+
+    def _on_the_grid(
+        self, input_ids: torch.Tensor | None, mask: Any, positions: torch.Tensor | None, cache: Cache | None
+    ) -> torch.Tensor:
+        """The position ids of a step. Raises where they cannot be known."""
+        if positions is not None and positions.ndim == 3:
+            return positions
+        begins = cache is None or not cache.get_seq_length()
+        two = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)
+        if input_ids is None or not begins or not two or positions is not None:
+            raise ValueError(
+                "with image_positions='grid' packed rows, inputs_embeds and steps with a cache need the position_ids "
+                "[4, B, T] that grid_positions(input_ids, attention_mask) gives for the whole text"
+            )
+        return self.grid_positions(input_ids, mask)
 
     def _check_positions(self, position_ids: torch.Tensor | None) -> None:
         """Raise where the positions of `panorope` cannot be known, or would be taken for those of packed texts."""
@@ -556,6 +599,12 @@ class PanoramaModel(PanoramaPreTrainedModel):
                 # Gemma 4's small models embed the ids in every layer; those of images count as padding there.
                 ids = input_ids.masked_fill(self.is_placeholder(input_ids), self.config.text_config.pad_token_id or 0)
                 kwargs.setdefault("per_layer_inputs", self.language_model.get_per_layer_inputs(ids))
+        if self.config.further_layers and image_features is not None:
+            flat = torch.cat(list(image_features)) if isinstance(image_features, list) else image_features.flatten(0, 1)
+            _, *further = flat.split(self.config.text_config.hidden_size, -1)
+            kwargs |= {"visual_pos_masks": self.is_placeholder(input_ids), "deepstack_visual_embeds": further}
+        if self.config.image_positions == "grid":
+            position_ids = self._on_the_grid(input_ids, attention_mask, position_ids, past_key_values)
         if self.config.position_encoding == "panorope" and (image_features is not None or input_ids is None):
             made = position_ids is not None and position_ids.is_floating_point()  # as `generate` makes them
             if input_ids is not None and pixel_values is not None and not made:
@@ -644,9 +693,8 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
     ):
         check_option_names(unknown, config.option_names(), type(config).__name__)
         super().__init__(config)
-        if language_model is None:
-            language_model = AutoModelForCausalLM.from_config(config.text_config)
-        body, head = language_parts(language_model)
+        made = language_model is None
+        body, head = new_language(config.text_config) if made else language_parts(language_model)  # type: ignore[arg-type]
         self.model = PanoramaModel(config, vision_tower, body)
         self.lm_head = head
         self.vicreg_projector = VICRegProjector(config) if config.use_vicreg_projector else None
@@ -716,11 +764,12 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
                 f"image_token_id is {token}. Load the model without the engine, call "
                 "resize_token_embeddings(config.image_token_id + 1), and save it"
             )
-        if config.view_words and config.num_views > 1 or config.image_attention == "bidirectional":
+        own = config.image_attention == "bidirectional" or config.image_positions == "grid"
+        if (config.view_words and config.num_views > 1) or own:
             raise ValueError(
                 "a serving engine expects the tokens of a panorama side by side and lets each see what is before it; "
-                "this model has words between its views (view_text, view_prefix, view_suffix) or "
-                "image_attention='bidirectional': ask it through transformers"
+                "this model has words between its views (view_text, view_prefix, view_suffix), "
+                "image_attention='bidirectional' or image_positions='grid': ask it through transformers"
             )
         if getattr(config.text_config, "hidden_size_per_layer_input", 0):
             raise ValueError(
@@ -839,7 +888,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             The head, `label_head`, which is not saved with the model.
         """
         self.label_head = TokenLabelHead(self.config.latent_dimension, fields)
-        reference = self.model.projection.layers[0].weight
+        reference = self.get_input_embeddings().weight
         return self.label_head.to(reference.device, reference.dtype)
 
     def _label_loss(

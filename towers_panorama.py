@@ -123,13 +123,7 @@ class Gemma4Tower(Tower):
 
     def grid(self, config: PretrainedConfig, image_size: int) -> tuple[int, int]:
         """(rows, columns) of the blocks. Raises `ValueError` where they do not divide the image."""
-        cell = config.patch_size * config.pooling_kernel_size
-        if image_size % cell:
-            raise ValueError(
-                f"image_size must be a multiple of {cell}, a block of patches of {config.model_type!r}, got "
-                f"{image_size}. Typical value: {16 * cell}"
-            )
-        return image_size // cell, image_size // cell
+        return _cells(config, image_size, config.patch_size * config.pooling_kernel_size)
 
     def hidden_states(self, tower: PreTrainedModel, images: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] -> [N, rows * columns, D_vision]."""
@@ -142,6 +136,48 @@ class Gemma4Tower(Tower):
             pixel_position_ids=places.reshape(1, -1, 2).expand(len(images), -1, -1),
         )
         return tokens.unflatten(0, (len(images), -1))
+
+
+class QwenVLTower(Tower):
+    """Those of Qwen-VL, which take the patches of images of any size, two frames each, and give blocks of them merged
+    to the language model's width. What deepstack adds to the first layers of the language model comes behind that,
+    side by side."""
+
+    def image_size(self, config: PretrainedConfig) -> int:
+        """Raises `ValueError`: it was made for images of any size."""
+        raise ValueError(
+            f"{_vision(config)} takes images of any size: image_size must say which. "
+            f"Typical value: {16 * config.patch_size * config.spatial_merge_size}"
+        )
+
+    def width(self, config: PretrainedConfig) -> int:
+        """The language model's, as often as it is shown something."""
+        return config.out_hidden_size * (1 + len(getattr(config, "deepstack_visual_indexes", ())))
+
+    def grid(self, config: PretrainedConfig, image_size: int) -> tuple[int, int]:
+        """(rows, columns) of the blocks. Raises `ValueError` where they do not divide the image."""
+        return _cells(config, image_size, config.patch_size * config.spatial_merge_size)
+
+    def hidden_states(self, tower: PreTrainedModel, images: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] -> [N, rows * columns, D_vision]."""
+        config = tower.config
+        merge, side = config.spatial_merge_size, images.shape[-1] // config.patch_size
+        cells = images.unflatten(3, (side // merge, merge, -1)).unflatten(2, (side // merge, merge, -1))
+        cells = cells.permute(0, 2, 5, 3, 6, 1, 4, 7)  # [N, rows, columns, merge, merge, 3, p, p]
+        frames = cells.unsqueeze(6).expand(*cells.shape[:6], config.temporal_patch_size, -1, -1)
+        grid = torch.tensor([[1, side, side]] * len(images), device=images.device)
+        output = tower(frames.reshape(len(images) * side * side, -1), grid_thw=grid)
+        tokens = [output.pooler_output, *getattr(output, "deepstack_features", ())]
+        return torch.cat(tokens, -1).unflatten(0, (len(images), -1))
+
+
+def _cells(config: PretrainedConfig, image_size: int, cell: int) -> tuple[int, int]:
+    if image_size % cell:
+        raise ValueError(
+            f"image_size must be a multiple of {cell}, a block of patches of {config.model_type!r}, got "
+            f"{image_size}. Typical value: {16 * cell}"
+        )
+    return image_size // cell, image_size // cell
 
 
 def _patches(images: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -260,6 +296,11 @@ TOWERS: dict[str, Tower] = {
     "dinov2_with_registers": Tower(unused=("embeddings.mask_token",), resizes=True),
     "dinov3_vit": Tower(unused=("embeddings.mask_token",), resizes=True),
     "gemma4_vision": Gemma4Tower(),
+    "qwen2_5_vl_vision": QwenVLTower(),
+    "qwen3_5_moe_vision": QwenVLTower(),
+    "qwen3_5_vision": QwenVLTower(),
+    "qwen3_vl_moe_vision": QwenVLTower(),
+    "qwen3_vl_vision": QwenVLTower(),
     "resnet": ConvolutionalTower(),
     "siglip_vision_model": Tower(unused=("head.",)),
     "siglip2_vision_model": Siglip2Tower(unused=("head.",)),

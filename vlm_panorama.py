@@ -42,7 +42,7 @@ class Family:
     Args:
         options: its configuration -> options of :class:`PanoramaConfig`.
         names: how the names of the connector's weights begin, and what they are called in the projection.
-        tower, connector: what they are called in its base model.
+        tower, connector: what they are called in its base model; no connector where the tower holds it.
         around: what its processor writes before and behind the tokens of an image that is not cut into tiles, with
             `{name}` for the tokens below.
         tokens: tokens that its tokenizer knows by a name, and what they are where it does not.
@@ -57,7 +57,7 @@ class Family:
     options: Callable[[Any], Options]
     names: Mapping[str, str] = field(default_factory=lambda: {"linear_1.": "layers.0.", "linear_2.": "layers.2."})
     tower: str = "vision_tower"
-    connector: str = "multi_modal_projector"
+    connector: str | None = "multi_modal_projector"
     around: tuple[str, str] = ("", "")
     tokens: Mapping[str, str] = field(default_factory=dict)
     placeholder: str = "{image_token}"
@@ -174,6 +174,10 @@ def _gemma4(config: Any) -> Options:
     }
 
 
+def _qwen_vl(config: Any) -> Options:
+    return {"resampler_type": "identity", "projection_depth": 0, "image_positions": "grid"}
+
+
 def _gemma4_size(processor: Any) -> int:
     cell = processor.patch_size * processor.pooling_kernel_size
     return int(processor.max_soft_tokens**0.5) * cell
@@ -208,6 +212,15 @@ _IDEFICS3 = Family(
     connector="connector",
     around=("{fake_image_token}{global_image_token}", "{fake_image_token}"),
     tokens={"fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"},
+)
+_QWEN_VL = Family(
+    _qwen_vl,
+    {},
+    tower="visual",
+    connector=None,
+    around=("<|vision_start|>", "<|vision_end|>"),
+    placeholder="<|vision_start|><|image_pad|><|vision_end|>",
+    size=lambda processor: 16 * processor.patch_size * processor.merge_size,
 )
 FAMILIES: dict[str, Family] = {
     "aya_vision": Family(
@@ -266,24 +279,19 @@ FAMILIES: dict[str, Family] = {
     "llava": Family(_mlp),
     "llava_next": Family(_mlp, newline="image_newline"),
     "llava_onevision": Family(_mlp, newline="image_newline"),
+    **dict.fromkeys(("qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"), _QWEN_VL),
     "smolvlm": _IDEFICS3,
     "vipllava": Family(_vipllava, {"projector_layernorm.": "norm.", **_TWO}),
 }
-_MROPE = (
-    "gives each image token positions of three axes (M-RoPE), and its tower takes images of any size in two frames, "
-    "which the views here are not shown as"
-)
+_MROPE = "gives each image token positions of three axes (M-RoPE) in a way that was not looked into"
 _ANY_SIZE = "takes images at their own size, and its tower and connector know no square view"
 _TIMM = "has a tower of timm, which gives no grid of tokens that could be checked here"
 # Why others cannot be taken apart so that each view is shown as they would show it.
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "ernie4_5_vl_moe"), _MROPE),
-    **dict.fromkeys(
-        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
-        _MROPE + ", and adds features of its tower to the first layers of its language model (deepstack)",
-    ),
+    **dict.fromkeys(("glm4v", "glm4v_moe", "ernie4_5_vl_moe"), _MROPE),
     **dict.fromkeys(("mistral3", "pixtral", "kimi_vl", "gemma3n", "lfm3_vl"), _ANY_SIZE),
     **dict.fromkeys(("fast_vlm", "perception_lm"), _TIMM),
+    "qwen2_vl": "has a tower that AutoModel does not make, so that no saved folder could be loaded; take a Qwen2.5-VL",
     "internvl_chat": "is code of its repository's own; the same weights are there with '-hf' behind the name",
     "mllama": "shows images to its language model through cross attention, and not as tokens",
     "paligemma": "reads its whole prompt in both directions, the words too, and answers tasks and no chats",
@@ -388,7 +396,8 @@ def vlm_parts(
     if isinstance(vlm, str):
         vlm = AutoModelForImageTextToText.from_pretrained(vlm, **(vlm_kwargs or {}))
     base = vlm.base_model
-    tower, connector = getattr(base, family.tower), getattr(base, family.connector)
+    tower = getattr(base, family.tower)
+    connector = getattr(base, family.connector) if family.connector else nn.Module()
     check_class(tower)
     body, head = language_parts(vlm)
     left = [name for name in family.left if getattr(base, name, None) is not None]

@@ -239,7 +239,7 @@ def test_a_backbone_given_as_a_model_is_kept_or_refused(make):
         ({"model_type": "levit"}, None, "gives .* and not"),
         ({"model_type": "pixtral", **VIT}, None, r"gives \[1, "),
         ({"model_type": "yolos", **VIT, "image_size": [64, 64]}, None, "behind its patches"),
-        ({"model_type": "qwen3_vl_vision"}, 64, "image_size or no patch_size|cannot be run on images"),
+        ({"model_type": "qwen3_vl_vision"}, 48, "image_size must be a multiple of 32, a block of patches"),
         ({"model_type": "sam2_vision_model"}, 64, "image_size or no patch_size|no grid"),
         ({"model_type": "timm_backbone", "backbone": "resnet18"}, 64, "needs a package that is not installed"),
         ({"model_type": "efficientnet"}, 240, "not square or do not divide an image of image_size=240"),

@@ -9,11 +9,12 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from panorama_vlm import PanoramaProcessor, PanoramaVLM
 from panorama_vlm.tests.launching import SAMPLES
-from panorama_vlm.train.build import check_parts, load_start
+from panorama_vlm.train.build import check_packing, check_parts, load_start
 from panorama_vlm.train.config import load_config
 from panorama_vlm.train.loop import train
 from panorama_vlm.vlm_panorama import FAMILIES, NEWLINE
@@ -128,6 +129,74 @@ SOURCES = {
         },
         ["<|image|>", "<|image>", "<image|>"],
     ),
+    "qwen3_vl": (
+        {
+            "vision_config": {
+                "depth": 3,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_heads": 2,
+                "patch_size": 4,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "out_hidden_size": 24,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0, 2],
+            },
+            "text_config": {
+                **TEXT,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]},
+                "tie_word_embeddings": True,
+            },
+        },
+        ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"],
+    ),
+    "qwen2_5_vl": (
+        {
+            "vision_config": {
+                "depth": 3,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_heads": 2,
+                "patch_size": 4,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "out_hidden_size": 24,
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+            "text_config": {
+                **TEXT,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]},
+            },
+        },
+        ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"],
+    ),
+    "qwen3_5": (
+        {
+            "vision_config": {
+                "depth": 3,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_heads": 2,
+                "patch_size": 4,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "out_hidden_size": 24,
+                "num_position_embeddings": 16,
+            },
+            "text_config": {
+                **TEXT,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]},
+                "layer_types": ["linear_attention", "full_attention"],
+                "linear_num_value_heads": 2,
+                "linear_num_key_heads": 2,
+                "linear_key_head_dim": 8,
+                "linear_value_head_dim": 8,
+            },
+        },
+        ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"],
+    ),
     "lfm2_vl": (
         {
             "vision_config": {
@@ -200,6 +269,7 @@ def source(tokenizer):
                 do_normalize=not family.startswith("gemma4"),
                 tile_size=32,
                 patch_size=4,
+                merge_size=2,
                 pooling_kernel_size=2,
                 max_soft_tokens=17,
             ),
@@ -212,6 +282,8 @@ def source(tokenizer):
 
 def ours(source, processor, **options):
     made = {"view_strategy": "resize", "view_text": "", **options}
+    if source.config.model_type.startswith("qwen"):  # of any size
+        made.setdefault("image_size", 32)
     own = PanoramaProcessor.from_vlm_pretrained(source, processor, **made)
     return PanoramaVLM.from_vlm_pretrained(source, processor, **made).eval(), own
 
@@ -233,6 +305,9 @@ def source_inputs(family, source, pixel_values):
             "spatial_shapes": torch.tensor([[rows, columns]] * count),
             "pixel_attention_mask": torch.ones(count, rows * columns, dtype=torch.long),
         }
+    if family.startswith("qwen"):
+        patches = torch.cat([_of_qwen_vl(image.numpy(), 4, 2) for image in pixel_values])
+        return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, height // 4, width // 4]] * count)}
     if family.startswith("gemma4"):
         patches, places = zip(*[_of_gemma4(image.numpy(), 4) for image in pixel_values], strict=True)
         return {"pixel_values": torch.stack(patches), "image_position_ids": torch.stack(places)}
@@ -246,6 +321,15 @@ def _of_gemma4(image, patch):
     return patches, torch.tensor(places)
 
 
+def _of_qwen_vl(image, patch, merge):
+    """As `Qwen2VLImageProcessorPil` does it."""
+    rows, columns = (side // patch for side in image.shape[1:])
+    shape = (3, rows // merge, merge, patch, columns // merge, merge, patch)
+    patches = np.transpose(image.reshape(shape), (1, 4, 2, 5, 0, 3, 6))
+    frames = np.repeat(patches[:, :, :, :, :, None], 2, axis=5)
+    return torch.from_numpy(frames.reshape(rows * columns, -1))
+
+
 def source_features(family, source, pixel_values):
     """Of flat images, [N, tokens, D_lm], without what is put behind them."""
     with torch.no_grad():
@@ -253,7 +337,11 @@ def source_features(family, source, pixel_values):
             states = source.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
             return source.model.multi_modal_projector(states[source.config.vision_feature_layer][:, 1:])
         inputs = source_inputs(family, source, pixel_values)
-        features = source.get_image_features(**inputs).pooler_output
+        found = source.get_image_features(**inputs)
+        features = found.pooler_output
+        if "deepstack_features" in found:  # what later layers are shown
+            layers = zip(features, *found.deepstack_features, strict=True)
+            features = [torch.cat(of_one, -1) for of_one in layers]
     features = [part for of_one in features for part in (of_one if of_one.ndim == 3 else [of_one])]
     if family in ("idefics3", "smolvlm"):
         features = features[0].chunk(len(pixel_values))
@@ -290,7 +378,7 @@ def test_flat_images_are_shown_as_the_source_shows_them(family, source, question
         given = {"input_ids": ids, **source_inputs(family, theirs, pixels)}
         newline = own.tokenizer.convert_tokens_to_ids(NEWLINE) or -1
         given["input_ids"] = ids.masked_fill(ids == newline, own.image_token_id)  # where its features end with it
-        if family.startswith("gemma"):
+        if family.startswith(("gemma", "qwen")):
             name = "token_type_ids" if family == "gemma3" else "mm_token_type_ids"
             given[name] = (ids == own.image_token_id).long()
     with torch.no_grad():
@@ -322,7 +410,7 @@ def test_a_ray_belongs_to_what_its_token_has_seen(family, source):
     """In a tower without attention a patch of the input moves one token: the one that looks that way."""
     model, own = ours(*source(family), view_strategy="e2p")
     for name, parameter in model.model.vision_tower.named_parameters():
-        if any(part in name for part in ("out_proj", "o_proj", "projection_layer")):
+        if any(part in name for part in ("out_proj", "o_proj", "projection_layer", "attn.proj")):
             parameter.data.zero_()
     views = model.config.num_views
     plain = torch.rand(1, views, 3, 32, 32)
@@ -618,13 +706,81 @@ def test_what_cannot_let_image_tokens_see_each_other_says_so(source, question):
         ours(*source("gemma3"), view_strategy="cubemap", view_prefix="", view_suffix="")
 
 
+# Positions of three axes
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "qwen3_5"])
+def test_positions_of_views_are_those_of_the_source(family, source, panoramas):
+    """Of a padded batch of conversations with different numbers of panoramas."""
+    theirs, processor = source(family)
+    model, own = ours(copy.deepcopy(theirs), processor, view_strategy="cubemap", view_text="{direction}: ")
+    image = [{"type": "image", "image": each} for each in panoramas[:3]]
+    words = {"type": "text", "text": "where?"}
+    chats = [[{"role": "user", "content": content}] for content in ([image[0], words], [*image[1:], words], [words])]
+    inputs = asked(own, chats, padding=True)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    types = (ids == own.image_token_id).long()
+    grids = torch.tensor([[1, 8, 8]] * (3 * 6))
+    expected, _ = theirs.model.get_rope_index(ids, types, image_grid_thw=grids, attention_mask=mask)
+    positions = model.model.grid_positions(ids, mask)
+    assert torch.equal(positions[1:], expected)
+    assert torch.equal(positions[0], ((mask.cumsum(1) - 1) * mask))
+
+
+def test_generation_goes_on_behind_the_rows_of_the_views(source, panoramas):
+    """Padded rows, fixed caches and chats that go on say what each says alone from the beginning."""
+    theirs, processor = source("qwen3_vl")
+    model, own = ours(theirs, processor, view_strategy="cubemap")
+    image = [{"type": "image", "image": each} for each in panoramas[:2]]
+    words = {"type": "text", "text": "what is behind me?"}
+    chats = [[{"role": "user", "content": content}] for content in ([*image, words], [image[0], words])]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    alone = [model.generate(**asked(own, chat), **options)[0, -4:].tolist() for chat in chats]
+    batch = asked(own, chats, padding=True)
+    for cache in (None, "static"):
+        tokens = model.generate(**batch, **options, cache_implementation=cache)[:, -4:]
+        assert tokens.tolist() == alone
+    more = [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": [image[1], words]}]
+    options |= {"max_new_tokens": 1, "return_dict_in_generate": True}
+    first = model.generate(**asked(own, chats[1]), **options)
+    whole = asked(own, chats[1] + more)
+    with torch.no_grad():
+        logits = model(**whole).logits[:, -1]
+    later = model.generate(**whole, **options, past_key_values=first.past_key_values, output_logits=True)
+    torch.testing.assert_close(later.logits[0], logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_hides_the_positions_is_refused(source, panoramas):
+    model, own = ours(*source("qwen3_vl"), view_strategy="cubemap")
+    chat = [
+        {"role": "user", "content": [{"type": "image", "image": panoramas[0]}, {"type": "text", "text": "where?"}]},
+        {"role": "assistant", "content": "here"},
+    ]
+    with pytest.raises(ValueError, match="packed rows, inputs_embeds and steps with a cache"):
+        model(**own.pack_conversations([chat, chat]))
+    with pytest.raises(ValueError, match="independent_questions"):
+        check_packing(model)
+    with pytest.raises(ValueError, match="packed rows, inputs_embeds and steps with a cache"):
+        model(inputs_embeds=torch.zeros(1, 3, 24))
+    inputs = asked(own, chat[:1])
+    cache = model(**inputs).past_key_values
+    with pytest.raises(ValueError, match="steps with a cache"):
+        model(torch.tensor([[5]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="needs whole views"):
+        ours(*source("qwen3_vl"), view_strategy="e2p", token_selection="owned")
+    with pytest.raises(ValueError, match="needs positions of three axes"):
+        ours(*source("llava"), image_positions="grid")
+
+
 # What is refused
 
 
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("qwen3_vl", "M-RoPE.*deepstack.*Take one of type .*gemma3"),
+        ("glm4v", "M-RoPE.*Take one of type .*gemma3"),
+        ("qwen2_vl", "take a Qwen2.5-VL"),
+        ("mistral3", "at their own size"),
         ("paligemma", "reads its whole prompt in both directions"),
         ("blip-2", "is not known here"),
     ],

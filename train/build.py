@@ -193,6 +193,11 @@ def check_packing(model: PanoramaVLM) -> None:
         ValueError: for one that does, or whose layers see less than the longest sample.
     """
     text, body = model.config.text_config, model.model
+    if model.config.image_positions == "grid":
+        raise ValueError(
+            "independent_questions: with image_positions='grid' the questions of one row would need positions of three "
+            "axes that begin again. Set it to 0"
+        )
     longest = model.config.num_image_tokens + model.config.max_text_length
     window, layers = getattr(text, "sliding_window", None), getattr(text, "layer_types", None) or ["sliding_attention"]
     if window and window < longest and "sliding_attention" in layers:
