@@ -436,6 +436,33 @@ class PanoramaModel(PanoramaPreTrainedModel):
         moved = (starts[:, None] + places * counts[:, None])[shown]
         return torch.cat([positions[:, : -new.shape[1]], new.masked_scatter(is_image, moved)], 1)
 
+    def _beside_embeddings(
+        self, input_ids: torch.Tensor | None, features: Any, given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What some language models are shown beside the embeddings: in the first layers of Qwen3-VL's the rest of the
+        features (deepstack), in every layer of Gemma 4's small ones the ids, where those of images count as padding.
+
+        Raises:
+            ValueError: where embeddings are given, from which the first does not follow.
+        """
+        config = self.config
+        if input_ids is None:
+            if config.further_layers and "deepstack_visual_embeds" not in given:
+                raise ValueError(
+                    "inputs_embeds need visual_pos_masks [B, T] and deepstack_visual_embeds, what the first layers of "
+                    "this language model are shown of images, and both may be None"
+                )
+            return {}
+        beside: dict[str, Any] = {}
+        if getattr(config.text_config, "hidden_size_per_layer_input", 0):
+            ids = input_ids.masked_fill(self.is_placeholder(input_ids), config.text_config.pad_token_id or 0)
+            beside["per_layer_inputs"] = self.language_model.get_per_layer_inputs(ids)
+        if config.further_layers and features is not None:
+            flat = torch.cat(list(features)) if isinstance(features, list) else features.flatten(0, 1)
+            _, *further = flat.split(config.text_config.hidden_size, -1)
+            beside |= {"visual_pos_masks": self.is_placeholder(input_ids), "deepstack_visual_embeds": further}
+        return beside
+
     def grid_positions(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Position ids of `image_positions="grid"`: text has the same on three axes; the tokens of a view have one in
         time, and in height and width their row and column behind it; what follows goes on behind the largest (M-RoPE,
@@ -595,14 +622,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
             if begins and not torch.compiler.is_compiling():
                 self.language_model.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.embed(input_ids, image_features, check=begins)
-            if getattr(self.config.text_config, "hidden_size_per_layer_input", 0):
-                # Gemma 4's small models embed the ids in every layer; those of images count as padding there.
-                ids = input_ids.masked_fill(self.is_placeholder(input_ids), self.config.text_config.pad_token_id or 0)
-                kwargs.setdefault("per_layer_inputs", self.language_model.get_per_layer_inputs(ids))
-        if self.config.further_layers and image_features is not None:
-            flat = torch.cat(list(image_features)) if isinstance(image_features, list) else image_features.flatten(0, 1)
-            _, *further = flat.split(self.config.text_config.hidden_size, -1)
-            kwargs |= {"visual_pos_masks": self.is_placeholder(input_ids), "deepstack_visual_embeds": further}
+        kwargs = {**self._beside_embeddings(input_ids, image_features, kwargs), **kwargs}
         if self.config.image_positions == "grid":
             position_ids = self._on_the_grid(input_ids, attention_mask, position_ids, past_key_values)
         if self.config.position_encoding == "panorope" and (image_features is not None or input_ids is None):
@@ -693,8 +713,10 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
     ):
         check_option_names(unknown, config.option_names(), type(config).__name__)
         super().__init__(config)
-        made = language_model is None
-        body, head = new_language(config.text_config) if made else language_parts(language_model)  # type: ignore[arg-type]
+        if language_model is None:
+            body, head = new_language(config.text_config)
+        else:
+            body, head = language_parts(language_model)
         self.model = PanoramaModel(config, vision_tower, body)
         self.lm_head = head
         self.vicreg_projector = VICRegProjector(config) if config.use_vicreg_projector else None

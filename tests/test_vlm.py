@@ -760,8 +760,10 @@ def test_what_hides_the_positions_is_refused(source, panoramas):
         model(**own.pack_conversations([chat, chat]))
     with pytest.raises(ValueError, match="independent_questions"):
         check_packing(model)
-    with pytest.raises(ValueError, match="packed rows, inputs_embeds and steps with a cache"):
+    with pytest.raises(ValueError, match="need visual_pos_masks"):
         model(inputs_embeds=torch.zeros(1, 3, 24))
+    with pytest.raises(ValueError, match="packed rows, inputs_embeds and steps with a cache"):
+        model(inputs_embeds=torch.zeros(1, 3, 24), visual_pos_masks=None, deepstack_visual_embeds=None)
     inputs = asked(own, chat[:1])
     cache = model(**inputs).past_key_values
     with pytest.raises(ValueError, match="steps with a cache"):
