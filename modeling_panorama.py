@@ -147,6 +147,11 @@ class PanoramaModel(PanoramaPreTrainedModel):
         self.view_plan = config.view_plan
         self.token_grid = config.token_grid
         self.in_pieces = InPieces()
+        # A configuration is slow to ask, and a step of generation short.
+        self.further_layers = config.further_layers
+        self.embeds_ids = bool(getattr(config.text_config, "hidden_size_per_layer_input", 0))
+        self.on_the_grid = config.image_positions == "grid"
+        self.sees_both_ways = config.image_attention == "bidirectional"
         no_split = [module._no_split_modules or [] for module in (self.vision_tower, self.language_model)]
         self._no_split_modules = sorted({name for names in no_split for name in names})
         self.post_init()
@@ -447,17 +452,17 @@ class PanoramaModel(PanoramaPreTrainedModel):
         """
         config = self.config
         if input_ids is None:
-            if config.further_layers and "deepstack_visual_embeds" not in given:
+            if self.further_layers and "deepstack_visual_embeds" not in given:
                 raise ValueError(
                     "inputs_embeds need visual_pos_masks [B, T] and deepstack_visual_embeds, what the first layers of "
                     "this language model are shown of images, and both may be None"
                 )
             return {}
         beside: dict[str, Any] = {}
-        if getattr(config.text_config, "hidden_size_per_layer_input", 0):
+        if self.embeds_ids:
             ids = input_ids.masked_fill(self.is_placeholder(input_ids), config.text_config.pad_token_id or 0)
             beside["per_layer_inputs"] = self.language_model.get_per_layer_inputs(ids)
-        if config.further_layers and features is not None:
+        if self.further_layers and features is not None:
             flat = torch.cat(list(features)) if isinstance(features, list) else features.flatten(0, 1)
             _, *further = flat.split(config.text_config.hidden_size, -1)
             beside |= {"visual_pos_masks": self.is_placeholder(input_ids), "deepstack_visual_embeds": further}
@@ -622,8 +627,9 @@ class PanoramaModel(PanoramaPreTrainedModel):
             if begins and not torch.compiler.is_compiling():
                 self.language_model.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.embed(input_ids, image_features, check=begins)
-        kwargs = {**self._beside_embeddings(input_ids, image_features, kwargs), **kwargs}
-        if self.config.image_positions == "grid":
+        if self.further_layers or self.embeds_ids:
+            kwargs = {**self._beside_embeddings(input_ids, image_features, kwargs), **kwargs}
+        if self.on_the_grid:
             position_ids = self._on_the_grid(input_ids, attention_mask, position_ids, past_key_values)
         if self.config.position_encoding == "panorope" and (image_features is not None or input_ids is None):
             made = position_ids is not None and position_ids.is_floating_point()  # as `generate` makes them
@@ -634,7 +640,7 @@ class PanoramaModel(PanoramaPreTrainedModel):
             self._check_positions(position_ids)
             if attention_mask is None and past_key_values is None:  # else they are taken for those of packed texts
                 attention_mask = torch.ones_like(position_ids, dtype=torch.long)  # type: ignore[arg-type]
-        if self.config.image_attention == "bidirectional":
+        if self.sees_both_ways:
             given = (attention_mask, past_key_values, position_ids)
             attention_mask = self._with_image_blocks(input_ids, inputs_embeds, token_type_ids, *given)
         outputs = self.language_model(
@@ -865,6 +871,9 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
         tower, source, weights, options = vlm_parts(vlm, processor, vlm_kwargs, options)
         model = cls(PanoramaConfig(**options), vision_tower=tower, language_model=source)
         load_projection(model.model.projection, weights)
+        for part in (model.model.resampler, model.model.projection, model.vicreg_projector):
+            if part is not None:
+                part.to(source.device)  # where `device_map` put the others
         model.generation_config = copy.deepcopy(source.generation_config) or model.generation_config
         return model.to(dtype=source.dtype)
 

@@ -113,14 +113,15 @@ Shown = tuple[str, int, str]  # words before the tokens of a view, how many they
 
 
 def reads_parts(template: str, placeholder: str) -> bool:
-    """Whether a chat template reads messages made of parts, and writes a placeholder for an image."""
+    """Whether a chat template reads messages made of parts, and writes a placeholder, as it stands in it, for an
+    image."""
     parts = [{"type": "image"}, {"type": "text", "text": "words"}]
     try:
         chat = [{"role": "user", "content": parts}]
         (shown,), _ = render_jinja_template([chat], chat_template=template, bos_token="", eos_token="", pad_token="")
     except (TemplateError, TypeError):
         return False
-    return placeholder in shown and "words" in shown and "'type'" not in shown
+    return placeholder in template and placeholder in shown and "words" in shown and "'type'" not in shown
 
 
 class SteppedAnswer(NamedTuple):
@@ -233,6 +234,15 @@ class PanoramaProcessor(ProcessorMixin):
     def has_view_words(self) -> bool:
         """Whether words stand before or behind the tokens of each view."""
         return bool(self.view_text or self.view_prefix or self.view_suffix)
+
+    @property
+    def num_tokens_with_words(self) -> int:
+        """What a whole panorama costs: `num_image_tokens`, and the tokens of what is said around its views."""
+        if not self.has_view_words:
+            return self.num_image_tokens
+        (views,) = self._shown({"pixel_values": [None]})
+        (ids,) = encode(self.tokenizer, ["".join(a + self.image_token + b for a, _, b in views)])
+        return self.num_image_tokens + sum(token != self.image_token_id for token in ids)
 
     @classmethod
     def teach_template(

@@ -296,6 +296,7 @@ TOWERS: dict[str, Tower] = {
     "dinov2_with_registers": Tower(unused=("embeddings.mask_token",), resizes=True),
     "dinov3_vit": Tower(unused=("embeddings.mask_token",), resizes=True),
     "gemma4_vision": Gemma4Tower(),
+    "idefics3_vision": Tower(resizes=True),
     "qwen2_5_vl_vision": QwenVLTower(),
     "qwen3_5_moe_vision": QwenVLTower(),
     "qwen3_5_vision": QwenVLTower(),
@@ -303,6 +304,7 @@ TOWERS: dict[str, Tower] = {
     "qwen3_vl_vision": QwenVLTower(),
     "resnet": ConvolutionalTower(),
     "siglip_vision_model": Tower(unused=("head.",)),
+    "smolvlm_vision": Tower(resizes=True),
     "siglip2_vision_model": Siglip2Tower(unused=("head.",)),
     "vit": Tower(unused=("pooler.", "embeddings.mask_token")),
 }

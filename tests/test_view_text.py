@@ -68,7 +68,10 @@ def test_words_stand_around_each_view_and_are_no_placeholders(make, ask, panoram
     assert expected in told(processor, inputs["input_ids"][0])
     assert (inputs["input_ids"] == processor.image_token_id).sum() == processor.num_image_tokens == sum(each)
     assert model(**inputs).logits.isfinite().all()
+    words = processor.tokenizer.encode("".join(f"{words}{processor.image_token};" for words in SAID))
+    assert processor.num_tokens_with_words == sum(each) + len(words) - len(SAID)
     plain, without = make(view_strategy="cubemap")
+    assert without.num_tokens_with_words == without.num_image_tokens
     assert plain.config.view_text is None and not without.has_view_words
     assert f"<{sum(each)}>" in told(without, ask(without, panoramas[0])["input_ids"][0])
 

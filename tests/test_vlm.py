@@ -579,9 +579,24 @@ INTERNVL = (
 )
 
 
+QWEN_VL = (
+    "{% set image_count = namespace(value=0) %}{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
+    "<|im_end|>\n{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 @pytest.mark.parametrize(
     ("family", "template", "closing"),
     [
+        ("qwen2_5_vl", QWEN_VL, "<|im_end|>"),
+        ("qwen3_vl", QWEN_VL, "<|im_end|>"),
         ("smolvlm", SMOLVLM, "<end_of_utterance>"),
         ("llava_onevision", ONEVISION, "<|im_end|>"),
         ("gemma3", GEMMA3, "<end_of_turn>"),
@@ -592,7 +607,7 @@ def test_chats_are_written_as_the_source_writes_them(family, template, closing, 
     theirs, processor = source(family)
     processor.tokenizer.add_tokens([closing], special_tokens=True)
     processor.chat_template = template
-    own = PanoramaProcessor.from_vlm_pretrained(theirs, processor, view_strategy="resize", view_text="")
+    _, own = ours(theirs, processor)
     messages = [
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": [{"type": "image", "image": panoramas[0]}, {"type": "text", "text": "where?"}]},
@@ -643,7 +658,7 @@ def test_image_tokens_see_each_other_whatever_the_cache_and_in_training(family, 
         torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-2 * float(gradients[0].abs().max()))
     model.eval()
     causal = copy.deepcopy(model)
-    causal.config.image_attention = "causal"
+    causal.model.sees_both_ways = False
     with torch.no_grad():
         assert (causal(**inputs).logits - model(**inputs).logits).abs().max() > 1e-3
 
@@ -772,6 +787,15 @@ def test_what_hides_the_positions_is_refused(source, panoramas):
         ours(*source("qwen3_vl"), view_strategy="e2p", token_selection="owned")
     with pytest.raises(ValueError, match="needs positions of three axes"):
         ours(*source("llava"), image_positions="grid")
+
+
+def test_views_may_have_another_size_where_the_tower_takes_it(source, panoramas):
+    theirs, processor = source("smolvlm")
+    model, own = ours(theirs, processor, view_strategy="cubemap", image_size=64)
+    assert model.config.token_grid == (4, 4)
+    pixels = own.image_processor(panoramas[0], return_tensors="pt")["pixel_values"]
+    shown = model.get_image_features(pixels).pooler_output.unflatten(1, (6, -1))[0]
+    torch.testing.assert_close(shown, source_features("smolvlm", theirs, pixels[0]), rtol=1e-4, atol=1e-5)
 
 
 # What is refused
