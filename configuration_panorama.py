@@ -95,6 +95,8 @@ class PanoramaConfig(PretrainedConfig):
         projection_bias: whether they have biases.
         projection_norm, projection_norm_eps: norm before them: `"layer"`, or `"rms"` as Gemma has it (times 1 + w);
             none where it is not given.
+        projection_norm_parts: into how many equal parts a token falls that are normed each by itself, such as the
+            patches of a block side by side.
         image_attention: whether tokens of one view, standing side by side, see each other (`"bidirectional"`, as in
             Gemma 3) or what is before them (`"causal"`).
         image_positions: `"sequence"`, one position after the other; or `"grid"` for a language model with positions of
@@ -217,6 +219,7 @@ class PanoramaConfig(PretrainedConfig):
         projection_bias: bool = True,
         projection_norm: str | None = None,
         projection_norm_eps: float = 1e-6,
+        projection_norm_parts: int = 1,
         image_attention: str = "causal",
         image_positions: str = "sequence",
         view_text: str | None = None,
@@ -270,6 +273,12 @@ class PanoramaConfig(PretrainedConfig):
             projection_norm,
             projection_norm_eps,
         )
+        self.projection_norm_parts = _positive("projection_norm_parts", projection_norm_parts, 1)
+        if self.latent_dimension % self.projection_norm_parts:
+            raise ValueError(
+                f"projection_norm_parts must divide latent_dimension={self.latent_dimension}, got "
+                f"{self.projection_norm_parts}. Typical value: 1"
+            )
         self.view_text = check_view_text(view_text)
         self.view_prefix, self.view_suffix = view_prefix or "", view_suffix or ""
         self.image_attention = _one_of("image_attention", image_attention, ["causal", "bidirectional"])

@@ -37,7 +37,7 @@ _PLAIN = (
     *("apertus", "arcee", "bitnet", "bloom", "cwm", "deepseek_v2", "deepseek_v3", "ernie4_5", "ernie4_5_moe"),
     *("exaone4", "exaone_moe", "falcon", "flex_olmo", "gemma", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt2"),
     *("gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe"),
-    *("lfm2", "lfm2_moe", "llama", "llama4_text", "ministral", "ministral3", "mistral", "mixtral", "nemotron"),
+    *("lfm2", "lfm2_moe", "lfm3", "llama", "llama4_text", "ministral", "ministral3", "mistral", "mixtral", "nemotron"),
     *("nemotron_h", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2"),
     *(
         "qwen2_5_vl_text",

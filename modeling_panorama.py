@@ -70,7 +70,8 @@ class PanoramaProjection(nn.Module):
         self.norm: nn.Module | None = None
         if config.projection_norm is not None:
             norm = nn.LayerNorm if config.projection_norm == "layer" else UnitOffsetNorm
-            self.norm = norm(config.latent_dimension, eps=config.projection_norm_eps)
+            self.norm = norm(config.latent_dimension // config.projection_norm_parts, eps=config.projection_norm_eps)
+        self.norm_parts = config.projection_norm_parts
         bias = config.projection_bias
         if config.projection_depth == 0:
             self.layers = nn.Sequential()
@@ -92,7 +93,9 @@ class PanoramaProjection(nn.Module):
             tokens = tokens + self.ray(codes.to(tokens.dtype))
         elif self.adds_yaw:
             tokens = tokens + codes.to(tokens.dtype)
-        return self.layers(tokens if self.norm is None else self.norm(tokens))
+        if self.norm is not None:
+            tokens = self.norm(tokens.unflatten(-1, (self.norm_parts, -1))).flatten(-2)
+        return self.layers(tokens)
 
 
 def _kept(features: torch.Tensor, kept: torch.Tensor) -> list[torch.Tensor]:

@@ -160,15 +160,33 @@ class QwenVLTower(Tower):
 
     def hidden_states(self, tower: PreTrainedModel, images: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] -> [N, rows * columns, D_vision]."""
+        output = self.output(tower, images)
+        tokens = [output.pooler_output, *getattr(output, "deepstack_features", ())]
+        return torch.cat(tokens, -1).unflatten(0, (len(images), -1))
+
+    def output(self, tower: PreTrainedModel, images: torch.Tensor) -> ModelOutput:
+        """What it gives for images [N, 3, H, W], all in one row."""
         config = tower.config
         merge, side = config.spatial_merge_size, images.shape[-1] // config.patch_size
         cells = images.unflatten(3, (side // merge, merge, -1)).unflatten(2, (side // merge, merge, -1))
         cells = cells.permute(0, 2, 5, 3, 6, 1, 4, 7)  # [N, rows, columns, merge, merge, 3, p, p]
         frames = cells.unsqueeze(6).expand(*cells.shape[:6], config.temporal_patch_size, -1, -1)
         grid = torch.tensor([[1, side, side]] * len(images), device=images.device)
-        output = tower(frames.reshape(len(images) * side * side, -1), grid_thw=grid)
-        tokens = [output.pooler_output, *getattr(output, "deepstack_features", ())]
-        return torch.cat(tokens, -1).unflatten(0, (len(images), -1))
+        return tower(frames.reshape(len(images) * side * side, -1), grid_thw=grid)
+
+
+class Lfm3VlTower(QwenVLTower):
+    """LFM3-VL's, which takes what Qwen-VL's take, and gives the patches of each block one after the other: here side by
+    side."""
+
+    def width(self, config: PretrainedConfig) -> int:
+        """That of a patch, as often as a block has some."""
+        return config.hidden_size * config.spatial_merge_size**2
+
+    def hidden_states(self, tower: PreTrainedModel, images: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] -> [N, rows * columns, D_vision]."""
+        patches = self.output(tower, images).last_hidden_state
+        return patches.reshape(len(images), -1, self.width(tower.config))
 
 
 def _cells(config: PretrainedConfig, image_size: int, cell: int) -> tuple[int, int]:
@@ -297,6 +315,7 @@ TOWERS: dict[str, Tower] = {
     "dinov3_vit": Tower(unused=("embeddings.mask_token",), resizes=True),
     "gemma4_vision": Gemma4Tower(),
     "idefics3_vision": Tower(resizes=True),
+    "lfm3_vl_vision": Lfm3VlTower(),
     "qwen2_5_vl_vision": QwenVLTower(),
     "qwen3_5_moe_vision": QwenVLTower(),
     "qwen3_5_vision": QwenVLTower(),

@@ -174,6 +174,18 @@ def _gemma4(config: Any) -> Options:
     }
 
 
+def _lfm3_vl(config: Any) -> Options:
+    return {
+        "resampler_type": "identity",
+        "projection_activation": config.projector_hidden_act,
+        "projection_hidden": config.projector_hidden_size,
+        "projection_bias": config.projector_bias,
+        "projection_norm": "layer",
+        "projection_norm_eps": 1e-6,
+        "projection_norm_parts": config.vision_config.spatial_merge_size**2,
+    }
+
+
 def _qwen_vl(config: Any) -> Options:
     return {"resampler_type": "identity", "projection_depth": 0, "image_positions": "grid"}
 
@@ -213,15 +225,13 @@ _IDEFICS3 = Family(
     around=("{fake_image_token}{global_image_token}", "{fake_image_token}"),
     tokens={"fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"},
 )
-_QWEN_VL = Family(
-    _qwen_vl,
-    {},
-    tower="visual",
-    connector=None,
-    around=("<|vision_start|>", "<|vision_end|>"),
-    placeholder="<|vision_start|><|image_pad|><|vision_end|>",
-    size=lambda processor: 16 * processor.patch_size * processor.merge_size,
-)
+# Around an image in the chat template itself; a view of 16 x 16 tokens.
+_VISION_START: dict[str, Any] = {
+    "around": ("<|vision_start|>", "<|vision_end|>"),
+    "placeholder": "<|vision_start|><|image_pad|><|vision_end|>",
+    "size": lambda processor: 16 * processor.patch_size * processor.merge_size,
+}
+_QWEN_VL = Family(_qwen_vl, {}, tower="visual", connector=None, **_VISION_START)
 FAMILIES: dict[str, Family] = {
     "aya_vision": Family(
         _aya_vision,
@@ -276,6 +286,7 @@ FAMILIES: dict[str, Family] = {
         tokens={"image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"},
         size=lambda processor: processor.tile_size,
     ),
+    "lfm3_vl": Family(_lfm3_vl, {"layer_norm.": "norm.", **_TWO}, **_VISION_START),
     "llava": Family(_mlp),
     "llava_next": Family(_mlp, newline="image_newline"),
     "llava_onevision": Family(_mlp, newline="image_newline"),
@@ -289,7 +300,7 @@ _TIMM = "has a tower of timm, which gives no grid of tokens that could be checke
 # Why others cannot be taken apart so that each view is shown as they would show it.
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("glm4v", "glm4v_moe", "ernie4_5_vl_moe"), _MROPE),
-    **dict.fromkeys(("mistral3", "pixtral", "kimi_vl", "gemma3n", "lfm3_vl"), _ANY_SIZE),
+    **dict.fromkeys(("mistral3", "pixtral", "kimi_vl", "gemma3n"), _ANY_SIZE),
     **dict.fromkeys(("fast_vlm", "perception_lm"), _TIMM),
     "qwen2_vl": "has a tower that AutoModel does not make, so that no saved folder could be loaded; take a Qwen2.5-VL",
     "internvl_chat": "is code of its repository's own; the same weights are there with '-hf' behind the name",

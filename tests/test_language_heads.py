@@ -57,6 +57,7 @@ OWN = {
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_state": 8, "layer_types": ["mamba", "attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
     "nemotron_h": {"layers_block_type": ["mamba", "attention"]},
     "qwen3_5_moe_text": {"layer_types": ATTENTION},
     "qwen3_5_text": {"layer_types": ATTENTION},

@@ -214,6 +214,23 @@ SOURCES = {
         },
         ["<image>", "<|image_start|>", "<|image_end|>"],
     ),
+    "lfm3_vl": (
+        {
+            "vision_config": {
+                **{name: value for name, value in VISION.items() if name != "image_size"},
+                "num_key_value_heads": 1,
+                "patch_size": 4,
+                "layer_types": ["conv", "full_attention", "full_attention"],
+            },
+            "text_config": {
+                **TEXT,
+                "model_type": "lfm3",
+                "layer_types": ["conv", "full_attention"],
+            },
+            "projector_hidden_size": 20,
+        },
+        ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"],
+    ),
     "aya_vision": (
         {
             "vision_config": SIGLIP,
@@ -282,7 +299,7 @@ def source(tokenizer):
 
 def ours(source, processor, **options):
     made = {"view_strategy": "resize", "view_text": "", **options}
-    if source.config.model_type.startswith("qwen"):  # of any size
+    if source.config.model_type.startswith(("qwen", "lfm3")):  # of any size
         made.setdefault("image_size", 32)
     own = PanoramaProcessor.from_vlm_pretrained(source, processor, **made)
     return PanoramaVLM.from_vlm_pretrained(source, processor, **made).eval(), own
@@ -305,7 +322,7 @@ def source_inputs(family, source, pixel_values):
             "spatial_shapes": torch.tensor([[rows, columns]] * count),
             "pixel_attention_mask": torch.ones(count, rows * columns, dtype=torch.long),
         }
-    if family.startswith("qwen"):
+    if family.startswith(("qwen", "lfm3")):
         patches = torch.cat([_of_qwen_vl(image.numpy(), 4, 2) for image in pixel_values])
         return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, height // 4, width // 4]] * count)}
     if family.startswith("gemma4"):
