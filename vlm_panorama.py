@@ -86,7 +86,7 @@ class Source(NamedTuple):
 
 def _features(config: Any) -> Options:
     """Which hidden states are shown, and whether CLS, which looks nowhere, is left out."""
-    cls = config.vision_config.model_type in ("clip_vision_model", "internvl_vision")
+    cls = config.vision_config.model_type in ("clip_vision_model", "dinov2", "internvl_vision", "vit")
     strategy = getattr(config, "vision_feature_select_strategy", "default" if cls else "full")
     if (strategy == "default") != cls:
         raise ValueError(
