@@ -499,7 +499,6 @@ def broken_files(panorama):
         "wide.png": (png_header(65_000, 100), "65000 x 100 pixels, a side must have 1 to 32767"),
         "bomb.png": (png_header(32_000, 16_000), "max_pixels is 268435456"),
         "damaged.png": (png[:200] + b"damage" + png[206:], ""),
-        "phone.heic": (b"\x00\x00\x00\x18ftypheic" + bytes(20), "pip install pillow-heif"),
     }
 
 
@@ -523,10 +522,13 @@ def test_a_broken_file_is_an_error_that_names_it_and_the_reason_within_bounds(pa
         ((Path(__file__).parent / "inputs" / "float32.tif").read_bytes(), "TIFF"),
         (b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 1 +X 2\n" + bytes(8), "Radiance HDR"),
         (b"\x76\x2f\x31\x01\x02\0\0\0", "OpenEXR"),
+        (b"\x00\x00\x00\x18ftypheic" + bytes(20), "HEIC: pip install pillow-heif,"),
     ],
 )
 def test_what_needs_the_extra_says_so(data, kind, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "OpenImageIO", None)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     (tmp_path / "a.bin").write_bytes(data)
     with pytest.raises(ValueError, match=rf"a\.bin: it is {kind} .*panorama-vlm\[formats\]"):
         read_panorama(tmp_path / "a.bin")
