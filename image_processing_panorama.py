@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +14,8 @@ from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.request import Request, urlopen
+from urllib.error import URLError
+from urllib.request import FTPHandler, Request, build_opener
 
 import numpy as np
 import torch
@@ -52,6 +54,8 @@ _TRANSFORMERS_OPTIONS = (
     "processor_class",
     *ImagesKwargs.__annotations__,
 )
+LARGEST_DOWNLOAD = 256 * 2**20  # bytes behind a URL
+LONGEST_DOWNLOAD_S = 60.0
 _SHORTEST_BASE64 = 64  # characters of a text that may hold a file
 _CACHE_VERSION = 2  # to be raised when the same file and options give other views
 
@@ -205,9 +209,12 @@ class PanoramaImageProcessor(BaseImageProcessor):
         """Fetch the bytes of what a URL names, and those that a data URL or base64 holds; all else stays as it is, for
         :func:`read_panorama` to open, so that each way in gives the same pixels. Lists keep their nesting.
 
+        Private addresses are asked like public ones: who hands on URLs of strangers looks at them first, or fetches
+        them by `panorama_vlm.data.fetching.fetch`, which asks public addresses alone.
+
         Raises:
             ValueError: for a data URL that cannot be decoded; of its text, which may be long, only the head is
-                repeated. For a URL that gives nothing.
+                repeated. For a URL that gives nothing, more than 256 MiB, or takes more than 60 s.
         """
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
@@ -425,10 +432,29 @@ def _sample_views(
     return view_mask(views.plan, panorama.covered, rotation, panorama.seen, options["min_seen"])
 
 
+class _NoFTP(FTPHandler):
+    """Redirects lead to http and https alone; urllib itself refuses all else."""
+
+    def ftp_open(self, req: Request) -> Any:
+        raise URLError("it leads to an ftp URL")
+
+
 def _fetched(url: str) -> bytes:
+    """The content behind a URL. It is the caller's: it may be of a private host, as in `load_image` of transformers."""
+    pieces, size, end = list[bytes](), 0, time.monotonic() + LONGEST_DOWNLOAD_S
     try:
-        with urlopen(Request(url, headers={"User-Agent": "panorama-vlm", "Accept": "image/*"}), timeout=60) as answer:
-            return answer.read()
+        request = Request(url, headers={"User-Agent": "panorama-vlm", "Accept": "image/*"})
+        with build_opener(_NoFTP).open(request, timeout=20) as answer:
+            while piece := answer.read1(2**16):  # what has come by now: a slow server cannot hold us
+                pieces.append(piece)
+                size += len(piece)
+                if size > LARGEST_DOWNLOAD:
+                    raise ValueError(f"it has more than {LARGEST_DOWNLOAD // 2**20} MiB; fetch it, and give the file")
+                if time.monotonic() > end:
+                    raise ValueError(f"it took more than {LONGEST_DOWNLOAD_S:g} s; fetch it, and give the file")
+            if answer.length:
+                raise ValueError(f"it ends {answer.length} bytes early")
+            return b"".join(pieces)
     except (OSError, HTTPException, ValueError) as error:
         raise ValueError(f"cannot read {url[:200]}: {type(error).__name__}: {str(error)[:200]}") from error
 

@@ -1,6 +1,7 @@
 """Colour profiles: compared with the formulas of the colour spaces in float64."""
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,54 @@ def test_every_kind_of_image_is_converted(panoramas, mode):
     inside = ((expected > 0.02) & (expected < 0.98)).all(-1)
     assert inside.any()
     assert np.abs(found.numpy() / 255 - expected)[inside].mean() < tolerance
+
+
+def icc(kind, space, connection, tags):
+    """A profile of version 2 (ICC.1:2001-04) by hand: its header, the table of its tags, and the tags."""
+    d50 = struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D)
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + d50, **tags}
+    start, table, content = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, value in tags.items():
+        table += name + struct.pack(">2I", start + len(content), len(value))
+        content += value + bytes(-len(value) % 4)
+    head = struct.pack(">2I", start + len(content), 0) + b"\2\x40\0\0" + kind + space + connection
+    head += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + d50
+    return head.ljust(128, b"\0") + table + content
+
+
+def encode(linear):
+    """IEC 61966-2-1, in levels of 255."""
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055)
+
+
+def test_grey_and_cmyk_profiles_are_converted():
+    ramp = np.linspace(0, 255, 64).round().astype(np.uint8)[None].repeat(32, 0)
+    grey = icc(b"mntr", b"GRAY", b"XYZ ", {b"kTRC": b"curv\0\0\0\0" + struct.pack(">IH", 1, round(1.8 * 256))})
+    found = read_panorama(with_profile(Image.fromarray(ramp), grey)).pixels.numpy()
+    assert np.abs(found - encode((ramp[..., None] / 255) ** 1.8)).max() < 2
+    assert np.abs(found - ramp[..., None] * 1.0).max() > 5  # what they are without it
+
+    # Paper is white; where there is any ink, lightness falls by the share of black alone.
+    identity = b"".join(struct.pack(">I", 0x10000 * (place % 4 == 0)) for place in range(9))
+    straight = bytes(range(256))
+    grid = bytes(value for node in range(16) for value in (255 * (node % 2 == 0), 128, 128))  # Lab, black is fastest
+    table = b"mft1\0\0\0\0\4\3\2\0" + identity + 4 * straight + grid + 3 * straight
+    black = icc(b"prtr", b"CMYK", b"Lab ", {b"A2B0": table})
+    ink = np.zeros((32, 64, 4), np.uint8)
+    ink[..., 3] = ramp
+    found = read_panorama(with_profile(Image.frombytes("CMYK", (64, 32), ink.tobytes()), black, "TIFF")).pixels.numpy()
+    lightness = 100 * (1 - ramp[..., None] / 255.0)
+    luminance = np.where(lightness > 8, ((lightness + 16) / 116) ** 3, lightness / 903.3)  # CIE 15
+    assert np.abs(found - encode(luminance)).max() < 2
+    assert np.abs(found - (255.0 - ramp[..., None])).max() > 5
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_sixteen_bit_and_float_stay_as_they_are(panoramas, mode):
+    grey = np.array(panoramas[0].convert("L"))
+    image = Image.fromarray(grey.astype(np.uint16) * 257 if mode == "I;16" else grey.astype(np.float32) / 255)
+    image.info["icc_profile"] = Image.open(PROPHOTO).info["icc_profile"]
+    assert np.abs(read_panorama(image).pixels.numpy() * 255 - grey[..., None]).max() < 1e-3
 
 
 def test_prepared_views_of_a_decoded_image_know_its_profile(panoramas, tmp_path):

@@ -7,6 +7,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from panorama_vlm import PanoramaImageProcessor, image_processing_panorama
 from panorama_vlm.data import fetching
 from panorama_vlm.data.collators import VisionCollator
 from panorama_vlm.data.fetching import fetch
@@ -27,6 +28,8 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(404 if name == "gone" else 200)
+        if name == "torn":
+            self.send_header("Content-Length", str(len(self.server.picture) + 1))
         self.end_headers()
         if name == "endless":
             while not self.server.over:
@@ -121,3 +124,25 @@ def test_a_source_fetches_where_it_says_so(server, make, tmp_path):
         assert (0 if batch is None else len(batch["pixel_values"])) == count == 2 - len(skipped)
         words = "not public" if options else "fetch: true"
         assert all(words in record["reason"] for record in skipped)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("gone", "404"),
+        ("endless", "it has more than 1 MiB; fetch it, and give the file"),
+        ("slow", "it took more than 0.3 s"),
+        ("torn", "it ends 1 bytes early"),
+        ("redirect/file:///etc/hostname", "Redirection to url 'file:"),
+        ("redirect/ftp://localhost:1/x", "it leads to an ftp URL"),
+    ],
+)
+def test_the_image_processor_bounds_what_a_url_gives(server, monkeypatch, path, reason):
+    monkeypatch.setattr(image_processing_panorama, "LARGEST_DOWNLOAD", 2**20)
+    monkeypatch.setattr(image_processing_panorama, "LONGEST_DOWNLOAD_S", 0.3)
+    processor = PanoramaImageProcessor(image_size=16)
+    assert processor.fetch_images([f"{server.local}/redirect//a.jpg"]) == [server.picture]
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match=f"cannot read {server.local}/{path}: .*{reason}"):
+        processor(f"{server.local}/{path}")
+    assert time.monotonic() - begun < 10

@@ -84,6 +84,21 @@ def test_openexr_is_shown_by_the_stated_curve(light, tmp_path, way):
     assert np.abs(found.numpy() - reinhard(stored)).max() <= 1
 
 
+def test_beside_the_data_window_of_openexr_there_is_nothing_to_see(light, tmp_path):
+    pytest.importorskip("OpenImageIO")
+    exr = pytest.importorskip("OpenEXR")
+    path = str(tmp_path / "a.exr")
+    header = {"compression": exr.ZIP_COMPRESSION, "type": exr.scanlineimage}
+    header |= {"dataWindow": (np.int32([64, 32]), np.int32([319, 159]))}  # the last ones belong to it
+    header |= {"displayWindow": (np.int32([0, 0]), np.int32([511, 255]))}
+    exr.File(header, {"RGB": light[32:160, 64:320].copy()}).write(path)
+    panorama = read_panorama(path)
+    wanted = np.zeros((256, 512), bool)
+    wanted[32:160, 64:320] = True
+    np.testing.assert_array_equal(panorama.seen, wanted)
+    assert np.abs(panorama.pixels.numpy()[32:160, 64:320] - reinhard(light[32:160, 64:320])).max() <= 1
+
+
 def test_radiance_is_shown_by_the_stated_curve(light, tmp_path):
     pytest.importorskip("OpenImageIO")
     cv2 = pytest.importorskip("cv2")

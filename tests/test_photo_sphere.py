@@ -8,6 +8,7 @@ import math
 import shutil
 import struct
 import subprocess
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,8 @@ def stored():
         "extended": extended(packet, 3),
         "UTF-16, little": [MAIN + packet.decode().encode("utf-16")],
         "UTF-16, big, without a mark": [MAIN + packet.decode().encode("utf-16-be")],
+        "UTF-32": [MAIN + packet.decode().encode("utf-32")],
+        "UTF-32, big, without a mark": [MAIN + packet.decode().encode("utf-32-be")],
         "UTF-8 with a mark": [MAIN + packet.decode().encode("utf-8-sig")],
         "another prefix": [MAIN + packet.replace(b"GPano", b"p")],
         "no last slash": [MAIN + packet.replace(b"panorama/", b"panorama")],
@@ -129,7 +132,42 @@ def test_photo_sphere_data_are_read_however_they_are_stored(panoramas, tmp_path,
     path.write_bytes(jpeg_with(panoramas[0], *stored()[how]))
     with Image.open(path) as image:
         assert read_photo_sphere(image) == SPHERE
-    if shutil.which("exiftool") and how != "UTF-16, big, without a mark":
+    if shutil.which("exiftool") and "UTF-32" not in how and how != "UTF-16, big, without a mark":
+        assert by_exiftool(path) == SPHERE
+
+
+def raw_profile(kind, content):
+    """As ImageMagick writes it: the name, the length, and the bytes in hex, 36 a line."""
+    lines = "\n".join(content.hex()[start : start + 72] for start in range(0, 2 * len(content), 72))
+    return f"Raw profile type {kind}".encode() + b"\0", f"\n{kind}\n{len(content):8}\n{lines}\n".encode()
+
+
+def png_chunks():
+    """The same data as they come in PNGs."""
+    packet, keyword = photo_sphere(**CROP), b"XML:com.adobe.xmp\0"
+    xmp, xmp_text = raw_profile("xmp", packet)
+    app1, app1_text = raw_profile("APP1", MAIN + packet)
+    return {
+        "XMP": (b"iTXt", keyword + b"\0\0\0\0" + packet),
+        "XMP, compressed": (b"iTXt", keyword + b"\1\0\0\0" + zlib.compress(packet)),
+        "ImageMagick's xmp": (b"zTXt", xmp + b"\0" + zlib.compress(xmp_text)),
+        "ImageMagick's xmp, not compressed": (b"tEXt", xmp + xmp_text),
+        "ImageMagick's APP1": (b"zTXt", app1 + b"\0" + zlib.compress(app1_text)),
+    }
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("how", png_chunks())
+def test_photo_sphere_data_of_a_png_are_read_before_and_after_the_pixels(panoramas, tmp_path, how, place):
+    data, (kind, content) = encoded(panoramas[0]), png_chunks()[how]
+    at = data.index(b"IDAT" if place == "before" else b"IEND") - 4
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    path = tmp_path / "a.png"
+    path.write_bytes(data[:at] + chunk + data[at:])
+    with Image.open(path) as image:
+        assert read_photo_sphere(image) == SPHERE
+    assert read_panorama(path).covered == (100 / 512, 356 / 512, 200 / 1024, 712 / 1024)
+    if shutil.which("exiftool"):
         assert by_exiftool(path) == SPHERE
 
 
@@ -331,6 +369,7 @@ def test_other_projections_are_refused_by_name(panoramas, tmp_path):
     path.write_bytes(encoded(panoramas[0], "JPEG", xmp=photo_sphere(ProjectionType="fisheye")))
     with pytest.raises(ValueError, match=r"cannot read .*fish\.jpg: .*'fisheye', read are equirectangular and cylindr"):
         read_panorama(path)
+    assert read_panorama(path, projection="dual_fisheye:fov=190").covered is None
 
 
 # Transparency, and layers of stitchers

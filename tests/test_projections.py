@@ -71,9 +71,12 @@ def test_a_dual_fisheye_by_its_formula():
     back = front * [-1, 1, -1]
     front[radius > 1] = back[radius > 1] = -1
     for name, pair in (("left", (front, back)), ("right", (back, front))):
-        picture = coded(np.concatenate(pair, 1))
-        found = read_panorama(picture, projection=f"dual_fisheye:fov={fov},front={name}")
-        assert np.quantile(angles_off(found), 0.999) < 1.2 and angles_off(found).mean() < 0.4
+        for margin in (0, 50):  # of black around each circle, in pixels
+            circles = [np.pad(circle, ((margin, margin), (margin, margin), (0, 0))) for circle in pair]
+            radius = size / (size + 2 * margin)
+            projection = f"dual_fisheye:fov={fov},front={name},radius={radius}"
+            found = read_panorama(coded(np.concatenate(circles, 1)), projection=projection)
+            assert np.quantile(angles_off(found), 0.999) < 1.2 and angles_off(found).mean() < 0.4
 
 
 def test_a_cylinder_by_its_formula():
@@ -100,9 +103,10 @@ def test_stereo_files_of_the_report_are_laid_down(name, projection):
     assert (found.covered == (0, 1, 0.25, 0.75)) == (projection == "vr180")
 
 
-def test_over_and_under():
-    eye = np.array(coded(rays(128)))
-    found = read_panorama(np.concatenate([eye, eye]), projection="stereo_top_bottom")
+@pytest.mark.parametrize(("name", "axis"), [("stereo_top_bottom", 0), ("stereo_side_by_side", 1), ("vr180", 1)])
+def test_of_two_eyes_the_left_or_upper_one_is_shown(name, axis):
+    eye = np.array(coded(rays(128)[:, 64:192] if name == "vr180" else rays(128)))
+    found = read_panorama(np.concatenate([eye, 0 * eye], axis), projection=name)
     assert angles_off(found).max() < 1.5
 
 

@@ -2,6 +2,7 @@ import contextlib
 import gc
 import io
 import math
+import struct
 import sys
 import time
 import tracemalloc
@@ -499,7 +500,6 @@ def broken_files(panorama):
         "wide.png": (png_header(65_000, 100), "65000 x 100 pixels, a side must have 1 to 32767"),
         "bomb.png": (png_header(32_000, 16_000), "max_pixels is 268435456"),
         "damaged.png": (png[:200] + b"damage" + png[206:], ""),
-        "phone.heic": (b"\x00\x00\x00\x18ftypheic" + bytes(20), "pip install pillow-heif"),
     }
 
 
@@ -517,16 +517,40 @@ def test_a_broken_file_is_an_error_that_names_it_and_the_reason_within_bounds(pa
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "JPEG2000", "BMP", "PPM"])
+def test_a_file_of_any_format_that_is_cut_off_is_named(panoramas, tmp_path, format):
+    if format not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {format}")
+    data = encoded(panoramas[0], format)
+    (tmp_path / "a.bin").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"cannot read .*a\.bin: \S+"):
+        read_panorama(tmp_path / "a.bin")
+
+
+def planar_tiff():
+    """Two by one pixels of 16 bit, each colour in a plane of its own (TIFF 6.0, page 38)."""
+    tags = [(256, 3, 1, 2), (257, 3, 1, 1), (258, 3, 3, 134), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 3, 140)]
+    tags += [(277, 3, 1, 3), (278, 3, 1, 1), (279, 4, 3, 152), (284, 3, 1, 2)]
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head += bytes(4)
+    values = struct.pack("<3H", 16, 16, 16) + struct.pack("<3I", 164, 168, 172) + struct.pack("<3I", 4, 4, 4)
+    return head + values + struct.pack("<6H", 0, 65535, 0, 65535, 0, 65535)
+
+
 @pytest.mark.parametrize(
     ("data", "kind"),
     [
+        (planar_tiff(), "TIFF"),
         ((Path(__file__).parent / "inputs" / "float32.tif").read_bytes(), "TIFF"),
         (b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 1 +X 2\n" + bytes(8), "Radiance HDR"),
         (b"\x76\x2f\x31\x01\x02\0\0\0", "OpenEXR"),
+        (b"\x00\x00\x00\x18ftypheic" + bytes(20), "HEIC: pip install pillow-heif,"),
     ],
 )
 def test_what_needs_the_extra_says_so(data, kind, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "OpenImageIO", None)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     (tmp_path / "a.bin").write_bytes(data)
     with pytest.raises(ValueError, match=rf"a\.bin: it is {kind} .*panorama-vlm\[formats\]"):
         read_panorama(tmp_path / "a.bin")

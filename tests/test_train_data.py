@@ -204,6 +204,68 @@ def test_a_folder_of_images_serves_the_vision_stage_alone(tmp_path):
         open_data([DataSource(str(tmp_path))], stage="finetune", seed=0)
 
 
+ROW = {"file_name": "p0.jpg", "query": "Where?", "annotation": "here"}
+HEADER, VALUES = list(ROW), list(ROW.values())
+SOURCES = {  # the kinds of the docs, as (path of the file in the folder, what it holds); "" is the folder itself
+    "metadata.jsonl": ("", "metadata.jsonl", json.dumps(ROW)),
+    "metadata.csv": ("", "metadata.csv", f"{','.join(HEADER)}\n{','.join(VALUES)}\n"),
+    "metadata of the split": ("", "train/metadata.jsonl", json.dumps(ROW)),
+    "jsonl": ("t.jsonl", "t.jsonl", json.dumps(ROW)),
+    "json, a line each": ("t.json", "t.json", json.dumps(ROW)),
+    "json, a list": ("t.json", "t.json", json.dumps([ROW], indent=2)),
+    "csv": ("t.csv", "t.csv", f"{','.join(HEADER)}\n{','.join(VALUES)}\n"),
+    "csv with semicolons and a mark": ("t.csv", "t.csv", f"\ufeff{';'.join(HEADER)}\n{';'.join(VALUES)}\n"),
+    "csv with tabs": ("t.csv", "t.csv", "\t".join(HEADER) + "\r\n" + "\t".join(VALUES) + "\r\n"),
+    "tsv": ("t.tsv", "t.tsv", "\t".join(HEADER) + "\n" + "\t".join(VALUES) + "\n"),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_is_the_same_in_every_kind_of_source(tmp_path, kind, streaming):
+    source, name, content = SOURCES[kind]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (16, 8)).save((tmp_path / name).parent / "p0.jpg")
+    if kind == "metadata of the split":  # it goes first
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({**ROW, "annotation": "elsewhere"}))
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    samples, _ = open_data([DataSource(str(tmp_path / source), streaming=streaming)], stage="finetune", seed=0)
+    image = str((tmp_path / name).parent / "p0.jpg")
+    assert next(iter(samples))["messages"] == conversation(image, "Where?", "here")
+
+
+IMAGES = ("image", "images", "file_name", "url", "image_path", "panorama")
+QUESTIONS, ANSWERS = ("query", "question", "prompt", "instruction"), ("annotation", "answer", "response")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [(name, "query", "annotation") for name in IMAGES]
+    + [("image", name, "answer") for name in QUESTIONS]
+    + [("image", "question", name) for name in ANSWERS]
+    + [("image", name) for name in ("conversations", "messages")],
+)
+def test_columns_are_found_by_the_names_of_the_docs(tmp_path, names):
+    numbered(tmp_path, 1)
+    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "here"}]
+    values = ("p0.jpg", "Where?", "here") if len(names) == 3 else ("p0.jpg", turns)
+    (tmp_path / "t.jsonl").write_text(json.dumps(dict(zip(names, values, strict=True))))
+    (sample,) = open_data([DataSource(str(tmp_path / "t.jsonl"))], stage="finetune", seed=0)[0]
+    assert sample["messages"] == conversation(str(tmp_path / "p0.jpg"), "Where?", "here")
+    words = (SAMPLES.parent / "docs/data.md").read_text().split("usual names:")[1].split("**Several")[0]
+    assert all(f"`{name}`" in words for name in names)
+
+
+def test_paths_in_rows_start_from_the_folder_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    numbered(tmp_path / "a/b", 1)
+    rows = [{"file_name": name, "query": "q", "annotation": "a"} for name in ("b/p0.jpg", "~/a/b/p0.jpg")]
+    (tmp_path / "a/t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for images in (None, str(tmp_path / "a")):
+        samples = open_data([DataSource(str(tmp_path / "a/t.jsonl"), images=images)], stage="vision", seed=0)[0]
+        assert [sample["image"] for sample in samples] == [f"{tmp_path}/a/b/p0.jpg", f"{tmp_path}/a/~/a/b/p0.jpg"]
+
+
 def test_columns_of_other_names_are_named(tmp_path):
     numbered(tmp_path, 1)
     (tmp_path / "t.jsonl").write_text('{"pano": "p0.jpg", "q": "Where?", "a": 5}')

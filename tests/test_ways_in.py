@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from panorama_vlm import PanoramaImageProcessor
 from panorama_vlm.tests.test_reading import crop_values, photo_sphere
 from PIL import Image
+from transformers import pipeline
+from transformers.utils.chat_template_utils import Chat
 
 FILES = ("grey16.png", "grey16.tif", "alpha.png", "palette.png", "partial.jpg", "turned.jpg", "cmyk.jpg", "float.tif")
 
@@ -95,6 +98,18 @@ def test_sixteen_bit_in_a_data_url_is_not_white(folder):
     shown = processor(url, return_tensors="pt")["pixel_values"]
     values = np.array(Image.open(io.BytesIO(data))) / 65535
     assert abs(float(shown[0, 0].mean()) - values.mean()) < 0.01 and values.mean() < 0.9
+
+
+def test_a_pipeline_reads_what_is_in_a_chat_as_it_is(make, folder):
+    """Outside of one it hands over 8-bit RGB that its own `load_image` made, as the docs say."""
+    model, processor = make()
+    answer = pipeline("image-text-to-text", model=model, processor=processor)
+    path = str(folder / "grey16.png")
+    expected = processor.image_processor(path, return_tensors="pt")["pixel_values"]
+    content = [{"type": "image", "image": path}, {"type": "text", "text": "What?"}]
+    found = answer.preprocess(Chat([{"role": "user", "content": content}]))["pixel_values"]
+    assert torch.equal(found, expected)
+    assert not torch.allclose(answer.preprocess({"images": [path], "text": ["<image>?"]})["pixel_values"], expected)
 
 
 def test_what_a_url_does_not_give_is_named(address):
