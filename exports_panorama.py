@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .geometry_panorama import View, ViewPlan, camera_rotation
+from .geometry_panorama import View, ViewPlan, camera_rotation, yaw_rotation
 from .places_panorama import BFoV, NamedPlace, draw_bfov, wrap
 from .reading_panorama import Layout, read_panorama
 from .sampling_panorama import erp_to_views
@@ -82,8 +82,13 @@ def to_pannellum(places: Places, layout: Layout, panorama: str = "") -> dict[str
     """
     _require_equirectangular(layout, "Pannellum")
     full_height, full_width = layout.full
-    middle = View("perspective", ((layout.left + layout.width / 2) / full_width - 0.5) * 360, 0.0, 90.0)
-    middle = middle.rotated(camera_rotation(layout.pitch, layout.roll))  # where it looks once levelled
+    middle = ((layout.left + layout.width / 2) / full_width - 0.5) * 360
+    # It pitches the picture and then rolls it, about the picture's own front, where Photo Sphere data mean the opposite
+    # order about the front of the sphere: turned = yaw * roll * pitch is solved for its three angles.
+    turned = camera_rotation(layout.pitch, layout.roll) @ yaw_rotation(middle)
+    roll = math.degrees(math.asin(max(-1.0, min(1.0, -turned[1, 0]))))
+    pitch = math.degrees(math.atan2(turned[1, 2], turned[1, 1]))
+    zero = math.degrees(math.atan2(-turned[2, 0], turned[0, 0]))  # where its yaw is 0, to the right of the sphere's
     below = (layout.top + layout.height / 2) / full_height - 0.5
     config: dict[str, Any] = {
         "type": "equirectangular",
@@ -91,17 +96,17 @@ def to_pannellum(places: Places, layout: Layout, panorama: str = "") -> dict[str
         "haov": round(layout.width / full_width * 360, 4),
         "vaov": round(layout.height / full_height * 180, 4),
         "vOffset": round(-180 * below, 4) + 0.0,
-        "horizonPitch": round(middle.pitch, 4),
-        "horizonRoll": round(middle.roll, 4),
+        "horizonPitch": round(pitch, 4) + 0.0,
+        "horizonRoll": round(roll, 4) + 0.0,
         "escapeHTML": False,
     }
     if layout.heading is not None:
-        config |= {"northOffset": round((layout.heading + middle.yaw) % 360, 4), "compass": True}
+        config |= {"northOffset": round((layout.heading + zero) % 360, 4), "compass": True}
     config["hotSpots"] = [
         {
             "id": f"place-{number}",
             "type": "info",
-            "yaw": round(wrap(each.place.yaw + layout.yaw_offset - middle.yaw), 4),
+            "yaw": round(wrap(each.place.yaw + layout.yaw_offset - zero), 4),
             "pitch": round(each.place.pitch, 4),
             "text": html.escape(each.label, quote=False),
         }

@@ -301,7 +301,7 @@ def _label(text: str, before: int, start: int, end: int) -> str:
     """What a place is called: a JSON label beside it, or the words before it."""
     if (label := _beside(_LABEL, text, before, start, end)) is not None:
         return label
-    words = text[before:start].split("\n")[-1]
+    words = text[before:start].rpartition("}")[2].split("\n")[-1]
     words = re.sub(r"[\"'{\[(]?\b(?:bfov|place|box|position)\b[\"']?\s*[:=]?\s*$", "", words, flags=re.IGNORECASE)
     words = re.sub(r"(?:\s*\b(?:is|are|at|lies|stands)\s*:?)+\s*$", "", words.strip(" \t,;:[]{}()\"'-=."))
     return words.strip(" \t,;:[]{}()\"'-=.")
