@@ -7,10 +7,11 @@ RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 # A core for each of a few processes: threads that wait for each other on the same cores cost far more than they bring.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-fast test-lowest test-tools soak lint types bench clean
+.PHONY: help demo train-demo test test-fast test-lowest test-tools soak lint types bench clean
 
 help:
-	@echo "make demo       train the three stages on real panoramas, save, load elsewhere, ask (minutes)"
+	@echo "make demo       ask the model of this repository about scenes it never saw, right and wrong marked (seconds)"
+	@echo "make train-demo train the three stages on real panoramas, save, load elsewhere, ask (minutes)"
 	@echo "make test       the tests;  make test-fast  without those that take more than ten seconds"
 	@echo "make test-tools the tests with other tools (TRL, torchao, harnesses, transformers' own tests and server), which it installs"
 	@echo "make test-lowest  the fast tests with the lowest versions that setup.cfg names"
@@ -46,8 +47,12 @@ tests-of-transformers: $(VENV)/.tools
 	-@$(RUN) tests/transformers_tests.py
 
 demo: $(VENV)/.demo
+	@echo "== Asking the default model about scenes that it never saw"
+	@$(RUN) -m panorama_vlm.demo.default_model --output build/demo
+
+train-demo: $(VENV)/.demo
 	@echo "== Composing a small model, training its three stages on samples/, asking it in a new process"
-	@$(RUN) -m panorama_vlm.demo.quickstart --output build/demo
+	@$(RUN) -m panorama_vlm.demo.quickstart --output build/train-demo
 
 test: $(VENV)/.ready
 	@echo "== Running all tests"

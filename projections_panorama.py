@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -198,26 +199,33 @@ def looks_like(pixels: torch.Tensor) -> str | None:
     small = _grey(pixels[rows[:, None], columns])  # [64, 128]
     if small.std() < 0.02:
         return None
-    y, x = (np.arange(64) + 0.5) / 32 - 1, (np.arange(128) + 0.5) / 32
-    away = np.hypot(np.where(x < 2, x - 1, x - 3)[None], y[:, None])
-    outside, inside = small[away > 1.06], small[away < 0.9]
-    if outside.std() < 0.01 and inside.std() > 0.05 and outside.max() < 0.06 and (inside < 0.06).mean() < 0.5:
+    outside, inside = (small[place] for place in _circles())
+    if outside.max() < 0.06 and outside.std() < 0.01 and inside.std() > 0.05 and (inside < 0.06).mean() < 0.5:
         return "two fisheye circles: projection='dual_fisheye:fov=…' with the field of view of its lenses"
     if _alike(small[:, :64], small[:, 64:]):
         return "two pictures side by side: projection='stereo_side_by_side', or 'vr180' where each shows the front half"
     if _alike(small[:32], small[32:]):
         return "two pictures one above the other: projection='stereo_top_bottom'"
-    line = _grey(pixels[rows[2::4]])  # [16, W]
-    steps = np.abs(np.diff(line, axis=1)).mean(0)
-    seam = float(np.abs(line[:, 0] - line[:, -1]).mean())
+    edges = _grey(pixels[rows[2::4], :: width - 1])  # [16, 2]
+    seam = float(np.abs(edges[:, 0] - edges[:, 1]).mean())
+    if seam <= 0.05:
+        return None
+    steps = np.abs(np.diff(_grey(pixels[rows[2::4]]), axis=1)).mean(0)  # [W - 1]
     poles = min(float(_grey(pixels[row, columns]).std()) for row in (0, -1))
-    is_cut = seam > 0.05 and seam > 4 * float(np.quantile(steps, 0.99))
-    if is_cut and poles > max(0.05, 0.5 * float(small.std(1).mean())):
+    if seam > 4 * float(np.quantile(steps, 0.99)) and poles > max(0.05, 0.5 * float(small.std(1).mean())):
         return (
             "a photograph or fisheye circles that fill it, since left and right edge do not continue each other and "
             "top and bottom are no points: projection='dual_fisheye:fov=…' for two circles"
         )
     return None
+
+
+@cache
+def _circles() -> tuple[np.ndarray, np.ndarray]:
+    """What of [64, 128] lies outside of two circles side by side, and inside, bool."""
+    y, x = (np.arange(64) + 0.5) / 32 - 1, (np.arange(128) + 0.5) / 32
+    away = np.hypot(np.where(x < 2, x - 1, x - 3)[None], y[:, None])
+    return away > 1.06, away < 0.9
 
 
 def _grey(pixels: torch.Tensor) -> np.ndarray:
@@ -238,7 +246,10 @@ def hint(height: int, width: int) -> str:
 
 def _alike(first: np.ndarray, second: np.ndarray) -> bool:
     """Whether two halves show the same, beyond what each row or the whole has in common."""
-    apart = float((first - second).std() + abs((first - second).mean()))
+    difference = first - second
+    apart = float(difference.std() + abs(difference.mean()))
+    if apart >= 0.6 * min(float(first.std()), float(second.std())):  # as below, where less is asked
+        return False
     first, second = (half - half.mean(1, keepdims=True) for half in (first, second))
     size = float(np.sqrt((first**2).sum() * (second**2).sum()))
     least = min(float(first.std()), float(second.std()))

@@ -7,7 +7,8 @@ import math
 import os
 import struct
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -164,42 +165,28 @@ def read_panorama(
     """
     image = open_image(source)
     sphere: PhotoSphere | None = None
-    name, area, scale = "the panorama", None, 1
+    area, scale = None, 1
     if isinstance(source, dict):
         projection = source.get("projection") or projection
     shape = Projection.parse(projection)
+    name = _name(image) if isinstance(image, Image.Image) else "the panorama"
     if isinstance(image, Image.Image):
-        name, is_ours = _name(image), image is not source
-        try:
-            _check_size(name, image.size)
+        with _decoding(image, source):
             if shape.name == "equirectangular":
                 sphere = read_photo_sphere(image)  # before the pixels: some of it is not found after them
             if sphere is not None and projection is None:
                 shape = shape_of(sphere)
-            if _family(image.format) != "JPEG":  # some tell only now which way is up
-                _check_pixels(image, 1, max_pixels)
-                image.load()
-            width, height = image.size if _orientation(image) < 5 else image.size[::-1]
+            height, width = _upright_size(image, max_pixels)
             needed = needed_width
             if shape.name == "equirectangular":
                 area = _area_of(sphere, height, width, name)
             else:  # columns of the file that are needed
                 needed *= max(width, 2 * height) / shape.native_width(height, width)
-            pixels, seen, scale = _decode(image, needed, area, fill, is_ours, max_pixels)
-        except Exception as error:  # decoders raise anything
-            raise ValueError(f"cannot read {name}: {str(error).removeprefix(f'cannot read {name}: ')}") from error
-        finally:
-            if is_ours and not hasattr(source, "read"):  # a file object stays open for its owner
-                image.close()
-    elif isinstance(image, np.ndarray | torch.Tensor):
+            pixels, seen, scale = _decode(image, needed, area, fill, image is not source, max_pixels)
+    else:
         pixels, seen = _from_array(image, fill)
         height, width = pixels.shape[:2]
         _check_size(name, (width, height))
-    else:
-        raise TypeError(
-            "a panorama must be a path, bytes, a file object, a PIL image, an array or a tensor, got "
-            f"{type(image).__name__}"
-        )
     if seen is not None and not seen.any():
         raise ValueError(f"cannot read {name}: all of it is transparent: there is nothing to see")
     size = (height, width)
@@ -222,6 +209,17 @@ def read_panorama(
     panorama = _turn(panorama, yaw_offset) if yaw_offset % 360 else panorama
     panorama = _mirror(panorama) if mirrored else panorama
     return _resample(panorama) if resample and panorama.rotation is not None else panorama
+
+
+def read_photograph(source: ImageSource, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """Pixels of a photograph that is no panorama, decoded as those of one: upright, [H, W, 3], uint8 in sRGB, or
+    float32 in [0, 1]. Arguments and errors are those of :func:`read_panorama`."""
+    image = open_image(source)
+    if not isinstance(image, Image.Image):
+        return _from_array(image, IMAGE_MEAN)[0]
+    with _decoding(image, source):
+        _upright_size(image, max_pixels)
+        return _decode(image, math.inf, None, IMAGE_MEAN, image is not source, max_pixels)[0]
 
 
 def to_erp_tensor(source: ImageSource) -> torch.Tensor:
@@ -468,6 +466,29 @@ def _check_size(name: str, size: tuple[int, int]) -> None:
         raise ValueError(f"cannot read {name}: it is {size[0]} x {size[1]} pixels, a side must have 1 to {MAX_SIDE}")
 
 
+@contextmanager
+def _decoding(image: Image.Image, source: Any) -> Iterator[None]:
+    """Whatever a decoder raises names the file, and what was opened here is closed."""
+    name = _name(image)
+    try:
+        yield
+    except Exception as error:  # decoders raise anything
+        raise ValueError(f"cannot read {name}: {str(error).removeprefix(f'cannot read {name}: ')}") from error
+    finally:
+        if image is not source and not hasattr(source, "read"):  # a file object stays open for its owner
+            image.close()
+
+
+def _upright_size(image: Image.Image, max_pixels: int) -> tuple[int, int]:
+    """Height and width of an image as it is shown. Those of a file but a JPEG are known when it is decoded: some tell
+    only then which way is up."""
+    _check_size(_name(image), image.size)
+    if _family(image.format) != "JPEG":
+        _check_pixels(image, 1, max_pixels)
+        image.load()
+    return image.size[::-1] if _orientation(image) < 5 else image.size
+
+
 def _is_lazy(image: Image.Image) -> bool:
     """Whether an image is opened, but not decoded yet."""
     return bool(getattr(image, "tile", None)) and getattr(image, "fp", None) is not None
@@ -591,9 +612,14 @@ def _orientation(image: Image.Image) -> int:
 # Arrays
 
 
-def _from_array(image: np.ndarray | torch.Tensor, fill: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _from_array(image: Any, fill: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Pixels [H, W, 3], uint8 or float32 in [0, 1], and what of them is not fully transparent, bool [H, W]; `None`
     where that is all."""
+    if not isinstance(image, np.ndarray | torch.Tensor):
+        raise TypeError(
+            "a panorama must be a path, bytes, a file object, a PIL image, an array or a tensor, got "
+            f"{type(image).__name__}"
+        )
     given = image.dtype
     is_uint16 = given == torch.uint16
     if isinstance(image, np.ndarray):  # torch knows no big-endian numbers, and few operations on uint16

@@ -1,7 +1,7 @@
 """What does a quantised language model forget, and what does it save?
 
-    make demo && pip install --no-deps torchao
-    python -m panorama_vlm.benchmarks.quantization [--model build/demo/finetune] [--data samples] [--threads 2]
+    make train-demo && pip install --no-deps torchao
+    python -m panorama_vlm.benchmarks.quantization [--model build/train-demo/finetune] [--data samples] [--threads 2]
 
 A trained model answers its questions with its language model in full precision, in int8 and in int4 (weight-only, by
 torchao, through `quantization_config` of `from_pretrained`). Tower, resampler and projection stay as they are.
@@ -117,7 +117,7 @@ class Asked:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m panorama_vlm.benchmarks.quantization", description=__doc__)
-    parser.add_argument("--model", type=Path, default=ROOT / "build/demo/finetune", help="a trained folder")
+    parser.add_argument("--model", type=Path, default=ROOT / "build/train-demo/finetune", help="a trained folder")
     parser.add_argument("--data", type=Path, default=ROOT / "samples", help="a folder with metadata.jsonl")
     parser.add_argument("--questions", type=int, help="only the first ones")
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer, at most (default: 64)")
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if not (options.model / "config.json").is_file():
-        print(f"{options.model} is left out: there is no trained model. `make demo` trains one")
+        print(f"{options.model} is left out: there is no trained model. `make train-demo` trains one")
         return
     try:
         ways = quantizers(options.device)

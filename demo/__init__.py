@@ -1,1 +1,1 @@
-"""The main job at a small scale: `make demo`."""
+"""What can be seen in a minute: `make demo`, `make train-demo`, and pictures of views."""

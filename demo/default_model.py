@@ -1,11 +1,11 @@
 """Ask the default model about scenes that it was never trained on, in seconds.
 
-`python -m panorama_vlm.demo.default_model --output build/unseen` asks the model at the root of the repository
-(`--model` names another folder) a few questions of every kind: about rendered scenes, and about two real panoramas
-that training never had, with things put into them. It leaves the panoramas with their questions (`metadata.jsonl`),
-`answers.json`, `views.png` (the places of the answers: expected in green, answered in red) and the model, in `model/`;
-then it asks one of the questions in a process without this package, and ends with an error where the answer is another
-one.
+`make demo` (`python -m panorama_vlm.demo.default_model --output build/demo`) asks the model at the root of the
+repository (`--model` names another folder) a few questions of every kind: about rendered scenes, and about two real
+panoramas that training never had, with things put into them. It leaves the panoramas with their questions
+(`metadata.jsonl`), `answers.json`, `views.png` (the places of the answers: expected in green, answered in red) and the
+model, in `model/`; then it asks one of the questions in a process without this package, and ends with an error where
+the answer is another one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _BATCH = 16
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m panorama_vlm.demo.default_model", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("build/unseen"), help="folder for everything it makes")
+    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for everything it makes")
     parser.add_argument("--model", type=Path, default=ROOT, help="folder of the model (default: the repository)")
     parser.add_argument("--questions", type=int, default=3, help="of each kind (default: 3)")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """The main job on a small scale: compose, train the three stages, save, load elsewhere, ask.
 
-`make demo` (`python -m panorama_vlm.demo.quickstart --output build/demo`) takes a minute or two on two cores and needs
-no network.
+`make train-demo` (`python -m panorama_vlm.demo.quickstart --output build/train-demo`) takes a minute or two on two
+cores and needs no network.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def compose(folder: Path, samples: list[dict[str, str]]) -> PanoramaProcessor:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m panorama_vlm.demo.quickstart", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for everything it makes")
+    parser.add_argument("--output", type=Path, default=Path("build/train-demo"), help="folder for everything it makes")
     output = parser.parse_args(arguments).output
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)

@@ -177,7 +177,6 @@ print(processor.post_process_answer(output)[0].answer)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / "config.json").is_file(), reason="there is no model at the root of the repository")
 def test_the_root_of_the_repository_answers_without_the_package(tmp_path):
     command = [sys.executable, "-P", "-c", THREE_LINES, str(ROOT), str(ROOT / "samples" / "park.jpg")]
     environment = {**os.environ, "PYTHONPATH": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}

@@ -1,5 +1,7 @@
 """Formats by OpenImageIO and pillow-heif: compared with tifffile, OpenEXR and OpenCV."""
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from panorama_vlm import PanoramaImageProcessor
 from panorama_vlm.data.collators import VisionCollator
 from panorama_vlm.data.samples import open_data
 from panorama_vlm.data.sources import DataSource
-from panorama_vlm.reading_panorama import read_panorama
+from panorama_vlm.reading_panorama import open_image, read_panorama, read_photo_sphere
 from panorama_vlm.tests.test_reading import crop_values, photo_sphere
 from PIL import Image
 
@@ -103,6 +105,25 @@ def test_heic_is_read_in_training_without_code_of_the_users_own(panoramas, tmp_p
     assert not skipped
     expected = processor.image_processor(panoramas[0], return_tensors="pt")["pixel_values"]
     assert (batch["pixel_values"] - expected).abs().mean() < 0.03
+
+
+def test_photo_sphere_data_and_transparency_of_heic_are_read(panoramas, tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    part = panoramas[0].convert("RGBA")
+    part.paste((0, 0, 0, 0), (0, 0, 256, 256))
+    xmp = photo_sphere(**crop_values((1024, 512), part.size, 100, 200), PosePitchDegrees=17)
+    heif.from_pillow(part).save(tmp_path / "a.heic", quality=95, xmp=xmp)
+    with open_image(tmp_path / "a.heic") as image:
+        sphere = read_photo_sphere(image)
+    assert (sphere.full, sphere.crop, sphere.top, sphere.left, sphere.pitch) == ((512, 1024), (256, 512), 100, 200, 17)
+    panorama = read_panorama(tmp_path / "a.heic", level=False)
+    assert panorama.covered == (100 / 512, 356 / 512, 200 / 1024, 712 / 1024)
+    assert panorama.seen[100:356, 456:712].all() and panorama.seen.sum() == 256 * 256
+    if shutil.which("exiftool"):
+        said = subprocess.run(
+            ["exiftool", "-n", "-XMP-GPano:PosePitchDegrees", "-s3", tmp_path / "a.heic"], capture_output=True
+        )
+        assert float(said.stdout) == 17
 
 
 def test_damaged_and_odd_files_are_named(light, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from panorama_vlm import PanoramaImageProcessor
 from panorama_vlm.geometry_panorama import View
 from panorama_vlm.reading_panorama import Panorama, PhotoSphere, read_panorama, read_photo_sphere
@@ -71,6 +72,8 @@ def by_exiftool(path):
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "avif", "jp2"])
 def test_what_exiftool_writes_is_read_in_every_format(panoramas, tmp_path, ending):
+    if ending == "avif" and "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow has no AVIF")
     path = tmp_path / f"a.{ending}"
     panoramas[0].save(path)
     exiftool("-overwrite_original", *(f"-XMP-GPano:{key}={value}" for key, value in CROP.items()), path)
@@ -299,6 +302,30 @@ def test_a_cylinder_of_which_no_place_is_known_is_a_whole_turn_with_a_warning():
         read_panorama(data, strict_aspect=True)
 
 
+@pytest.mark.parametrize("large", [1000, 2**23])
+def test_a_cylinder_that_is_reduced_by_what_divides_no_side_lies_where_it_should(monkeypatch, large):
+    monkeypatch.setattr("panorama_vlm.reading_panorama._LARGE", large)
+    for full, columns, height, horizon, left in ((1021, 1021, 403, 201.5, 0), (1023, 487, 301, 101, 211)):
+        image = cylinder(full, height, horizon, left, columns)
+        packet = cylindrical((full, full), (columns, height), round(full / 2 - horizon), left)
+        panorama = read_panorama(encoded(image, "JPEG", quality=100, subsampling=0, xmp=packet), 200)
+        assert (len(panorama.pixels) < 256) == (large == 1000)
+        assert degrees_off(panorama, inset=1) < 0.6
+        if columns == full:
+            said = read_panorama(encoded(image, "JPEG", quality=100, subsampling=0), 200, projection="cylindrical")
+            np.testing.assert_array_equal(said.pixels, panorama.pixels)
+
+
+def test_what_the_user_says_goes_before_what_the_file_says(panoramas):
+    """A wrong ProjectionType; where the image lies is still read."""
+    values = crop_values((1024, 512), panoramas[0].size, 100, 200, PoseHeadingDegrees=90)
+    wrong = encoded(panoramas[0], "JPEG", xmp=photo_sphere(**values | {"ProjectionType": "cylindrical"}))
+    right = encoded(panoramas[0], "JPEG", xmp=photo_sphere(**values))
+    found = read_panorama(wrong, projection="equirectangular", align_heading=True)
+    expected = read_panorama(right, align_heading=True)
+    assert found.covered == expected.covered and (found.pixels == expected.pixels).all()
+
+
 def test_other_projections_are_refused_by_name(panoramas, tmp_path):
     path = tmp_path / "fish.jpg"
     path.write_bytes(encoded(panoramas[0], "JPEG", xmp=photo_sphere(ProjectionType="fisheye")))
@@ -319,6 +346,46 @@ def test_what_is_fully_transparent_is_not_seen():
     assert (np.abs(panorama.pixels.numpy()[alpha == 0] - 127.5) <= 0.5).all()
     turned = read_panorama(INPUTS / "alpha.png", yaw_offset=90, mirrored=True)
     np.testing.assert_array_equal(turned.seen, np.roll(alpha > 0, -32, axis=1)[:, ::-1])
+
+
+def see_through(mode):
+    """The same picture with the same pixels transparent, as files of this kind say it, and which are seen."""
+    rng = np.random.default_rng(0)
+    seen = np.repeat(np.repeat(rng.random((16, 32)) < 0.5, 8, 0), 8, 1)  # [128, 256], blocks of 8
+    grey = np.where(seen, rng.integers(1, 256, seen.shape), 0).astype(np.uint8)
+    alpha = Image.fromarray(np.where(seen, 255, 0).astype(np.uint8))
+    if mode in ("LA", "RGBA"):
+        image = Image.fromarray(grey).convert(mode)
+        image.putalpha(alpha)
+        return encoded(image), seen
+    image = Image.fromarray(grey)
+    if mode == "P":
+        image.putpalette(bytes(range(256)) * 3)
+        return encoded(image, transparency=0), seen
+    return encoded(image.convert(mode), transparency=0 if mode == "L" else (0, 0, 0)), seen
+
+
+@pytest.mark.parametrize("large", [1000, 2**23])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_transparency_is_seen_however_a_file_says_it_and_when_it_is_reduced(monkeypatch, mode, large):
+    monkeypatch.setattr("panorama_vlm.reading_panorama._LARGE", large)
+    data, seen = see_through(mode)
+    panorama = read_panorama(data, 64)
+    k = 4 if large == 1000 else 1
+    np.testing.assert_array_equal(panorama.seen, seen[::k, ::k])
+    assert (np.abs(panorama.pixels.numpy()[~seen[::k, ::k]] - 127.5) <= 0.5).all()
+
+
+def test_transparent_parts_of_other_projections_are_not_seen():
+    """The lower half of six faces; up to where bilinear sampling mixes, half a pixel of a face."""
+    faces = np.full((64, 384, 4), 255, np.uint8)
+    faces[32:, : 4 * 64, 3] = 0  # of right, left, up and down
+    panorama = read_panorama(faces, projection="cubemap_6x1")
+    rays = View("erp").rays(tuple(panorama.seen.shape))
+    right = (np.abs(rays[..., 0]) > np.abs(rays[..., 1:]).max(-1) * 1.05) & (np.abs(rays[..., 1]) > 0.05)
+    np.testing.assert_array_equal(panorama.seen.numpy()[right], rays[..., 1][right] > 0)
+    front = np.abs(rays[..., 2]) > np.abs(rays[..., :2]).max(-1) * 1.05
+    assert panorama.seen[torch.from_numpy(front)].all()
 
 
 @pytest.mark.parametrize("tilt", [(0.0, 0.0), (30.0, -70.0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from panorama_vlm.geometry_panorama import View, ViewOptions, direction_weights
+from panorama_vlm.tests.test_reading import encoded
 from PIL import Image
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/search.md"
@@ -153,6 +155,12 @@ def test_a_photograph_is_the_view_that_it_would_be_in_the_panorama(make, panoram
     Image.fromarray(wide).save(tmp_path / "photo.png")
     photographs = images.photographs([tmp_path / "photo.png", Image.fromarray(square)])
     torch.testing.assert_close(photographs, views["pixel_values"][0, [1, 1]], atol=0.01, rtol=0)
+    deep = encoded(Image.fromarray(square[..., 0].astype(np.uint16) * 257))  # 16 bit
+    url = "data:image/png;base64," + base64.b64encode(deep).decode()
+    assert torch.equal(images.photographs([deep, url]), images.photographs([Image.fromarray(square[..., 0])] * 2))
+    with pytest.raises(ValueError, match=r"cannot read .*none\.png"):
+        (tmp_path / "none.png").write_bytes(deep[:60])
+        images.photographs(tmp_path / "none.png")
     with torch.no_grad():
         photo = model.get_view_features(photographs, fov_deg=90)
         features = model.get_panorama_features(**views)
@@ -173,7 +181,7 @@ def test_the_lines_of_the_page_find_a_photograph_and_say_which_way_to_look(make,
     photo = ((seen["pixel_values"][0, 9] * 0.5 + 0.5) * 255 * 0.9).byte().permute(1, 2, 0).numpy()
     Image.fromarray(photo).save(tmp_path / "photo.jpg")
     code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
-    for given, local in (("build/demo/finetune", "model"), ("samples", "samples"), ("photo.jpg", "photo.jpg")):
+    for given, local in (("build/demo/model", "model"), ("samples", "samples"), ("photo.jpg", "photo.jpg")):
         assert f'"{given}"' in code
         code = code.replace(f'"{given}"', repr(str(tmp_path / local)))
     exec(code, {})

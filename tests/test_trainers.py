@@ -15,8 +15,8 @@ LAYERS = ".*language_model.*(q_proj|v_proj)"
 
 def test_the_page_of_trainers_does_what_it_says(make, ask, panoramas, tmp_path, monkeypatch):
     model, processor = make(use_lora=True)
-    model.save_pretrained(tmp_path / "build/demo/finetune")
-    processor.save_pretrained(tmp_path / "build/demo/finetune")
+    model.save_pretrained(tmp_path / "build/demo/model")
+    processor.save_pretrained(tmp_path / "build/demo/model")
     (tmp_path / "samples").symlink_to(ROOT / "samples")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
