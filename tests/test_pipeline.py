@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from panorama_vlm import PanoramaPipeline, PanoramaVLM
+from panorama_vlm.ask import main
 from panorama_vlm.configuration_panorama import CUSTOM_PIPELINES, PIPELINE_TASK, PanoramaConfig
 from panorama_vlm.image_processing_panorama import join_views
 from panorama_vlm.pipeline_panorama import PROMPTS
@@ -461,3 +463,37 @@ def test_a_process_without_the_package_finds_it_with_and_without_its_task(pipe, 
 def test_a_saved_model_alone_has_the_code_of_the_pipeline(pipe, tmp_path):
     pipe.model.save_pretrained(tmp_path)
     assert {"pipeline_panorama.py", "exports_panorama.py", "processing_panorama.py"} <= set(os.listdir(tmp_path))
+
+
+def test_the_page_of_places_does_what_it_says(pipe, tmp_path, monkeypatch, capsys):
+    page = (SAMPLES.parent / "docs/places.md").read_text()
+    pipe.save_pretrained(tmp_path / "build/demo/finetune")
+    (tmp_path / "samples").symlink_to(SAMPLES)
+    monkeypatch.chdir(tmp_path)
+
+    def generate(self, input_ids, tokenizer=None, streamer=None, **_):
+        if streamer is not None:
+            streamer.put(input_ids)
+            streamer.put(torch.tensor(tokenizer("a tree")["input_ids"]))
+        prompts = tokenizer.batch_decode(input_ids)
+        return SimpleNamespace(text=[PLACE if "x_fov" in prompt else "a tree" for prompt in prompts])
+
+    monkeypatch.setattr(PanoramaVLM, "generate", generate)
+    names: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, names)
+    out = capsys.readouterr().out
+    assert "front-right (45°): a tree" in out and '"yaw": 30' in out
+    assert names["found"]["looked_at"] == [(30, -10, 30)]
+    assert names["bearings"]["features"][0]["properties"]["bearing"] == 150
+    made = {path.name for path in tmp_path.glob("park*")}
+    assert made == {"park-places.jpg", "park-0.jpg"}
+    (commands,) = re.findall(r"```\n(python -m panorama_vlm\.ask .*?)```", page, re.S)
+    for command in commands.splitlines():
+        main(shlex.split(command)[3:])
+    assert "red cube: [30, -10, 20, 12]" in capsys.readouterr().out
+    made = {path.name for path in (*tmp_path.glob("park.*"), *tmp_path.glob("crops/*"))}
+    forms = {f"park.{ending}" for ending in ("pannellum.json", "psv.json", "coco.json", "png", "geojson")}
+    assert made == {*forms, "01-cube.jpg"}
