@@ -97,6 +97,11 @@ def test_an_answer_is_what_generate_says(pipe, ask, panoramas):
     assert defaults.ask(panoramas[0], ["Where?", "Where?"]) == [expected] * 2
 
 
+def test_a_model_in_half_precision_answers_in_batches_too(pipe, panoramas):
+    pipe.model.to(torch.bfloat16)
+    assert len(pipe.ask(panoramas[:2], "Who?", batch_size=2, **SHORT)) == 2
+
+
 def test_views_of_several_join_as_they_are_made_together(pipe, panoramas):
     processor = pipe.processor.image_processor
     views = [[], [(0, 0, 40), (90, 10, 30)], [(5, 5, 50)]]
