@@ -118,7 +118,8 @@ class PanoramaPipeline(Pipeline):
                 ...}`, or a chat (messages as for :meth:`PanoramaProcessor.apply_chat_template`), or many of these.
             question: of the panorama, or one for each of many; of one panorama several give a list.
             look_twice: ask first where to look, cut narrower views there, and answer with them beside the others.
-                `True` asks for the place of what the question is about, a text such as `"red cube"` for that.
+                `True` asks for the place of what the question is about, and not where the question names places
+                itself; a text such as `"red cube"` asks for that.
             options: see the class.
 
         Returns:
@@ -246,27 +247,25 @@ class PanoramaPipeline(Pipeline):
     # Looking twice
 
     def _looking(self, inputs: Any, what: bool | str, options: dict[str, Any]) -> Any:
-        """The same questions with further views of where the model itself says that one should look."""
+        """The same questions with further views of the places that they name, or else of where the model itself says
+        that one should look."""
         if not _is_many(inputs):
             return self._looking([inputs], what, options)[0]
+        chats = (_messages(each) for each in _each_of(inputs))
+        first, second = tee((chat, [] if isinstance(what, str) else read_places(_last_words(chat))) for chat in chats)
+        found = iter(super().__call__((self._where(chat, what) for chat, places in first if not places), **options))
+        closer = (_closer(chat, places or next(found)["places"]) for chat, places in second)
+        return list(closer) if isinstance(inputs, list) else closer
 
-        def where(messages: list[Message]) -> dict[str, Any]:
-            words = "\n".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
-            if isinstance(what, str):
-                words = self.prompts["point"].format(what=what)
-            elif "x_fov" not in words:  # it asks for a place already
-                words = self.prompts["look"].format(what=words)
-            images = [part for part in messages[-1]["content"] if part["type"] == "image"]
-            content = [*images, {"type": "text", "text": words}]
-            return {"messages": [*messages[:-1], {**messages[-1], "content": content}]}
-
-        if isinstance(inputs, list):
-            chats = [_messages(each) for each in inputs]
-            found = super().__call__([where(chat) for chat in chats], **options)
-            return [_closer(chat, each["places"]) for chat, each in zip(chats, found, strict=True)]
-        first, second = tee(_messages(each) for each in _each_of(inputs))
-        found = super().__call__((where(chat) for chat in first), **options)
-        return (_closer(chat, each["places"]) for chat, each in zip(second, found, strict=True))
+    def _where(self, messages: list[Message], what: bool | str) -> dict[str, Any]:
+        """The chat that asks where to look instead of its last question."""
+        words = _last_words(messages)
+        if isinstance(what, str):
+            words = self.prompts["point"].format(what=what)
+        elif "x_fov" not in words:  # it asks for a place already
+            words = self.prompts["look"].format(what=words)
+        images = [part for part in messages[-1]["content"] if part["type"] == "image"]
+        return {"messages": [*messages[:-1], {**messages[-1], "content": [*images, {"type": "text", "text": words}]}]}
 
     # Streaming
 
@@ -494,6 +493,10 @@ def _messages(inputs: Any) -> list[Message]:
         for message in messages
         for content in [message["content"]]
     ]
+
+
+def _last_words(messages: list[Message]) -> str:
+    return "\n".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
 
 
 def _closer(messages: list[Message], places: Sequence[NamedPlace]) -> dict[str, Any]:

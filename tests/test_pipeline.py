@@ -365,6 +365,16 @@ def test_the_second_look_is_where_the_model_says(pipe, said, panoramas):
     assert words(said.asked[0].prompt) == words(said.asked[1].prompt) and hasattr(said.asked[1], "further_views")
 
 
+def test_where_the_question_names_a_place_nothing_is_asked_first(pipe, said, panoramas):
+    said(lambda prompt: PLACE if "x_fov" in prompt else "a cat")
+    questions = ["What is at [50, 10, 4, 4]?", "Who?", "What is at [-50, 0, 4, 4] (yaw, pitch, x_fov, y_fov)?"]
+    for inputs in (panoramas[:3], iter(panoramas[:3])):
+        said.asked.clear()
+        found = list(pipe(inputs, questions, look_twice=True))
+        assert [each["looked_at"][0][0] for each in found] == [50, 30, -50]
+        assert sum(not hasattr(each, "further_views") for each in said.asked) == 1
+
+
 def test_who_names_no_place_answers_at_one_look(pipe, said, panoramas):
     said(lambda prompt: PLACE if "Who" in prompt and "x_fov" in prompt else "nobody")
     found = pipe(panoramas[:2], ["Who?", "Where?"], look_twice=True, batch_size=2)
