@@ -69,6 +69,12 @@ def tower() -> dict:
     return dict(TOWER)
 
 
+@pytest.fixture(scope="session")
+def language() -> dict:
+    """The config of a tiny language model."""
+    return dict(LANGUAGE)
+
+
 @pytest.fixture
 def tokenizer(samples) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
