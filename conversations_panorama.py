@@ -29,6 +29,7 @@ Message = dict[str, Any]
 
 STEPS = ("<think>", "</think>")  # around what is said before an answer
 _SOURCES = ("image", "url", "path", "base64")
+_NO_MARKS = str.maketrans("", "", _CONTROL_TOKEN_START + _CONTROL_TOKEN_END)
 _PRIVATE = range(0xF8000, 0xF9000)  # characters that nobody types; those that mark tokens lie elsewhere
 
 
@@ -48,6 +49,7 @@ def normalized(messages: Sequence[Any]) -> list[Message]:
     """Messages whose contents are strings or lists of parts, each of type `text` (with `text`) or `image` (with
     `image`, where it says which), whatever wrote them.
 
+    The two private characters with which transformers marks what is text are taken out of it: nobody may type them.
     Keys without a value are left out, as Arrow and servers fill them in; a message without words gets empty ones; a
     part of type `image_url` (OpenAI's) is an image; the image of a part is the first of `image`, `url`, `path` and
     `base64` (with or without `data:image/...;base64,`) that has a value.
@@ -77,20 +79,20 @@ def _message(message: Any) -> Message:
     if not isinstance(content, str):
         if isinstance(content, Mapping) or not isinstance(content, Sequence):
             raise TypeError(f"the content of a message is a string or a list of parts, got {type(content).__name__}")
-        content = [_part(part) for part in content]
-    return {**given, "content": content}
+        return {**given, "content": [_part(part) for part in content]}
+    return {**given, "content": content.translate(_NO_MARKS)}
 
 
 def _part(part: Any) -> Message:
     if isinstance(part, str):
-        return {"type": "text", "text": part}
+        return {"type": "text", "text": part.translate(_NO_MARKS)}
     part = _as_dict(part)
     if not isinstance(part, Mapping):
         raise TypeError(f"a part of a message is a dict with a 'type', got {type(part).__name__}")
     given = {name: value for name, value in part.items() if value is not None}
     kind = given.get("type")
     if kind == "text":
-        return {**given, "text": str(given.get("text", ""))}
+        return {**given, "text": str(given.get("text", "")).translate(_NO_MARKS)}
     if kind == "image_url":
         named = given.pop("image_url", None)
         given = {**given, "type": "image", "url": named.get("url") if isinstance(named, Mapping) else named}
