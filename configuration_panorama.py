@@ -392,9 +392,16 @@ class PanoramaConfig(PretrainedConfig):
 
     @property
     def overlap_problem(self) -> str | None:
-        """Why no two of the plan's views have a token to compare; `None` where they have, or where it is not the plan
+        """Why no two of the plan's views have tokens to compare; `None` where they have, or where it is not the plan
         that decides (strips, which pair whatever views are given)."""
-        if not self.pairs_by_rays or ray_correspondences(self.view_plan, self.token_grid, tuple(self.overlap_pairs)):
+        loss = f"overlap_loss={self.overlap_loss!r} compares at least {self.least_matched} tokens a pair of views"
+        if not self.pairs_by_rays:
+            rows, columns = self.token_grid
+            if rows * max(1, round(self.overlap_ratio * columns)) >= self.least_matched:
+                return None
+            return f"{loss}, and strips of a grid of {rows} x {columns} tokens have one. Take a larger image_size"
+        groups = ray_correspondences(self.view_plan, self.token_grid, tuple(self.overlap_pairs))
+        if any(group.tokens.shape[1] >= self.least_matched for group in groups):
             return None
         if not self.uses_overlap_ratio:
             return f"the views of view_strategy={self.view_strategy!r} meet at their edges and do not overlap"
@@ -436,6 +443,8 @@ class PanoramaConfig(PretrainedConfig):
         return RESAMPLERS[self.resampler_type].output_grid(self)
 
     @property
+        if groups:
+            return f"{loss}, and there is one on a grid of {self.token_grid} tokens. Typical overlap_ratio: [0.3, 0.7]"
     def tokens_per_view(self) -> int:
         """S: resampled tokens a view."""
         rows, columns = self.token_grid
@@ -444,6 +453,11 @@ class PanoramaConfig(PretrainedConfig):
     @property
     def image_tokens_per_view(self) -> list[int]:
         """How many tokens of each view the language model gets, V numbers."""
+    @property
+    def least_matched(self) -> int:
+        """How many matched tokens a pair of views needs to be compared: two where its statistics are its own."""
+        return 1 if self.overlap_loss == "vicreg" and self.vicreg_mode == "batchwise" else 2
+
         if self.token_selection == "owned":
             owned = owned_tokens(self.view_plan, self.token_grid)  # [V, S]
             return [int(of_one) for of_one in owned.reshape(self.num_views, -1).sum(1)]
