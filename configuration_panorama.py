@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-from .geometry_panorama import ViewOptions, ViewPlan, owned_tokens, ray_correspondences
+from .geometry_panorama import ViewOptions, ViewPlan, owned_tokens, ray_correspondences, share_in_no_token
 from .language_loss_panorama import logit_transform
 from .options_panorama import DEFAULT_PROMPT, MAX_TEXT_LENGTH, check_option_names
 from .resampler_panorama import RESAMPLERS
@@ -45,6 +45,7 @@ _DEFAULT_TEXT = {
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
     "tie_word_embeddings": True,
+_MUCH = 0.25  # of what tiles see, in no token; of the plans in docs/views.md 14 % at most
 }
 
 
@@ -295,6 +296,7 @@ class PanoramaConfig(PretrainedConfig):
         known = {*cls.option_names(), *_TRANSFORMERS_OPTIONS}
         overrides = {name: kwargs.pop(name) for name in cls.option_names() if name in kwargs}
         for name in cls.sub_configs:  # `text_config={"vocab_size": 20}` changes this and leaves the rest as it is
+        self._check_ownership(is_new)
             if isinstance(overrides.get(name), dict) and "model_type" not in overrides[name]:
                 overrides[name] = {**(config_dict.get(name) or {}), **overrides[name]}
         names = {"position_encoding", "use_ray_code"}  # the one that is given replaces the other that a file says
@@ -358,6 +360,22 @@ class PanoramaConfig(PretrainedConfig):
         expected = self.vision_stage_expected_views
         if not self.view_plan.has_rays and self.use_anyres_e2p_vicreg:
             warnings.warn(
+    def _check_ownership(self, is_new: bool) -> None:
+        """Warn where tokens are so coarse that many directions are in none of the tile that owns them, and raise where
+        the language model would get none at all."""
+        if self.token_selection != "owned":
+            return
+        lost = share_in_no_token(self.view_plan, self.token_grid)
+        words = (
+            f"token_selection='owned' on a grid of {self.token_grid} tokens leaves {lost:.0%} of what the tiles see "
+            f"(fov_deg={self.fov_deg}, overlap_ratio={self.overlap_ratio}) in no token: a token goes with its middle. "
+            "Use token_selection='all', a finer grid, or another overlap_ratio (docs/views.md)"
+        )
+        if self.num_image_tokens == 0:
+            raise ValueError(words)
+        if lost > _MUCH and is_new:
+            warnings.warn(words, stacklevel=3)
+
                 f"use_anyres_e2p_vicreg=True, but view_strategy={self.view_strategy!r} has no rays to pair: "
                 "falling back to sequential VICReg mode",
                 stacklevel=3,

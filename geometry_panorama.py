@@ -447,6 +447,32 @@ def ray_code(rays: np.ndarray, num_frequencies: int) -> np.ndarray:
     octaves (Mildenhall et al. 2020, NeRF, eq. 4). It is a function of the ray alone: no view, no seam, no pole."""
     octaves = math.pi * 2.0 ** np.arange(num_frequencies)
     phases = (rays[..., None] * octaves).reshape(*rays.shape[:-1], -1)  # [..., 3K]
+def times_shown(plan: ViewPlan, grid: Grid, count: int) -> np.ndarray:
+    """In how many owned tokens of tiles (:func:`owned_tokens`) each of `count` directions lies, -1 where no tile sees
+    it, [count]. The directions follow a spiral from pole to pole (Fibonacci), each for as much of the sphere; a global
+    view counts where it is alone."""
+    index = np.arange(count) + 0.5
+    y, turn = 1 - 2 * index / count, index * math.pi * (3 - math.sqrt(5))
+    rays = np.stack([np.sqrt(1 - y**2) * np.sin(turn), y, np.sqrt(1 - y**2) * np.cos(turn)], -1)
+    owned = owned_tokens(plan, grid)
+    times, seen = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
+    for tile in plan.tiles or (0,):
+        row, column, inside = plan.views[tile].cells(rays, grid, margin=0.5)
+        row, column = (
+            np.clip(np.rint(at[inside]), 0, n - 1).astype(int) for at, n in zip((row, column), grid, strict=True)
+        )
+        times[inside] += owned[tile].reshape(grid)[row, column]
+        seen |= inside
+    return np.where(seen, times, -1)
+
+
+@lru_cache(maxsize=64)
+def share_in_no_token(plan: ViewPlan, grid: Grid) -> float:
+    """Which share of what the tiles of a plan see lies in no owned token, in [0, 1], to about a hundredth."""
+    times = times_shown(plan, grid, 4096)
+    return float((times == 0).sum() / (times >= 0).sum())
+
+
     return np.concatenate([rays, np.sin(phases), np.cos(phases)], -1)
 
 
