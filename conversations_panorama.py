@@ -56,9 +56,12 @@ def normalized(messages: Sequence[Any]) -> list[Message]:
 
     Raises:
         TypeError: for what is no message or no part.
-        ValueError: for a message without a role, and for base64 that is none.
+        ValueError: for no message at all, a message without a role, a part without a type, and for base64 that is none.
     """
-    return [_message(message) for message in getattr(messages, "messages", messages)]
+    messages = [_message(message) for message in getattr(messages, "messages", messages)]
+    if not messages:
+        raise ValueError("a conversation needs at least one message, got none")
+    return messages
 
 
 def _as_dict(thing: Any) -> Any:
@@ -73,8 +76,9 @@ def _message(message: Any) -> Message:
     if not isinstance(message, Mapping):
         raise TypeError(f"a message is a dict with 'role' and 'content', got {type(message).__name__}")
     given = {name: value for name, value in message.items() if value is not None}
-    if "role" not in given:
-        raise ValueError(f"a message needs a role, such as 'user', got the keys {sorted(given)}")
+    if not isinstance(given.get("role"), str):
+        said = repr(given["role"]) if "role" in given else f"the keys {sorted(given)}"
+        raise ValueError(f"a message needs a role, such as 'user', got {said}")
     content = given.get("content", "")
     if not isinstance(content, str):
         if isinstance(content, Mapping) or not isinstance(content, Sequence):
@@ -96,6 +100,8 @@ def _part(part: Any) -> Message:
     if kind == "image_url":
         named = given.pop("image_url", None)
         given = {**given, "type": "image", "url": named.get("url") if isinstance(named, Mapping) else named}
+    elif not isinstance(kind, str):
+        raise ValueError(f"a part of a message needs a type, 'text' or 'image', got the keys {sorted(given)}")
     elif kind != "image":
         return given  # the template refuses it
     found = next((name for name in _SOURCES if given.get(name) is not None), None)
