@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
@@ -19,3 +20,8 @@ def holds(check: Callable[[Any], None], cases: SearchStrategy[Any], examples: in
         suppress_health_check=[*quiet, HealthCheck.data_too_large, HealthCheck.large_base_example],
     )
     run(given(cases)(check))()
+
+
+def few(examples: int, many: int) -> Any:
+    """A fixed number of examples in every run, many more where there is time."""
+    return pytest.mark.parametrize("examples", [examples, pytest.param(many, marks=pytest.mark.soak)])

@@ -22,17 +22,12 @@ from panorama_vlm.geometry_panorama import (
 )
 from panorama_vlm.resampler_panorama import RESAMPLERS
 from panorama_vlm.tests.conftest import LANGUAGE, TOWER
-from panorama_vlm.tests.properties import holds
+from panorama_vlm.tests.properties import few, holds
 from PIL import Image
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_TOKEN_START
 
 IMAGE = 128  # id of the placeholder
 VOCABULARY = 130
-
-
-def few(examples, many):
-    """A fixed number of examples in every run, many more where there is time."""
-    return pytest.mark.parametrize("examples", [examples, pytest.param(many, marks=pytest.mark.soak)])
 
 
 # Configurations
