@@ -15,9 +15,26 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-from .geometry_panorama import ViewOptions, ViewPlan, check_view_text, owned_tokens, ray_correspondences
+from .geometry_panorama import (
+    ViewOptions,
+    ViewPlan,
+    check_view_text,
+    owned_tokens,
+    ray_correspondences,
+    share_in_no_token,
+)
 from .language_loss_panorama import logit_transform
-from .options_panorama import DEFAULT_PROMPT, MAX_TEXT_LENGTH, check_option_names
+from .options_panorama import (
+    DEFAULT_PROMPT,
+    MAX_TEXT_LENGTH,
+    check_flag,
+    check_number,
+    check_one_of,
+    check_option_names,
+    check_text,
+    check_texts,
+    check_whole,
+)
 from .resampler_panorama import RESAMPLERS
 from .towers_panorama import Tower, tower_of
 
@@ -46,6 +63,7 @@ _TRANSFORMERS_OPTIONS = (
     *("name_or_path", "num_labels", "output_attentions", "per_layer_config", "quantization_config"),
     *("tie_last_hidden_states", "tie_word_embeddings", "torch_dtype"),
 )
+_MUCH = 0.25  # of what tiles see, in no token; of the plans in docs/views.md 14 % at most
 # SigLIP2 base, patch 16, 256 pixels, and Qwen3-0.6B: the shapes where none are given.
 _DEFAULT_VISION = {"model_type": "siglip_vision_model", "image_size": 256, "vision_use_head": False}
 _DEFAULT_TEXT = {
@@ -241,20 +259,22 @@ class PanoramaConfig(PretrainedConfig):
         self.vision_config = _sub_config(vision_config, _DEFAULT_VISION)
         self.text_config = _sub_config(text_config, _DEFAULT_TEXT).get_text_config()
         logit_transform(self.text_config)  # or an error
-        self.vision_name = vision_name
+        self.vision_name = None if vision_name is None else check_text("vision_name", vision_name)
         self.language_model_name = language_model_name
-        self.vlm_name = vlm_name
+        if language_model_name is not None:
+            check_text("language_model_name", language_model_name)
+        self.vlm_name = None if vlm_name is None else check_text("vlm_name", vlm_name)
         layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
         self.vision_feature_layer = None if layers is None else [int(layer) for layer in layers]
 
-        self.resampler_type = _one_of("resampler_type", resampler_type, sorted(RESAMPLERS))
+        self.resampler_type = check_one_of("resampler_type", resampler_type, sorted(RESAMPLERS))
         bare = resampler_depth == 0 and self.resampler_type == "avg_pool"
-        self.resampler_depth = 0 if bare else _positive("resampler_depth", resampler_depth, 2)
+        self.resampler_depth = 0 if bare else check_whole("resampler_depth", resampler_depth, 2)
         is_new = "transformers_version" not in kwargs  # else it comes from a file
-        self.resampler_skip = is_new if resampler_skip is None else _flag("resampler_skip", resampler_skip)
-        self.resampler_pool = _positive("resampler_pool", resampler_pool, 2)
-        self.resampler_queries = _positive("resampler_queries", resampler_queries, 64)
-        self.resampler_heads = _positive("resampler_heads", resampler_heads, 8)
+        self.resampler_skip = is_new if resampler_skip is None else check_flag("resampler_skip", resampler_skip)
+        self.resampler_pool = check_whole("resampler_pool", resampler_pool, 2)
+        self.resampler_queries = check_whole("resampler_queries", resampler_queries, 64)
+        self.resampler_heads = check_whole("resampler_heads", resampler_heads, 8)
 
         views = {name: kwargs.pop(name) for name in ViewOptions.names() if name in kwargs}
         self._check_names(kwargs)
@@ -267,13 +287,13 @@ class PanoramaConfig(PretrainedConfig):
         follows = RESAMPLERS[self.resampler_type].output_width(self, width)
         if latent_dimension is None:
             latent_dimension = follows or 768
-        self.latent_dimension = _positive("latent_dimension", latent_dimension, 768)
+        self.latent_dimension = check_whole("latent_dimension", latent_dimension, 768)
         if follows not in (None, latent_dimension):
             raise ValueError(
                 f"latent_dimension must be {follows} where resampler_type={self.resampler_type!r}, which has no "
                 f"weights, got {latent_dimension}: leave it out"
             )
-        self.token_selection = _one_of("token_selection", token_selection, ["owned", "all"])
+        self.token_selection = check_one_of("token_selection", token_selection, ["owned", "all"])
         self.position_encoding = _position_encoding(position_encoding, use_ray_code)
         self._set_projection(
             projection_depth,
@@ -283,7 +303,7 @@ class PanoramaConfig(PretrainedConfig):
             projection_norm,
             projection_norm_eps,
         )
-        self.projection_norm_parts = _positive("projection_norm_parts", projection_norm_parts, 1)
+        self.projection_norm_parts = check_whole("projection_norm_parts", projection_norm_parts, 1)
         if self.latent_dimension % self.projection_norm_parts:
             raise ValueError(
                 f"projection_norm_parts must divide latent_dimension={self.latent_dimension}, got "
@@ -291,11 +311,11 @@ class PanoramaConfig(PretrainedConfig):
             )
         self.view_text = check_view_text(view_text)
         self.view_prefix, self.view_suffix = view_prefix or "", view_suffix or ""
-        self.image_attention = _one_of("image_attention", image_attention, ["causal", "bidirectional"])
-        self.image_positions = _one_of("image_positions", image_positions, ["sequence", "grid"])
+        self.image_attention = check_one_of("image_attention", image_attention, ["causal", "bidirectional"])
+        self.image_positions = check_one_of("image_positions", image_positions, ["sequence", "grid"])
         self.silent_token_ids = list(silent_token_ids)
         self._check_position_encoding()
-        self.ray_frequencies = _at_least_zero("ray_frequencies", ray_frequencies, 6)
+        self.ray_frequencies = check_whole("ray_frequencies", ray_frequencies, 6, least=0)
         if vision_trainable_blocks != "all" and not (
             type(vision_trainable_blocks) is int and vision_trainable_blocks >= 0
         ):
@@ -304,54 +324,65 @@ class PanoramaConfig(PretrainedConfig):
                 f"{vision_trainable_blocks!r}. Typical value: 0"
             )
         self.vision_trainable_blocks = vision_trainable_blocks
-        self.resampler_vision_tower = _flag("resampler_vision_tower", resampler_vision_tower)
-        self.resampler_language_model = _flag("resampler_language_model", resampler_language_model)
-        self.finetune_vision_tower = _flag("finetune_vision_tower", finetune_vision_tower)
+        self.resampler_vision_tower = check_flag("resampler_vision_tower", resampler_vision_tower)
+        self.resampler_language_model = check_flag("resampler_language_model", resampler_language_model)
+        self.finetune_vision_tower = check_flag("finetune_vision_tower", finetune_vision_tower)
 
-        self.vicreg_loss_weight = _at_least_zero("vicreg_loss_weight", vicreg_loss_weight, 1.0)
-        self.vicreg_similarity_weight = _at_least_zero("vicreg_similarity_weight", vicreg_similarity_weight, 25.0)
-        self.vicreg_variance_weight = _at_least_zero("vicreg_variance_weight", vicreg_variance_weight, 25.0)
-        self.vicreg_covariance_weight = _at_least_zero("vicreg_covariance_weight", vicreg_covariance_weight, 1.0)
-        self.vicreg_gamma = _positive("vicreg_gamma", vicreg_gamma, 1.0)
-        self.vicreg_mode = _one_of("vicreg_mode", vicreg_mode, ["pairwise", "batchwise"])
-        self.vicreg_pair_chunk = _positive("vicreg_pair_chunk", vicreg_pair_chunk, 8)
-        self.vicreg_use_ddp_gather = vicreg_use_ddp_gather
-        self.use_vicreg_projector = use_vicreg_projector
-        self.vicreg_projector_dim = _positive("vicreg_projector_dim", vicreg_projector_dim, 768)
-        self.vicreg_projector_depth = _positive("vicreg_projector_depth", vicreg_projector_depth, 2)
+        self.vicreg_loss_weight = check_number("vicreg_loss_weight", vicreg_loss_weight, 1.0, least=0)
+        self.vicreg_similarity_weight = check_number(
+            "vicreg_similarity_weight", vicreg_similarity_weight, 25.0, least=0
+        )
+        self.vicreg_variance_weight = check_number("vicreg_variance_weight", vicreg_variance_weight, 25.0, least=0)
+        self.vicreg_covariance_weight = check_number("vicreg_covariance_weight", vicreg_covariance_weight, 1.0, least=0)
+        self.vicreg_gamma = check_number("vicreg_gamma", vicreg_gamma, 1.0)
+        self.vicreg_mode = check_one_of("vicreg_mode", vicreg_mode, ["pairwise", "batchwise"])
+        self.vicreg_pair_chunk = check_whole("vicreg_pair_chunk", vicreg_pair_chunk, 8)
+        self.vicreg_use_ddp_gather = check_flag("vicreg_use_ddp_gather", vicreg_use_ddp_gather)
+        self.use_vicreg_projector = check_flag("use_vicreg_projector", use_vicreg_projector)
+        self.vicreg_projector_dim = check_whole("vicreg_projector_dim", vicreg_projector_dim, 768)
+        self.vicreg_projector_depth = check_whole("vicreg_projector_depth", vicreg_projector_depth, 2)
         self.vicreg_projector_hidden = (
             None
             if vicreg_projector_hidden is None
-            else _positive("vicreg_projector_hidden", vicreg_projector_hidden, 768)
+            else check_whole("vicreg_projector_hidden", vicreg_projector_hidden, 768)
         )
-        self.overlap_loss = _one_of("overlap_loss", overlap_loss, ["vicreg", "densecl"])
-        self.overlap_pairs = [_one_of("overlap_pairs", pair, ["neighbours", "global"]) for pair in overlap_pairs]
-        if not self.overlap_pairs:
-            raise ValueError("overlap_pairs must name at least one of 'neighbours' and 'global', got []")
-        self.densecl_temperature = _positive("densecl_temperature", densecl_temperature, 0.07)
-        self.overlap_loss_weight_finetune = _at_least_zero(
-            "overlap_loss_weight_finetune", overlap_loss_weight_finetune, 0.1
+        self.overlap_loss = check_one_of("overlap_loss", overlap_loss, ["vicreg", "densecl"])
+        pairs = check_texts("overlap_pairs", overlap_pairs)
+        self.overlap_pairs = [check_one_of("overlap_pairs", pair, ["neighbours", "global"]) for pair in pairs]
+        self.densecl_temperature = check_number("densecl_temperature", densecl_temperature, 0.07)
+        self.overlap_loss_weight_finetune = check_number(
+            "overlap_loss_weight_finetune", overlap_loss_weight_finetune, 0.1, least=0
         )
         self.vision_stage_expected_views = vision_stage_expected_views
+        if vision_stage_expected_views is not None:
+            self.vision_stage_expected_views = check_whole(
+                "vision_stage_expected_views", vision_stage_expected_views, 9, least=0
+            )
 
-        self.max_text_length = _positive("max_text_length", max_text_length, MAX_TEXT_LENGTH)
-        self.system_prompt = system_prompt
-        self.default_generation_prompt = default_generation_prompt
-        self.vision_token_fallback_position = _one_of(
+        self.max_text_length = check_whole("max_text_length", max_text_length, MAX_TEXT_LENGTH)
+        self.system_prompt = None if system_prompt is None else check_text("system_prompt", system_prompt)
+        self.default_generation_prompt = check_text("default_generation_prompt", default_generation_prompt)
+        self.vision_token_fallback_position = check_one_of(
             "vision_token_fallback_position", vision_token_fallback_position, ["start", "end"]
         )
-        self.use_lora = use_lora
-        self.lora_rank = _positive("lora_rank", lora_rank, 16)
-        self.lora_alpha = _positive("lora_alpha", lora_alpha, 32)
-        if not 0 <= lora_dropout < 1:
+        self.use_lora = check_flag("use_lora", use_lora)
+        self.lora_rank = check_whole("lora_rank", lora_rank, 16)
+        self.lora_alpha = check_number("lora_alpha", lora_alpha, 32)
+        self.lora_dropout = check_number("lora_dropout", lora_dropout, 0.05, least=0)
+        if self.lora_dropout >= 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}. Typical value: 0.05")
-        self.lora_dropout = lora_dropout
-        self.lora_target_modules = None if lora_target_modules is None else list(lora_target_modules)
+        self.lora_target_modules = lora_target_modules
+        if lora_target_modules is not None:
+            self.lora_target_modules = check_texts("lora_target_modules", lora_target_modules)
         self.image_token_id = image_token_id
+        if image_token_id is not None:
+            self.image_token_id = check_whole("image_token_id", image_token_id, 151669, least=0)
 
         # The grids come last: they need everything above, and say what does not fit together.
-        self.use_anyres_e2p_vicreg = self.view_plan.has_rays if use_anyres_e2p_vicreg is None else use_anyres_e2p_vicreg
+        by_rays = self.view_plan.has_rays if use_anyres_e2p_vicreg is None else use_anyres_e2p_vicreg
+        self.use_anyres_e2p_vicreg = check_flag("use_anyres_e2p_vicreg", by_rays)
         RESAMPLERS[self.resampler_type].output_grid(self)
+        self._check_ownership(is_new)
         self._check_overlap()
         if "transformers_version" not in kwargs:  # else it comes from a file, and was warned of when it was made
             self._warn_about_the_vision_stage()
@@ -424,13 +455,13 @@ class PanoramaConfig(PretrainedConfig):
                 "projection_depth=0 shows the language model the tokens as they are, which have "
                 f"{self.latent_dimension} dimensions where it takes {taken}"
             )
-        self.projection_hidden = None if hidden is None else _positive("projection_hidden", hidden, 1024)
-        self.projection_activation = _one_of("projection_activation", activation, sorted({*ACT2FN, "swiglu"}))
+        self.projection_hidden = None if hidden is None else check_whole("projection_hidden", hidden, 1024)
+        self.projection_activation = check_one_of("projection_activation", activation, sorted({*ACT2FN, "swiglu"}))
         if activation == "swiglu" and (hidden or self.text_config.hidden_size) % 2:
             raise ValueError(f"projection_hidden must be even with projection_activation='swiglu', got {hidden}")
-        self.projection_bias = _flag("projection_bias", bias)
-        self.projection_norm = None if norm is None else _one_of("projection_norm", norm, ["layer", "rms"])
-        self.projection_norm_eps = _positive("projection_norm_eps", eps, 1e-6)
+        self.projection_bias = check_flag("projection_bias", bias)
+        self.projection_norm = None if norm is None else check_one_of("projection_norm", norm, ["layer", "rms"])
+        self.projection_norm_eps = check_number("projection_norm_eps", eps, 1e-6)
 
     def _check_position_encoding(self) -> None:
         """Raise for a position encoding that the parts cannot have."""
@@ -470,6 +501,22 @@ class PanoramaConfig(PretrainedConfig):
             raise ValueError(
                 f"position_encoding='panorope' gives one position a token, and {family} has three (M-RoPE); use 'rays'"
             )
+
+    def _check_ownership(self, is_new: bool) -> None:
+        """Warn where tokens are so coarse that many directions are in none of the tile that owns them, and raise where
+        the language model would get none at all."""
+        if self.token_selection != "owned":
+            return
+        lost = share_in_no_token(self.view_plan, self.token_grid)
+        words = (
+            f"token_selection='owned' on a grid of {self.token_grid} tokens leaves {lost:.0%} of what the tiles see "
+            f"(fov_deg={self.fov_deg}, overlap_ratio={self.overlap_ratio}) in no token: a token goes with its middle. "
+            "Use token_selection='all', a finer grid, or another overlap_ratio (docs/views.md)"
+        )
+        if self.num_image_tokens == 0:
+            raise ValueError(words)
+        if lost > _MUCH and is_new:
+            warnings.warn(words, stacklevel=3)
 
     def _check_overlap(self) -> None:
         """Raise where options of the overlap loss ask for what the views do not have."""
@@ -527,10 +574,19 @@ class PanoramaConfig(PretrainedConfig):
 
     @property
     def overlap_problem(self) -> str | None:
-        """Why no two of the plan's views have a token to compare; `None` where they have, or where it is not the plan
+        """Why no two of the plan's views have tokens to compare; `None` where they have, or where it is not the plan
         that decides (strips, which pair whatever views are given)."""
-        if not self.pairs_by_rays or ray_correspondences(self.view_plan, self.token_grid, tuple(self.overlap_pairs)):
+        loss = f"overlap_loss={self.overlap_loss!r} compares at least {self.least_matched} tokens a pair of views"
+        if not self.pairs_by_rays:
+            rows, columns = self.token_grid
+            if rows * max(1, round(self.overlap_ratio * columns)) >= self.least_matched:
+                return None
+            return f"{loss}, and strips of a grid of {rows} x {columns} tokens have one. Take a larger image_size"
+        groups = ray_correspondences(self.view_plan, self.token_grid, tuple(self.overlap_pairs))
+        if any(group.tokens.shape[1] >= self.least_matched for group in groups):
             return None
+        if groups:
+            return f"{loss}, and there is one on a grid of {self.token_grid} tokens. Typical overlap_ratio: [0.3, 0.7]"
         if not self.uses_overlap_ratio:
             return f"the views of view_strategy={self.view_strategy!r} meet at their edges and do not overlap"
         return (
@@ -538,6 +594,11 @@ class PanoramaConfig(PretrainedConfig):
             f"overlap_ratio={self.overlap_ratio} on a grid of {self.token_grid} tokens leaves no overlap. "
             "Typical overlap_ratio: [0.3, 0.7]"
         )
+
+    @property
+    def least_matched(self) -> int:
+        """How many matched tokens a pair of views needs to be compared: two where its statistics are its own."""
+        return 1 if self.overlap_loss == "vicreg" and self.vicreg_mode == "batchwise" else 2
 
     @property
     def view_options(self) -> ViewOptions:
@@ -610,7 +671,7 @@ def _position_encoding(encoding: str | None, use_ray_code: bool | None) -> str:
     """The position encoding, from the option and from its former name."""
     former = None
     if use_ray_code is not None:
-        former = "rays" if _flag("use_ray_code", use_ray_code) else "none"
+        former = "rays" if check_flag("use_ray_code", use_ray_code) else "none"
     if encoding is None:
         return former or "rays"
     if former not in (None, encoding):
@@ -618,7 +679,7 @@ def _position_encoding(encoding: str | None, use_ray_code: bool | None) -> str:
             f"position_encoding={encoding!r} and use_ray_code={use_ray_code} contradict each other: "
             "give position_encoding alone"
         )
-    return _one_of("position_encoding", encoding, ["rays", "yaw", "panorope", "none"])
+    return check_one_of("position_encoding", encoding, ["rays", "yaw", "panorope", "none"])
 
 
 def _sub_config(config: dict[str, Any] | PretrainedConfig | None, default: dict[str, Any]) -> PretrainedConfig:
@@ -641,30 +702,6 @@ def _sub_config(config: dict[str, Any] | PretrainedConfig | None, default: dict[
 @cache
 def _warn_of_foreign_keys(names: tuple[str, ...]) -> None:
     warnings.warn(f"the configuration holds {', '.join(names)}, not known here: kept as they are", stacklevel=4)
-
-
-def _positive(name: str, value: Any, typical: float) -> Any:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}. Typical value: {typical}")
-    return value
-
-
-def _at_least_zero(name: str, value: Any, typical: float) -> Any:
-    if not value >= 0:
-        raise ValueError(f"{name} must be at least 0, got {value}. Typical value: {typical}")
-    return value
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
-    return value
-
-
-def _one_of(name: str, value: str, allowed: list[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-    return value
 
 
 PanoramaConfig.register_for_auto_class()

@@ -29,6 +29,7 @@ Message = dict[str, Any]
 
 STEPS = ("<think>", "</think>")  # around what is said before an answer
 _SOURCES = ("image", "url", "path", "base64")
+_NO_MARKS = str.maketrans("", "", _CONTROL_TOKEN_START + _CONTROL_TOKEN_END)
 _PRIVATE = range(0xF8000, 0xF9000)  # characters that nobody types; those that mark tokens lie elsewhere
 
 
@@ -48,15 +49,19 @@ def normalized(messages: Sequence[Any]) -> list[Message]:
     """Messages whose contents are strings or lists of parts, each of type `text` (with `text`) or `image` (with
     `image`, where it says which), whatever wrote them.
 
+    The two private characters with which transformers marks what is text are taken out of it: nobody may type them.
     Keys without a value are left out, as Arrow and servers fill them in; a message without words gets empty ones; a
     part of type `image_url` (OpenAI's) is an image; the image of a part is the first of `image`, `url`, `path` and
     `base64` (with or without `data:image/...;base64,`) that has a value.
 
     Raises:
         TypeError: for what is no message or no part.
-        ValueError: for a message without a role, and for base64 that is none.
+        ValueError: for no message at all, a message without a role, a part without a type, and for base64 that is none.
     """
-    return [_message(message) for message in getattr(messages, "messages", messages)]
+    messages = [_message(message) for message in getattr(messages, "messages", messages)]
+    if not messages:
+        raise ValueError("a conversation needs at least one message, got none")
+    return messages
 
 
 def _as_dict(thing: Any) -> Any:
@@ -71,29 +76,32 @@ def _message(message: Any) -> Message:
     if not isinstance(message, Mapping):
         raise TypeError(f"a message is a dict with 'role' and 'content', got {type(message).__name__}")
     given = {name: value for name, value in message.items() if value is not None}
-    if "role" not in given:
-        raise ValueError(f"a message needs a role, such as 'user', got the keys {sorted(given)}")
+    if not isinstance(given.get("role"), str):
+        said = repr(given["role"]) if "role" in given else f"the keys {sorted(given)}"
+        raise ValueError(f"a message needs a role, such as 'user', got {said}")
     content = given.get("content", "")
     if not isinstance(content, str):
         if isinstance(content, Mapping) or not isinstance(content, Sequence):
             raise TypeError(f"the content of a message is a string or a list of parts, got {type(content).__name__}")
-        content = [_part(part) for part in content]
-    return {**given, "content": content}
+        return {**given, "content": [_part(part) for part in content]}
+    return {**given, "content": content.translate(_NO_MARKS)}
 
 
 def _part(part: Any) -> Message:
     if isinstance(part, str):
-        return {"type": "text", "text": part}
+        return {"type": "text", "text": part.translate(_NO_MARKS)}
     part = _as_dict(part)
     if not isinstance(part, Mapping):
         raise TypeError(f"a part of a message is a dict with a 'type', got {type(part).__name__}")
     given = {name: value for name, value in part.items() if value is not None}
     kind = given.get("type")
     if kind == "text":
-        return {**given, "text": str(given.get("text", ""))}
+        return {**given, "text": str(given.get("text", "")).translate(_NO_MARKS)}
     if kind == "image_url":
         named = given.pop("image_url", None)
         given = {**given, "type": "image", "url": named.get("url") if isinstance(named, Mapping) else named}
+    elif not isinstance(kind, str):
+        raise ValueError(f"a part of a message needs a type, 'text' or 'image', got the keys {sorted(given)}")
     elif kind != "image":
         return given  # the template refuses it
     found = next((name for name in _SOURCES if given.get(name) is not None), None)

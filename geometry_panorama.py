@@ -19,12 +19,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
 
+from .options_panorama import check_flag, check_one_of, check_whole
+
 Grid = tuple[int, int]
 Direction = tuple[float, float, float]  # yaw, pitch and field of view in degrees, of a square perspective view
+MAX_VIEWS = 1024  # of one panorama; the largest plan in use here has 27
+MAX_IMAGE_SIZE = 8192  # pixels a side of a view
 _ROUNDING = 1e-9  # cells closer than this to a border, in cells or in cosines, count as on it
 
 
@@ -263,7 +268,13 @@ def ray_angles(rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def loop_yaws(width_deg: float, overlap_ratio: float) -> list[float]:
     """Yaws of a closed loop of views: ``n = ceil(360 / (width * (1 - overlap)))``, stride ``360/n``, the first to the
     front, the next ones to its right. 90 degrees with an overlap of 0.5 gives 8."""
-    n = math.ceil(360 / (width_deg * (1 - overlap_ratio)) - _ROUNDING)
+    stride = width_deg * (1 - overlap_ratio)
+    if stride * MAX_VIEWS < 360:
+        raise ValueError(
+            f"fov_deg={width_deg} with overlap_ratio={overlap_ratio} makes more than {MAX_VIEWS} views around the "
+            "horizon. Typical values: 90.0 and 0.5"
+        )
+    n = math.ceil(360 / stride - _ROUNDING)
     return [i * 360 / n for i in range(n)]
 
 
@@ -321,10 +332,11 @@ class ViewOptions:
             no meaning where tiles touch.
         pitch_rows: pitch in degrees of each row of tiles, in [-90, 90].
         pole_caps: whether a tile looks straight up and another straight down.
-        image_size: side of a view in pixels.
+        image_size: side of a view in pixels, at most 8192.
 
     Raises:
-        ValueError: for an option out of range; it is named, with what is allowed and a typical value.
+        ValueError: for an option out of range, and for more than 1024 views; it is named, with what is allowed and a
+            typical value.
     """
 
     view_strategy: str = "anyres_e2p"
@@ -335,25 +347,32 @@ class ViewOptions:
     image_size: int = 256
 
     def __post_init__(self) -> None:
-        if self.view_strategy not in VIEW_STRATEGIES:
-            raise ValueError(f"view_strategy must be one of {sorted(VIEW_STRATEGIES)}, got {self.view_strategy!r}")
-        if not 0 < self.overlap_ratio < 1:
-            raise ValueError(f"overlap_ratio must be in (0, 1), got {self.overlap_ratio}. Typical range: [0.3, 0.7]")
-        if not 0 < self.fov_deg < 180:
-            raise ValueError(f"fov_deg must be in (0, 180), got {self.fov_deg}. Typical value: 90.0")
-        pitches = tuple(float(pitch) for pitch in self.pitch_rows)
-        if not pitches or any(not -90 <= pitch <= 90 for pitch in pitches) or len(set(pitches)) != len(pitches):
+        check_one_of("view_strategy", self.view_strategy, sorted(VIEW_STRATEGIES))
+        overlap = self.overlap_ratio
+        if not _is_number(overlap) or not 0 < overlap < 1:
+            raise ValueError(f"overlap_ratio must be in (0, 1), got {overlap!r}. Typical range: [0.3, 0.7]")
+        if not _is_number(self.fov_deg) or not 0 < self.fov_deg < 180:
+            raise ValueError(f"fov_deg must be in (0, 180), got {self.fov_deg!r}. Typical value: 90.0")
+        rows = self.pitch_rows
+        rows = tuple(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else ()
+        if not rows or not all(_is_number(row) and -90 <= row <= 90 for row in rows) or len(set(rows)) != len(rows):
             raise ValueError(
-                f"pitch_rows must be different degrees in [-90, 90], at least one, got {list(self.pitch_rows)}. "
+                f"pitch_rows must be different degrees in [-90, 90], at least one, got {self.pitch_rows!r}. "
                 "Typical values: [0.0] or [-45.0, 0.0, 45.0]"
             )
-        if not isinstance(self.pole_caps, bool):
-            raise ValueError(f"pole_caps must be true or false, got {self.pole_caps!r}")
-        if not self.image_size > 0 or self.image_size != int(self.image_size):
-            raise ValueError(f"image_size must be positive, a whole number, got {self.image_size}. Typical value: 256")
-        numbers = {"fov_deg": float(self.fov_deg), "overlap_ratio": float(self.overlap_ratio)}
-        for name, value in {**numbers, "pitch_rows": pitches, "image_size": int(self.image_size)}.items():
+        check_flag("pole_caps", self.pole_caps)
+        numbers = {"fov_deg": float(self.fov_deg), "overlap_ratio": float(overlap)}
+        rows = tuple(float(row) for row in rows)
+        size = check_whole("image_size", self.image_size, 256)
+        if size > MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size must be at most {MAX_IMAGE_SIZE}, got {size}. Typical value: 256")
+        for name, value in {**numbers, "pitch_rows": rows, "image_size": size}.items():
             object.__setattr__(self, name, value)
+        if self.plan.num_views > MAX_VIEWS:
+            raise ValueError(
+                f"fov_deg={self.fov_deg}, overlap_ratio={overlap} and {len(rows)} pitch_rows make "
+                f"{self.plan.num_views} views, at most {MAX_VIEWS} are. Typical values: 90.0, 0.5 and [0.0]"
+            )
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -364,6 +383,10 @@ class ViewOptions:
     def plan(self) -> ViewPlan:
         """The views of one panorama."""
         return _plan_of(self)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _e2p(options: ViewOptions) -> tuple[View, ...]:
@@ -459,6 +482,32 @@ def owned_tokens(plan: ViewPlan, grid: Grid) -> np.ndarray:
         nearest = (nearness > nearness.max(-1, keepdims=True) - _ROUNDING).argmax(-1)  # first of equals
         owned[tiles] = nearest == np.arange(len(tiles))[:, None]
     return _read_only(owned)
+
+
+def times_shown(plan: ViewPlan, grid: Grid, count: int) -> np.ndarray:
+    """In how many owned tokens of tiles (:func:`owned_tokens`) each of `count` directions lies, -1 where no tile sees
+    it, [count]. The directions follow a spiral from pole to pole (Fibonacci), each for as much of the sphere; a global
+    view counts where it is alone."""
+    index = np.arange(count) + 0.5
+    y, turn = 1 - 2 * index / count, index * math.pi * (3 - math.sqrt(5))
+    rays = np.stack([np.sqrt(1 - y**2) * np.sin(turn), y, np.sqrt(1 - y**2) * np.cos(turn)], -1)
+    owned = owned_tokens(plan, grid)
+    times, seen = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
+    for tile in plan.tiles or (0,):
+        row, column, inside = plan.views[tile].cells(rays, grid, margin=0.5)
+        row, column = (
+            np.clip(np.rint(at[inside]), 0, n - 1).astype(int) for at, n in zip((row, column), grid, strict=True)
+        )
+        times[inside] += owned[tile].reshape(grid)[row, column]
+        seen |= inside
+    return np.where(seen, times, -1)
+
+
+@lru_cache(maxsize=64)
+def share_in_no_token(plan: ViewPlan, grid: Grid) -> float:
+    """Which share of what the tiles of a plan see lies in no owned token, in [0, 1], to about a hundredth."""
+    times = times_shown(plan, grid, 4096)
+    return float((times == 0).sum() / (times >= 0).sum())
 
 
 def direction_weights(plan: ViewPlan, grid: Grid, directions: Sequence[Direction]) -> np.ndarray:

@@ -190,8 +190,9 @@ class PanoramaModel(PanoramaPreTrainedModel):
                 f"each view must be [3, {size}, {size}] (config.image_size={size}), got {list(pixel_values.shape[2:])}"
             )
         if num_views is not None and pixel_values.shape[1] != num_views:
+            has = "has" if num_views == self.config.num_views else "expects (vision_stage_expected_views)"
             raise ValueError(
-                f"pixel_values has {pixel_values.shape[1]} views a panorama, but the configuration has {num_views} "
+                f"pixel_values has {pixel_values.shape[1]} views a panorama, but the configuration {has} {num_views} "
                 f"(view_strategy={self.config.view_strategy!r}, fov_deg={self.config.fov_deg}, "
                 f"overlap_ratio={self.config.overlap_ratio}); use the processor saved with this model"
             )

@@ -2,11 +2,77 @@
 meant."""
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any
 
 IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)  # of SigLIP; also the grey of what no camera saw
 MAX_TEXT_LENGTH = 1024  # text tokens of a training sample
 DEFAULT_PROMPT = "Describe this panorama."
+
+
+def check_number(name: str, value: Any, typical: float, least: float | None = None) -> int | float:
+    """An option that is a finite number, as Python has it.
+
+    Args:
+        name: of the option, for the message.
+        typical: a value that is usual, for the message.
+        least: it must be at least this; more than 0 where nothing is given.
+
+    Raises:
+        ValueError: for what is none; the option, the value and what is allowed are named.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}. Typical value: {typical}")
+    if not (value > 0 if least is None else value >= least):
+        raise ValueError(f"{name} must be {_at_least(least)}, got {value}. Typical value: {typical}")
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def check_whole(name: str, value: Any, typical: int, least: int = 1) -> int:
+    """An option that is a whole number, at least `least` (one like 2.0 is taken, too); see :func:`check_number`."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or value != int(value):
+        raise ValueError(f"{name} must be a whole number, got {value!r}. Typical value: {typical}")
+    if value < least:
+        allowed = _at_least(None if least == 1 else least)
+        raise ValueError(f"{name} must be {allowed}, got {value}. Typical value: {typical}")
+    return int(value)
+
+
+def _at_least(least: float | None) -> str:
+    """What is allowed, in words."""
+    return "positive" if least is None else f"at least {least}"
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """An option that is true or false. Raises `ValueError` for what is neither."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    return value
+
+
+def check_text(name: str, value: Any) -> str:
+    """An option that is a text. Raises `ValueError` for what is none."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, got {value!r}")
+    return value
+
+
+def check_texts(name: str, values: Any) -> list[str]:
+    """An option that is a list of texts, at least one. Raises `ValueError` for what is none."""
+    if isinstance(values, str) or not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
+        raise ValueError(f"{name} must be a list of names, got {values!r}")
+    if not values:
+        raise ValueError(f"{name} must name at least one, got {list(values)}")
+    return list(values)
+
+
+def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """An option that is one of some names. Raises `ValueError` for what is none of them."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
+    return value
 
 
 def check_option_names(given: Iterable[str], known: Iterable[str], owner: str) -> None:

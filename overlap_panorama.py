@@ -94,7 +94,8 @@ class OverlapLoss:
             view_mask: [B, V], false for views that show nothing; no pair has one of these.
 
         Returns:
-            One entry for each number L of matched tokens that occurs; none where nothing matches.
+            One entry for each number L of matched tokens that occurs and is enough to be compared
+            (`PanoramaConfig.least_matched`); none where nothing matches.
         """
         by_rays = self.config.use_anyres_e2p_vicreg if by_rays is None else by_rays
         if by_rays and not self._has_rays(features.shape[1]):
@@ -106,7 +107,8 @@ class OverlapLoss:
             warnings.warn(f"{reason}: falling back to sequential VICReg mode", stacklevel=2)
             by_rays = False
         pairs = tuple(self.config.overlap_pairs) if by_rays else None
-        return match_features(features, self.plan, self.grid, pairs, self.config.overlap_ratio, view_mask)
+        matched = match_features(features, self.plan, self.grid, pairs, self.config.overlap_ratio, view_mask)
+        return [of_one for of_one in matched if of_one.x.shape[1] >= self.config.least_matched]
 
     def count_pairs(self, panoramas: int, views: int, view_mask: torch.Tensor | None = None) -> int:
         """Pairs of views that are compared: the loss is a mean over them, so batches add up by their numbers of pairs.
@@ -118,6 +120,7 @@ class OverlapLoss:
         by_rays = self.config.use_anyres_e2p_vicreg and self._has_rays(views)
         pairs = tuple(self.config.overlap_pairs) if by_rays else None
         groups = token_pairs(self.plan, self.grid, pairs, self.config.overlap_ratio, views, torch.device("cpu"))
+        groups = [group for group in groups if group[2].shape[1] >= self.config.least_matched]
         if not groups:
             return 0
         first, second = (torch.cat([group[side][:, 0] for group in groups]) for side in (0, 1))

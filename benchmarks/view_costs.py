@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..geometry_panorama import Grid, View, ViewOptions, ViewPlan, owned_tokens
+from ..geometry_panorama import Grid, View, ViewOptions, owned_tokens, times_shown
 
 _SPHERE = 4 * math.pi * math.degrees(1) ** 2  # square degrees
 _DEFAULT = ViewOptions()
@@ -76,7 +76,7 @@ def cost(options: ViewOptions, grid: Grid) -> Cost:
     plan = options.plan
     owned = owned_tokens(plan, grid)
     tiles = list(plan.tiles) or [0]
-    times = times_shown(plan, grid)
+    times = times_shown(plan, grid, 200_000)
     seen = times >= 0
     sides = np.concatenate([cell_sides(plan.views[tile], grid)[owned[tile]] for tile in tiles])
     default = _DEFAULT.plan.num_views * grid[0] * grid[1]
@@ -93,25 +93,6 @@ def cost(options: ViewOptions, grid: Grid) -> Cost:
         tower=owned.size / default,
         cut=sum(_box(tokens.reshape(grid)) for tokens in owned) / default,
     )
-
-
-def times_shown(plan: ViewPlan, grid: Grid, count: int = 200_000) -> np.ndarray:
-    """In how many cells of tokens that reach the language model each of `count` directions lies, -1 where no tile sees
-    it, [count]. The directions follow a spiral from pole to pole (Fibonacci); a global view counts where it is alone.
-    """
-    index = np.arange(count) + 0.5
-    y, turn = 1 - 2 * index / count, index * math.pi * (3 - math.sqrt(5))
-    rays = np.stack([np.sqrt(1 - y**2) * np.sin(turn), y, np.sqrt(1 - y**2) * np.cos(turn)], -1)
-    owned = owned_tokens(plan, grid)
-    times, seen = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
-    for tile in plan.tiles or (0,):
-        row, column, inside = plan.views[tile].cells(rays, grid, margin=0.5)
-        row, column = (
-            np.clip(np.rint(at[inside]), 0, n - 1).astype(int) for at, n in zip((row, column), grid, strict=True)
-        )
-        times[inside] += owned[tile].reshape(grid)[row, column]
-        seen |= inside
-    return np.where(seen, times, -1)
 
 
 def cell_sides(view: View, grid: Grid) -> np.ndarray:

@@ -62,6 +62,29 @@ def test_what_is_doubtful_is_warned_of(options, message):
         PanoramaConfig(**options)
 
 
+def test_tokens_too_coarse_for_what_tiles_own_are_warned_of_and_refused_where_none_is_left():
+    """Of a grid of 2 x 2 on eight tiles of 90 degrees every middle is nearer to a neighbour's."""
+    coarse = {"resampler_type": "avg_pool", "resampler_pool": 8}
+    with pytest.raises(ValueError, match=r"token_selection='owned' on a grid of \(2, 2\) tokens leaves 100%"):
+        PanoramaConfig(view_strategy="e2p", **coarse)
+    with pytest.warns(UserWarning, match=r"leaves 100% .* Use token_selection='all'"):
+        assert PanoramaConfig(**coarse).num_image_tokens == 4  # of the global view
+    assert PanoramaConfig(view_strategy="e2p", token_selection="all", **coarse).num_image_tokens == 32
+
+
+@pytest.mark.parametrize("loss", ["densecl", "vicreg"])
+def test_pairs_of_a_single_token_are_no_pairs(loss):
+    """On one token a view there is nothing to tell a match from; it was an error at the first step."""
+    options = {"resampler_type": "avg_pool", "resampler_pool": 16, "token_selection": "all", "overlap_ratio": 0.8}
+    with pytest.warns(UserWarning, match=f"overlap_loss='{loss}' compares at least 2 tokens a pair|no token looks"):
+        config = PanoramaConfig(overlap_loss=loss, **options)
+    assert config.overlap_problem
+    with pytest.warns(UserWarning, match="strips of a grid of 1 x 1 tokens have one"):
+        assert PanoramaConfig(overlap_loss=loss, use_anyres_e2p_vicreg=False, **options).overlap_problem
+    batchwise = PanoramaConfig(overlap_loss="vicreg", vicreg_mode="batchwise", use_anyres_e2p_vicreg=False, **options)
+    assert not batchwise.overlap_problem
+
+
 def test_the_defaults_raise_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

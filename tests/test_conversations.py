@@ -418,3 +418,22 @@ def test_the_templates_that_language_models_come_with(answer):
             prompt = render(messages[:place], add_generation_prompt=True)
             assert prompt.startswith(text[: turn.start]) or (place > 1 and "think" in prompt), (file.stem, prompt)
             assert turn.closed == bool(end)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "a conversation needs at least one message, got none"),
+        ([[]], "a conversation needs at least one message, got none"),
+        ([{"role": ["user"], "content": "a"}], r"a message needs a role, such as 'user', got \['user'\]"),
+        (
+            [{"role": "user", "content": [{"text": "a"}]}],
+            r"a part of a message needs a type, .* got the keys \['text'\]",
+        ),
+    ],
+)
+def test_conversations_that_are_none_are_refused_in_a_sentence(make, messages, message):
+    _, processor = make()
+    for options in ({"tokenize": True, "return_dict": True}, {"return_labels": True}):
+        with pytest.raises(ValueError, match=message):
+            processor.apply_chat_template(messages, **options)

@@ -312,7 +312,23 @@ def test_too_many_bad_samples_end_the_run_and_say_why(tmp_path):
     with pytest.raises(TooManyBadSamples, match="could not be used, more than the allowed share of 0.1.*missing image"):
         run_here(tmp_path / "run", *options)
     with pytest.raises(ValueError, match="the folder has no metadata.jsonl"):
-        run_here(tmp_path / "other", "--stage", "resampler", "--data", SAMPLES.parent / "tests")
+        run_here(tmp_path / "other", "--stage", "resampler", "--data", SAMPLES.parent / "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\nb: 2", r"in .*odd\.yaml: .*line 2"),
+        ("model: \x84", r"in .*odd\.yaml: unacceptable character"),
+        ("vision: !!python/object:os.system {}", r"in .*odd\.yaml: could not determine a constructor"),
+        ("resampler: {learning_rates: {projection: {a: 1}}}", "resampler.learning_rates.projection must be a number"),
+        ("resampler: {learning_rate: .inf}", "resampler.learning_rate must be finite, got inf"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_named_with_the_place(tmp_path, text, message):
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config([str(tmp_path / "odd.yaml"), "--model", "m", "--data", "d"])
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
 import textwrap
 import typing
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ..configuration_panorama import PanoramaConfig
 from ..data.augmentation import Augmentation
@@ -207,9 +209,12 @@ class TrainConfig:
                 f"{options.epochs} and {options.max_steps}",
                 "positive",
             )
+            for name in ("learning_rate", "weight_decay", "label_loss_weight"):
+                _require(math.isfinite(getattr(options, name)), f"{stage}.{name}", getattr(options, name), "finite")
             for group, rate in options.learning_rates.items():
                 _require(group in PARTS, f"a key of {stage}.learning_rates", group, f"one of {', '.join(PARTS)}")
-                _require(rate >= 0, f"{stage}.learning_rates.{group}", rate, "at least 0")
+                is_rate = isinstance(rate, int | float) and 0 <= rate < math.inf
+                _require(is_rate, f"{stage}.learning_rates.{group}", rate, "a number of at least 0")
             if not (options.data or self.data):
                 raise ValueError(f"stage {stage!r} has no data: name some with --data PATH or in the YAML file")
         for name in ("save_every", "log_every", "eval_every", "eval_batches", "keep_checkpoints"):
@@ -264,6 +269,8 @@ def load_config(arguments: Sequence[str]) -> TrainConfig:
     except OmegaConfBaseException as error:
         name = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise ValueError(f"in {where}: {name}{str(error).splitlines()[0]}") from error
+    except (YAMLError, UnicodeDecodeError, TypeError) as error:  # OmegaConf says nothing of its own
+        raise ValueError(f"in {where}: {' '.join(str(error).split())}") from error
     assert isinstance(config, TrainConfig)
     for name in ("output", "cache_dir", "model", "resume"):  # in a file no shell expands ~
         if isinstance(value := getattr(config, name), str):
