@@ -59,11 +59,15 @@ class PanoramaConfig(PretrainedConfig):
         vision_name, language_model_name: Hub ids or folders the two were composed from; for the record.
         latent_dimension: width D_latent of the resampled tokens. Where it is not given, 768, or what follows from the
             tower's width where the resampler has no weights.
-        resampler_type: `"mlp"`, `"avg_pool"`, `"perceiver"`, `"qformer"`, `"c_abstractor"` or `"bimamba"`; or, without
-            weights, `"identity"` (the tower's tokens as they are) or `"pixel_shuffle"` (blocks of tokens side by side
-            in one). `docs/backbones.md` says what each is and costs.
+        resampler_type: `"mlp"`, `"mlp_v1"`, `"avg_pool"`, `"perceiver"`, `"qformer"`, `"c_abstractor"` or `"bimamba"`;
+            or, without weights, `"identity"` (the tower's tokens as they are) or `"pixel_shuffle"` (blocks of tokens
+            side by side in one). `docs/backbones.md` says what each is and costs.
         resampler_depth: linear layers of the MLPs, or layers of the others; of `"c_abstractor"` before its pooling and
             as many behind it.
+        resampler_hidden: width of the inner layers of `"mlp_v1"`; where it is not given, the larger of the tower's and
+            `latent_dimension`.
+        resampler_norms: the layer norms of `"mlp_v1"`: `"inner"`, behind each layer but the last, and `"input"`, before
+            the first.
         resampler_skip: whether the resampler starts by keeping what the tower says: a layer that leads past the MLP (of
             layers with skips their own), orthogonal at the start, when the rest adds nothing. Where it is not given,
             `True`; a file that does not say is from before there was one.
@@ -77,6 +81,8 @@ class PanoramaConfig(PretrainedConfig):
         position_encoding: how the language model is told where each token looks (`docs/backbones.md`). `"rays"` (where
             it is not given): a learned layer on a code of the ray is added to the token. `"yaw"`: sines of the yaw are
             added. `"panorope"`: nothing is added, the rotary positions of the tokens follow the yaw. `"none"`: not.
+        projection_depth: linear layers of the projection to the language model, with GELU between them: 2, as in
+            LLaVA-1.5, or 1, as in LLaVA and PanoLLaVA v1.0.
         ray_frequencies: octaves of the code of `"rays"`; 0 leaves the bare ray.
         vision_trainable_blocks: how many of the last blocks of the vision tower train in stage `vision`; `"all"` for
             the whole tower, its embeddings and last norm too.
@@ -140,12 +146,15 @@ class PanoramaConfig(PretrainedConfig):
         latent_dimension: int | None = None,
         resampler_type: str = "mlp",
         resampler_depth: int = 2,
+        resampler_hidden: int | None = None,
+        resampler_norms: Sequence[str] = ("inner",),
         resampler_skip: bool | None = None,
         resampler_pool: int = 2,
         resampler_queries: int = 64,
         resampler_heads: int = 8,
         token_selection: str = "owned",
         position_encoding: str | None = None,
+        projection_depth: int = 2,
         ray_frequencies: int = 6,
         vision_trainable_blocks: int | str = 0,
         resampler_vision_tower: bool = False,
@@ -190,6 +199,10 @@ class PanoramaConfig(PretrainedConfig):
 
         self.resampler_type = _one_of("resampler_type", resampler_type, sorted(RESAMPLERS))
         self.resampler_depth = _positive("resampler_depth", resampler_depth, 2)
+        self.resampler_hidden = (
+            None if resampler_hidden is None else _positive("resampler_hidden", resampler_hidden, 1536)
+        )
+        self.resampler_norms = [_one_of("resampler_norms", norm, ["inner", "input"]) for norm in resampler_norms]
         is_new = "transformers_version" not in kwargs  # else it comes from a file
         self.resampler_skip = is_new if resampler_skip is None else _flag("resampler_skip", resampler_skip)
         self.resampler_pool = _positive("resampler_pool", resampler_pool, 2)
@@ -216,6 +229,7 @@ class PanoramaConfig(PretrainedConfig):
         self.token_selection = _one_of("token_selection", token_selection, ["owned", "all"])
         self.position_encoding = _position_encoding(position_encoding, use_ray_code)
         self._check_position_encoding()
+        self.projection_depth = _positive("projection_depth", projection_depth, 2)
         self.ray_frequencies = _at_least_zero("ray_frequencies", ray_frequencies, 6)
         if vision_trainable_blocks != "all" and not (
             type(vision_trainable_blocks) is int and vision_trainable_blocks >= 0

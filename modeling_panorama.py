@@ -56,7 +56,8 @@ class PanoramaProjection(nn.Module):
             self.ray = nn.Linear(3 + 6 * config.ray_frequencies, config.latent_dimension, bias=False)
             # The squares of a code add up to 1 (the ray) and 3 for each octave (sine and cosine of three coordinates).
             start_at(self.ray, RAY_SCALE / (1 + 3 * config.ray_frequencies) ** 0.5)
-        self.layers = nn.Sequential(nn.Linear(config.latent_dimension, width), nn.GELU(), nn.Linear(width, width))
+        further = (layer for _ in range(config.projection_depth - 1) for layer in (nn.GELU(), nn.Linear(width, width)))
+        self.layers = nn.Sequential(nn.Linear(config.latent_dimension, width), *further)
 
     def forward(self, tokens: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """[..., D_latent] and codes [..., 3 + 6K] of `"rays"` or [..., D_latent] of `"yaw"` -> [..., D_lm]."""
