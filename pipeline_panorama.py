@@ -6,6 +6,7 @@ installed; `PanoramaPipeline(model, processor=processor)` does where it is.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,6 +49,7 @@ EXPORTS = ("pannellum", "photo_sphere_viewer", "geojson", "coco", "drawing", "cr
 _MOST_TOKENS = 256  # of an answer, where nothing else is said
 _CLOSER = (30.0, 60.0)  # degrees of the views that look twice; training shows such
 _MOST_VIEWS = 4  # of these
+_LONGEST_NAME = 2048  # characters of a path or an address: what is longer is base64
 _PITCHES = range(-85, 90, 10)  # in which a direction may be seen
 
 Reader = Callable[[list[Any]], Any]  # makes a result of answers
@@ -347,7 +349,8 @@ class PanoramaPipeline(Pipeline):
             if to == "drawing":
                 return draw_places(picture, places, **options)
             return [crop_place(picture, each.place, **options) for each in named(places)]
-        name = name or (panorama if isinstance(panorama, str) and not panorama.startswith("data:") else "")
+        is_named = isinstance(panorama, str | os.PathLike) and len(os.fspath(panorama)) < _LONGEST_NAME
+        name = name or (os.fspath(panorama) if is_named and not str(panorama).startswith("data:") else "")
         layout = self.layout(panorama)
         if to == "coco":
             return to_coco([(name, layout, places)], **options)

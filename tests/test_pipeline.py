@@ -1,5 +1,6 @@
 """The pipeline that travels with a model."""
 
+import base64
 import json
 import os
 import re
@@ -418,7 +419,10 @@ def test_places_go_out_as_the_processor_shows_the_panorama(pipe, panoramas, tmp_
     assert drawn.size == (256, 128)
     (crop,) = pipe.export(str(file), places, "crops", size=64)
     assert crop.size == (64, 64)
-    assert pipe.export(panoramas[0], places, "pannellum")["panorama"] == ""
+    content = base64.b64encode(file.read_bytes()).decode()
+    for source in (panoramas[0], file.read_bytes(), content, f"data:image/jpeg;base64,{content}"):
+        assert pipe.export(source, places, "pannellum")["panorama"] == ""
+    assert pipe.export(file, places, "pannellum")["panorama"] == str(file)
 
 
 # Travelling
