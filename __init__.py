@@ -9,12 +9,14 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
-from .configuration_panorama import PanoramaConfig
+from .configuration_panorama import PIPELINE_TASK, PanoramaConfig
 from .geometry_panorama import View, ViewPlan
 from .image_processing_panorama import PanoramaImageProcessor
 from .modeling_panorama import PanoramaModel, PanoramaVLM
 from .outputs_panorama import GenerationOutput, PanoramaFeatures, TrainingStageOutput, VisionStageOutput
+from .pipeline_panorama import PanoramaPipeline
 from .processing_panorama import PanoramaProcessor
 
 __version__ = "2.0.0.dev0"
@@ -24,6 +26,7 @@ __all__ = [
     "PanoramaFeatures",
     "PanoramaImageProcessor",
     "PanoramaModel",
+    "PanoramaPipeline",
     "PanoramaProcessor",
     "PanoramaVLM",
     "TrainingStageOutput",
@@ -40,3 +43,4 @@ AutoModelForImageTextToText.register(PanoramaConfig, PanoramaVLM, exist_ok=True)
 AutoModelForMultimodalLM.register(PanoramaConfig, PanoramaVLM, exist_ok=True)
 AutoImageProcessor.register(PanoramaConfig, PanoramaImageProcessor, exist_ok=True)
 AutoProcessor.register(PanoramaConfig, PanoramaProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(PIPELINE_TASK, PanoramaPipeline, AutoModelForImageTextToText)

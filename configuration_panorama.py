@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Sequence
@@ -27,6 +28,15 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_panorama.PanoramaVLM",
     "AutoModelForImageTextToText": "modeling_panorama.PanoramaVLM",
     "AutoModelForMultimodalLM": "modeling_panorama.PanoramaVLM",
+}
+# The pipeline of a saved folder, with the class of transformers that loads its model.
+PIPELINE_TASK = "panorama-text-to-text"
+CUSTOM_PIPELINES = {
+    PIPELINE_TASK: {
+        "impl": "pipeline_panorama.PanoramaPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
 }
 # What may stand in a configuration of transformers beside the fields of its class.
 _TRANSFORMERS_OPTIONS = (
@@ -277,10 +287,24 @@ class PanoramaConfig(PretrainedConfig):
         if "transformers_version" not in kwargs:  # else it comes from a file, and was warned of when it was made
             self._warn_about_the_vision_stage()
 
-        kwargs.pop("auto_map", None)  # a folder saved from this config always holds its own code
+        for name in ("auto_map", "custom_pipelines"):  # a folder saved from this config always holds its own code
+            kwargs.pop(name, None)
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
+
+    @property
+    def custom_pipelines(self) -> dict[str, dict[str, Any]]:
+        """What `transformers.pipeline` makes of a saved folder; a copy each time, since it writes classes into it."""
+        return copy.deepcopy(CUSTOM_PIPELINES)
+
+    @custom_pipelines.setter
+    def custom_pipelines(self, value: Any) -> None:
+        """A pipeline that is saved sets it; it is what it was."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `PretrainedConfig.to_dict`, with the pipeline."""
+        return {**super().to_dict(), "custom_pipelines": self.custom_pipelines}
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:

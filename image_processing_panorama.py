@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from http.client import HTTPException
@@ -465,6 +465,35 @@ def _empty(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
 @cache
 def _warn_of_foreign_keys(names: tuple[str, ...]) -> None:
     warnings.warn(f"the image processor holds {', '.join(names)}, not known here: kept as they are", stacklevel=4)
+
+
+def join_views(each: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What was made of panoramas by themselves as one batch.
+
+    Args:
+        each: `pixel_values` [panoramas, V + E, 3, H, W], where there are some `further_views` [panoramas, E, 3], and
+            where one is partial `view_mask` [panoramas, V]; all of one plan, E may differ.
+
+    Returns:
+        The same of all, as :meth:`PanoramaImageProcessor.preprocess` gives it; nothing of nothing.
+    """
+    if not each:
+        return {}
+    most = max(one["pixel_values"].shape[1] for one in each)
+    pixels, further, masks = [], [], []
+    for one in each:
+        views = one["pixel_values"]
+        own = one.get("further_views", torch.full((len(views), 0, 3), torch.nan, device=views.device))
+        planned, missing = views.shape[1] - own.shape[1], most - views.shape[1]
+        pixels.append(torch.nn.functional.pad(views, (0, 0, 0, 0, 0, 0, 0, missing)))
+        further.append(torch.nn.functional.pad(own, (0, 0, 0, missing), value=torch.nan))
+        masks.append(one.get("view_mask", torch.ones(len(views), planned, dtype=torch.bool, device=views.device)))
+    batch = {"pixel_values": torch.cat(pixels)}
+    if any("further_views" in one for one in each):
+        batch["further_views"] = torch.cat(further)
+    if any("view_mask" in one for one in each):
+        batch["view_mask"] = torch.cat(masks)
+    return batch
 
 
 def flatten_images(images: Any) -> list[Any]:

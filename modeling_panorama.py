@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
@@ -715,7 +716,10 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`. LoRA adapters are saved merged into the language model, so that the
-        folder loads anywhere, and without the head of the token labels; the model itself keeps both."""
+        folder loads anywhere, and without the head of the token labels; the model itself keeps both. The code of
+        :class:`PanoramaPipeline`, which the configuration names, is saved with it."""
+        from .pipeline_panorama import PanoramaPipeline
+
         adapted, head = self.model.language_model, self.label_head
         self.label_head = None
         if self.has_lora:
@@ -725,6 +729,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.model.language_model, self.label_head = adapted, head
+        custom_object_save(PanoramaPipeline, save_directory)
 
     # Token labels
 

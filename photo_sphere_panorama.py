@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from xml.etree import ElementTree
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 # A prefix is only a name (writers use GPano, ns2, …); some leave the last slash out.
 _NAMESPACE = re.compile(r"\{https?://ns\.google\.com/photos/1\.0/panorama/?\}(\w+)")
@@ -136,6 +136,26 @@ def tiff_position_tags(image: Image.Image) -> dict[int, Any]:
     """The tags of a TIFF that :func:`with_tiff_position` understands; none of any other image."""
     tags = getattr(image, "tag_v2", {})
     return {tag: tags[tag] for tag in _TIFF_POSITION if tag in tags}
+
+
+def position_of(image: Image.Image, name: str) -> tuple[float, float] | None:
+    """Where a camera stood by the GPS tags of EXIF (EXIF 2.32, 4.6.6): latitude and longitude in degrees, north and
+    east positive; `None` where they do not say, and what cannot be is warned about."""
+    try:
+        gps = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
+        signs = [-1 if str(gps.get(tag, "")).strip("\0 ").upper() in ("S", "W") else 1 for tag in (1, 3)]
+        if 2 not in gps or 4 not in gps:
+            return None
+        latitude, longitude = (
+            sign * sum(float(part) / 60**place for place, part in enumerate(gps[tag]))  # degrees, minutes, seconds
+            for sign, tag in zip(signs, (2, 4), strict=True)
+        )
+        if not (abs(latitude) <= 90 and abs(longitude) <= 180):  # also catches NaN, which cameras write without a fix
+            raise ValueError(f"latitude {latitude:g}, longitude {longitude:g}")
+    except Exception as error:  # EXIF that is broken raises anything
+        warnings.warn(f"the GPS position of {name} cannot be read, ignored: {error}", stacklevel=3)
+        return None
+    return latitude, longitude
 
 
 def xmp_packets(image: Image.Image) -> list[bytes]:

@@ -60,10 +60,12 @@ class BFoV(NamedTuple):
 
 
 class NamedPlace(NamedTuple):
-    """A place in an answer, and what it is called there (empty where it has no name)."""
+    """A place in an answer, what it is called there (empty where it has no name), and in [0, 1] how sure of it the
+    answer says that it is (`None` where it says nothing)."""
 
     label: str
     place: BFoV
+    score: float | None = None
 
 
 def wrap(yaw: float) -> float:
@@ -222,11 +224,12 @@ _PAIR = re.compile(
 _GOES_ON = re.compile(rf"\s*°?\s*,\s*{_NUMBER}")  # a list of more than four numbers is no place
 _BEGAN = re.compile(r"\d\s*°?\s*,\s*$")
 _LABEL = re.compile(r"[\"']?(?:label|name|object)[\"']?\s*[:=]\s*[\"']([^\"']*)[\"']", re.IGNORECASE)
+_SCORE = re.compile(r"[\"']?\b(?:score|confidence)[\"']?\s*[:=]\s*(1(?:\.0+)?|0?\.\d+|0)(?![\d.])", re.IGNORECASE)
 
 
 def read_places(text: str) -> list[NamedPlace]:
     """The places that an answer names, in its order, in the ways in which models write them: `[12, -5, 20, 10]`,
-    `(12, -5, 20, 10)`, bare numbers, JSON with `bfov` and `label`, `yaw=12 pitch=-5 x_fov=20 y_fov=10`.
+    `(12, -5, 20, 10)`, bare numbers, JSON with `bfov` and `label` (and `score`), `yaw=12 pitch=-5 x_fov=20 y_fov=10`.
 
     What is no place on the sphere (a pitch beyond the poles, an extent of zero) is left out: nothing is invented, and
     an answer without places gives none.
@@ -250,7 +253,7 @@ def read_places(text: str) -> list[NamedPlace]:
     before = 0
     named = []
     for start, end, place in found:
-        named.append(NamedPlace(_label(text, before, start, end), place))
+        named.append(NamedPlace(_label(text, before, start, end), place, _score(text, before, start, end)))
         before = end
     return named
 
@@ -282,12 +285,22 @@ def _named_numbers(text: str) -> list[tuple[int, int, BFoV]]:
     return found
 
 
+def _beside(pattern: re.Pattern[str], text: str, before: int, start: int, end: int) -> str | None:
+    """What JSON says beside a place, in the same braces."""
+    opened, closed = text.rfind("{", before, start), text.find("}", end)
+    match = pattern.search(text, opened, closed) if opened >= 0 and closed >= 0 else None
+    return None if match is None else match[1]
+
+
+def _score(text: str, before: int, start: int, end: int) -> float | None:
+    score = _beside(_SCORE, text, before, start, end)
+    return None if score is None else float(score)
+
+
 def _label(text: str, before: int, start: int, end: int) -> str:
     """What a place is called: a JSON label beside it, or the words before it."""
-    opened = text.rfind("{", before, start)
-    closed = text.find("}", end)
-    if opened >= 0 and closed >= 0 and (match := _LABEL.search(text, opened, closed)):
-        return match[1]
+    if (label := _beside(_LABEL, text, before, start, end)) is not None:
+        return label
     words = text[before:start].split("\n")[-1]
     words = re.sub(r"[\"'{\[(]?\b(?:bfov|place|box|position)\b[\"']?\s*[:=]?\s*$", "", words, flags=re.IGNORECASE)
     words = re.sub(r"(?:\s*\b(?:is|are|at|lies|stands)\s*:?)+\s*$", "", words.strip(" \t,;:[]{}()\"'-=."))

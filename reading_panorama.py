@@ -23,9 +23,16 @@ from PIL import ExifTags, Image, ImageOps
 from .colours_panorama import is_srgb, to_srgb
 from .cylinder_panorama import unrolled
 from .formats_panorama import is_misread, kind_of, open_float_file, register_heic
-from .geometry_panorama import camera_rotation, yaw_rotation
+from .geometry_panorama import View, camera_rotation, yaw_rotation
 from .options_panorama import IMAGE_MEAN
-from .photo_sphere_panorama import PhotoSphere, photo_sphere_of, tiff_position_tags, with_tiff_position, xmp_packets
+from .photo_sphere_panorama import (
+    PhotoSphere,
+    photo_sphere_of,
+    position_of,
+    tiff_position_tags,
+    with_tiff_position,
+    xmp_packets,
+)
 from .projections_panorama import Projection, hint, looks_like, to_equirectangular
 from .sampling_panorama import rotated_pixels
 
@@ -226,6 +233,98 @@ def read_photo_sphere(image: Image.Image) -> PhotoSphere | None:
     none. What cannot be understood is warned about."""
     sphere = photo_sphere_of(xmp_packets(image), _name(image))
     return with_tiff_position(sphere, image, _name(image))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the picture of a file lies on the sphere, and which way its front is.
+
+    Args:
+        width, height: of the picture in pixels, turned as EXIF says.
+        full: (height, width) of the whole sphere in the same pixels.
+        top, left: where the picture begins in it.
+        projection: of the picture, by the name of a :class:`Projection`.
+        pitch, roll: degrees that the camera looked up and leaned to the right, where the panorama is levelled by them.
+        heading: compass direction, in degrees, of the middle of the whole sphere; `None` where it is not known.
+        yaw_offset: degrees to the right of that middle that are the front, where yaw is 0.
+        position: latitude and longitude of the camera in degrees; `None` where it is not known.
+    """
+
+    width: int
+    height: int
+    full: tuple[int, int]
+    top: int = 0
+    left: int = 0
+    projection: str = "equirectangular"
+    pitch: float = 0.0
+    roll: float = 0.0
+    heading: float | None = None
+    yaw_offset: float = 0.0
+    position: tuple[float, float] | None = None
+
+    def bearing(self, yaw: float) -> float | None:
+        """The compass direction, in [0, 360), of a yaw; `None` where it is not known."""
+        return None if self.heading is None else (self.heading + self.yaw_offset + yaw) % 360
+
+    def sees(self, yaw: float, pitch: float) -> bool:
+        """Whether the picture shows a direction, in degrees."""
+        if self.projection != "equirectangular" or (self.height, self.width) == self.full:
+            return True
+        rotation = camera_rotation(self.pitch, self.roll).T @ yaw_rotation(self.yaw_offset)
+        turned = View("perspective", yaw, pitch, 90.0).rotated(rotation)
+        column = (turned.yaw / 360 + 0.5) % 1 * self.full[1] - self.left
+        row = (0.5 - turned.pitch / 180) * self.full[0] - self.top
+        return 0 <= column <= self.width and 0 <= row <= self.height
+
+
+def layout_of(source: Any, *, align_heading: bool = False, level: bool = True, projection: str | None = None) -> Layout:
+    """How the picture of a file lies on the sphere, as :func:`read_panorama` reads it with the same options; the pixels
+    are not decoded.
+
+    Args:
+        source: see :func:`read_panorama`.
+
+    Raises:
+        ValueError: for a file that is broken; it is named.
+    """
+    image = open_image(source)
+    if isinstance(source, dict):
+        projection = source.get("projection") or projection
+    shape = Projection.parse(projection)
+    if not isinstance(image, Image.Image):
+        if not isinstance(image, np.ndarray | torch.Tensor) or image.ndim not in (2, 3):
+            raise ValueError(f"a panorama must be a file, an image, or an array [H, W, 3], got {type(image).__name__}")
+        sizes = list(image.shape)
+        channels_first = len(sizes) == 3 and sizes[0] in (1, 3, 4) and sizes[-1] not in (1, 3, 4)
+        height, width = sizes[-2:] if channels_first else sizes[:2]
+        return _laid_out(None, height, width, shape.name, "the panorama")
+    name = _name(image)
+    try:
+        sphere = read_photo_sphere(image) if shape.name == "equirectangular" else None
+        if sphere is not None and projection is None:
+            shape = shape_of(sphere)
+        width, height = image.size if _orientation(image) < 5 else image.size[::-1]
+        layout = _laid_out(sphere, height, width, shape.name, name)
+        position = position_of(image, name)
+    finally:
+        if image is not source and not hasattr(source, "read"):
+            image.close()
+    heading = None if sphere is None or sphere.heading is None else sphere.heading % 360
+    return replace(
+        layout,
+        pitch=sphere.pitch if level and sphere is not None else 0.0,
+        roll=sphere.roll if level and sphere is not None else 0.0,
+        heading=heading,
+        yaw_offset=-heading if align_heading and heading is not None else 0.0,
+        position=position,
+    )
+
+
+def _laid_out(sphere: PhotoSphere | None, height: int, width: int, projection: str, name: str) -> Layout:
+    whole = (height, width, 0, 0)
+    if projection == "equirectangular":
+        whole = _area_of(sphere, height, width, name) or _middle_of_the_sphere(height, width) or whole
+    return Layout(width, height, (whole[0], whole[1]), whole[2], whole[3], projection)
 
 
 def shape_of(sphere: PhotoSphere) -> Projection:

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.image_processing_utils import BatchFeature
 
 from ..geometry_panorama import Grid
-from ..image_processing_panorama import AS_IT_IS, Shown
+from ..image_processing_panorama import AS_IT_IS, Shown, join_views
 from ..processing_panorama import IGNORE_INDEX, PanoramaProcessor
 from ..token_labels_panorama import LabelMaps, token_labels
 from .augmentation import NO_AUGMENTATION, Augmentation, augmented, heading_step, limited
@@ -125,10 +125,7 @@ class _Collator:
                 skipped.append({"sample": sample.get("name"), "source": sample.get("source"), "reason": reason})
         if not good:
             return None
-        batch = _with_further_views(good)
-        if any("view_mask" in each for each in good):
-            masks = [each.get("view_mask", torch.ones(_planned(each), dtype=torch.bool)) for each in good]
-            batch["view_mask"] = torch.cat(masks)  # [panoramas, V]
+        batch = join_views(good)
         for name in ("token_classes", "token_places"):
             if name in good[0]:
                 batch[name] = torch.cat([each[name] for each in good])  # [panoramas, V, S, ...]
@@ -316,27 +313,6 @@ class ConversationCollator(_Collator):
             }
             for message in turns
         ]
-
-
-def _planned(inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
-    """Panoramas, and views of each without further ones."""
-    panoramas, views = inputs["pixel_values"].shape[:2]
-    return panoramas, views - (inputs["further_views"].shape[1] if "further_views" in inputs else 0)
-
-
-def _with_further_views(good: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """`pixel_values` [panoramas, V + E, 3, H, W]; where any has a further view, `further_views` [panoramas, E, 3]."""
-    if not any("further_views" in each for each in good):
-        return {"pixel_values": torch.cat([each["pixel_values"] for each in good])}
-    most = max(each["pixel_values"].shape[1] for each in good)
-    pixels, further = [], []
-    for each in good:
-        views = each["pixel_values"]
-        own = each.get("further_views", torch.full((len(views), 0, 3), torch.nan))
-        missing = most - views.shape[1]
-        pixels.append(torch.nn.functional.pad(views, (0, 0, 0, 0, 0, 0, 0, missing)))
-        further.append(torch.nn.functional.pad(own, (0, 0, 0, missing), value=torch.nan))
-    return {"pixel_values": torch.cat(pixels), "further_views": torch.cat(further)}
 
 
 def _seen_by_each(good: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
