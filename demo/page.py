@@ -58,7 +58,7 @@ _WIDTH = 4096  # pixels of the panorama in the viewer, at most: what the graphic
 _LONGEST = 2000  # characters of a question
 _REMEMBERED = 10  # turns of the chat that the model is shown with a question, even
 _WAITING = 64  # visitors in the queue, at most
-_SHOWN = 6  # questions of a sample
+_SHOWN = 4  # questions of a sample
 _FORGET = (600, 4 * 3600)  # seconds: how often uploads are looked through, and how old they become
 _TEMPLATE = """<div class="panorama" tabindex="0" role="application"
   aria-label="Panorama. Arrow keys look around, plus and minus zoom, Enter asks what is in the middle."></div>
