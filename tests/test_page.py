@@ -147,10 +147,11 @@ def answers(page):
 def finished(page, count):
     """Wait until there are `count` answers and none goes on; the newest."""
     page.wait_for_function(
-        "count => document.querySelectorAll('#chat .bot.message').length >= count"
-        " && document.querySelector('#stop').disabled",
+        "count => { const bots = [...document.querySelectorAll('#chat .bot.message')];"
+        " return bots.length >= count && bots.at(-1).innerText.trim() && document.querySelector('#stop').disabled }",
         arg=count,
     )
+    page.wait_for_timeout(300)  # Gradio takes the next question when it has closed the stream
     return answers(page)[-1].strip()
 
 
