@@ -88,22 +88,21 @@ def main(arguments: list[str] | None = None) -> None:
     ask_without_the_package(output, answers[0])
 
 
-def write_questions(folder: Path, each: int, width: int = 1024) -> None:
-    """Panoramas of `width` pixels and `metadata.jsonl`, with `each` questions of every kind; the first are those of
-    `UNSEEN`."""
+def write_questions(folder: Path, each: int) -> None:
+    """Panoramas and `metadata.jsonl`, with `each` questions of every kind; the first are those of `UNSEEN`."""
     with (folder / METADATA).open("w", encoding="utf-8") as rows:
-        for number, (world, scene, questions) in enumerate(tqdm(_scenes(each, width), "scenes", unit=""), 1):
+        for number, (world, scene, questions) in enumerate(tqdm(_scenes(each), "scenes", unit=""), 1):
             name = f"{Path(scene.panorama).stem if scene.panorama else 'rendered'}-{number}.jpg"
             world.picture(scene).save(folder / name, quality=92, subsampling=0)
             rows.write(json.dumps(row_of(scene, questions, name)) + "\n")
 
 
-def _scenes(each: int, width: int) -> Iterator[tuple[World, Scene, list[Question]]]:
+def _scenes(each: int) -> Iterator[tuple[World, Scene, list[Question]]]:
     """Scenes with their questions, at most one of a kind in a scene, until there are enough of every kind."""
     missing, numbers = Counter(dict.fromkeys(KINDS, each)), itertools.count()
     for around in itertools.chain(UNSEEN, itertools.repeat(None)):
         wanted = tuple(kind for kind in KINDS if missing[kind]) or tuple(KINDS)
-        world = World(SEED, width, questions=2 * len(wanted), kinds=wanted, backgrounds=f"{SAMPLES}:{','.join(UNSEEN)}")
+        world = World(SEED, questions=2 * len(wanted), kinds=wanted, backgrounds=f"{SAMPLES}:{','.join(UNSEEN)}")
         scene = world.scene(next(numbers))
         while around and scene.panorama != f"{around}.jpg":
             scene = world.scene(next(numbers))

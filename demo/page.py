@@ -10,6 +10,7 @@ import argparse
 import base64
 import html
 import io
+import json
 import logging
 import math
 import os
@@ -31,20 +32,19 @@ try:
 except ImportError as error:
     raise ImportError("the page needs Gradio: pip install 'panorama-vlm[demo]'") from error
 
-from ..evaluation.formats import read_items
-from ..evaluation.prompts import ask_text
 from ..image_processing_panorama import READ_OPTIONS
 from ..modeling_panorama import PanoramaVLM
 from ..pipeline_panorama import PanoramaPipeline
 from ..places_panorama import check_bfov, read_places
 from ..processing_panorama import PanoramaProcessor
 from ..reading_panorama import read_panorama, seen_everywhere
-from .default_model import ROOT, write_questions
+from ..synthetic.write import METADATA, SAMPLES, World, write_scenes
 from .views import draw_views
 
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 ABOUT = "What is at [{}, {}, {}, {}]? (yaw, pitch, x_fov, y_fov in degrees)"  # as the default model learned it
 QUESTIONS = (  # about a panorama that brings none
     "What was put in front of you, from left to right?",
@@ -58,6 +58,7 @@ _WIDTH = 4096  # pixels of the panorama in the viewer, at most: what the graphic
 _LONGEST = 2000  # characters of a question
 _REMEMBERED = 10  # turns of the chat that the model is shown with a question, even
 _WAITING = 64  # visitors in the queue, at most
+_SCENES, _SEED = 6, 2026  # that are rendered where no samples are named; no configuration trains on this seed
 _SHOWN = 4  # questions of a sample
 _FORGET = (600, 4 * 3600)  # seconds: how often uploads are looked through, and how old they become
 _TEMPLATE = """<div class="panorama" tabindex="0" role="application"
@@ -82,10 +83,19 @@ class Sample(NamedTuple):
 
 
 def read_samples(folder: Path) -> list[Sample]:
-    """The panoramas of a folder with `metadata.jsonl`, or whatever else the evaluation reads, with their questions."""
+    """The panoramas that `metadata.jsonl` of a folder names, with what its conversations or its `query` ask.
+
+    Raises:
+        ValueError, OSError: where there is none.
+    """
     questions: dict[Path, list[str]] = {}
-    for item in read_items(folder).items:
-        questions.setdefault(folder / str(item.panorama), []).append(ask_text(item))
+    for line in (folder / METADATA).read_text("utf-8").splitlines():
+        row = json.loads(line)
+        turns = [turn["value"] for turn in row.get("conversations", ()) if turn["from"] == "human"]
+        asked = [words.replace("<image>", "").strip() for words in turns or [row.get("query", "")]]
+        questions.setdefault(folder / row["file_name"], []).extend(filter(None, asked))
+    if not questions:
+        raise ValueError(f"{str(folder / METADATA)!r} has no line: each is a JSON object with file_name and query")
     return [Sample(file, tuple(words[:_SHOWN])) for file, words in questions.items()]
 
 
@@ -134,7 +144,7 @@ class Page:
         if picture.width > _WIDTH:
             picture = picture.resize((_WIDTH, _WIDTH // 2), Image.Resampling.LANCZOS)
         views = draw_views(picture, processor.view_plan)
-        viewer = {"panorama": _data_url(picture), "name": name, "bearing": bearing, "places": []}
+        viewer: dict[str, Any] = {"panorama": _data_url(picture), "name": name, "bearing": bearing, "places": []}
         alt = "The views that the model is shown, and their outlines on the panorama"
         shown_to_model = f'<img alt="{alt}" src="{_data_url(views)}">'
         return file, viewer, note, [], [], list(questions), shown_to_model
@@ -190,8 +200,6 @@ class Page:
         stop = self.answering[str(request.session_hash)] = threading.Event()
         said = {"role": "assistant", "content": ""}
         turns = [*turns, {"role": "user", "content": words}, said]
-        chat = [{"role": turn["role"], "content": _text(turn["content"])} for turn in turns[-_REMEMBERED:-1]]
-        chat[0]["content"].insert(0, {"type": "image", "image": file})
 
         def stopped(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
             return torch.full((len(ids),), stop.is_set(), device=ids.device)
@@ -199,7 +207,7 @@ class Page:
         yield turns, turns, {"places": []}, "", gr.Button(interactive=True)
         options |= {"max_new_tokens": self.max_new_tokens, "stopping_criteria": StoppingCriteriaList([stopped])}
         try:
-            for piece in self.pipeline.ask(chat, stream=True, **options):
+            for piece in self.pipeline.ask(_messages(turns[-_REMEMBERED:-1], file), stream=True, **options):
                 said["content"] += piece
                 yield turns, turns, gr.skip(), gr.skip(), gr.skip()
             said["content"] += " … (stopped)" if stop.is_set() else "" if said["content"] else "(no answer)"
@@ -289,8 +297,11 @@ def _sentence(error: Exception, file: str, name: str) -> str:
     return html.escape(words.replace(file, name) if file else words)
 
 
-def _text(words: str) -> list[dict[str, Any]]:
-    return [{"type": "text", "text": words}]
+def _messages(turns: Turns, file: str) -> list[dict[str, Any]]:
+    """A chat about a panorama, as the processor takes it."""
+    parts: list[list[dict[str, Any]]] = [[{"type": "text", "text": turn["content"]}] for turn in turns]
+    parts[0].insert(0, {"type": "image", "image": file})
+    return [{"role": turn["role"], "content": content} for turn, content in zip(turns, parts, strict=True)]
 
 
 def _share(seen: np.ndarray) -> float:
@@ -341,12 +352,12 @@ def make_page(
     """
     transformers_logging.disable_progress_bar()
     load = PanoramaVLM.from_checkpoint if Path(model).is_dir() else PanoramaVLM.from_pretrained
-    network = load(model).eval().to(device)  # type: ignore[operator]
+    network = load(model).eval().to(device)
     processor = PanoramaProcessor.from_pretrained(model)
     processor.image_processor.max_pixels = min(processor.image_processor.max_pixels, MOST_PIXELS)
     if samples is None:
-        samples = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
-        write_questions(samples, 1, width=2048)
+        world = World(_SEED, _WIDTH // 2, questions=_SHOWN, backgrounds=f"{SAMPLES}:lab,park")
+        samples = write_scenes(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")), world, _SCENES, processes=1)
     size = f"{network.num_parameters() / 1e6:,.0f} million parameters"
     about = f"Ask a model of {size} about a 360° panorama."
     if Path(model).resolve() == ROOT:

@@ -203,6 +203,24 @@ def patches():
     return Image.fromarray(pixels)
 
 
+@pytest.mark.slow
+def test_the_repository_is_a_space(tmp_path):
+    """`app.py` finds the package in its own folder, whatever that is called, where none is installed."""
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "*.safetensors")
+    shutil.copytree(ROOT, tmp_path / "app", ignore=ignored)
+    code = """
+import runpy, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+made = runpy.run_path("app.py")
+assert "make_page" in made
+print(sys.modules["panorama_vlm"].__file__)"""
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path / "app", env={"PATH": ""}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.strip() == str(tmp_path / "app" / "__init__.py")
+
+
 # Looking
 
 
@@ -309,7 +327,8 @@ def test_answers_stream_follow_each_other_and_are_asked_again(visit, pipeline, s
     page.get_by_role("button", name=re.compile("clear", re.I)).click()
     page.wait_for_function("() => !document.querySelector('#chat .bot.message')")
     assert page.locator(".spot").count() == 0
-    assert ask(page, words) == first  # nothing is left of the chat before
+    page.locator("#question textarea").press("Enter")  # nothing to ask, nothing asked
+    assert ask(page, words) == first  # and nothing is left of the chat before
 
 
 @pytest.mark.slow
