@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,6 +82,11 @@ class Sample(NamedTuple):
     file: Path
     questions: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        """For visitors; rendered scenes have numbers."""
+        return f"scene {int(self.file.stem)}" if self.file.stem.isdecimal() else self.file.stem
+
 
 def read_samples(folder: Path) -> list[Sample]:
     """The panoramas that `metadata.jsonl` of a folder names, with what its conversations or its `query` ask.
@@ -128,7 +134,9 @@ class Page:
         processor = self.pipeline.processor.image_processor
         options = {option: getattr(processor, option) for option in READ_OPTIONS}
         try:
-            panorama = read_panorama(file, _WIDTH, **options)
+            with warnings.catch_warnings(record=True) as warned:  # of what was guessed, of one file at a time
+                warnings.simplefilter("always")
+                panorama = read_panorama(file, _WIDTH, **options)
             bearing = self.pipeline.layout(file).bearing(0.0)
         except Exception as error:  # whatever a decoder raises
             reason = _sentence(error, file, name)
@@ -137,17 +145,18 @@ class Page:
         pixels = pixels if pixels.dtype == torch.uint8 else (pixels * 255).round().to(torch.uint8)
         seen = seen_everywhere(panorama)
         picture = Image.fromarray(pixels.numpy())
-        note = html.escape(name)
+        notes = [name]
         if seen is not None:
-            picture, note = _hatched(picture, seen.numpy()), f"{note}: {_share(seen.numpy()):.0%} of the sphere; "
-            note += "what is striped is missing, and the model is not shown views that lie in it."
+            picture = _hatched(picture, seen.numpy())
+            notes[0] += f": {_share(seen.numpy()):.0%} of the sphere. What is striped is missing."
+        notes += [words.replace(file, name) for each in warned if file in (words := str(each.message))]
         if picture.width > _WIDTH:
             picture = picture.resize((_WIDTH, _WIDTH // 2), Image.Resampling.LANCZOS)
         views = draw_views(picture, processor.view_plan)
         viewer: dict[str, Any] = {"panorama": _data_url(picture), "name": name, "bearing": bearing, "places": []}
         alt = "The views that the model is shown, and their outlines on the panorama"
         shown_to_model = f'<img alt="{alt}" src="{_data_url(views)}">'
-        return file, viewer, note, [], [], list(questions), shown_to_model
+        return file, viewer, html.escape(" ".join(notes)), [], [], list(questions), shown_to_model
 
     def open_upload(self, file: str | None) -> tuple[Any, ...]:
         """As :meth:`open`, and an empty field for the next upload."""
@@ -160,7 +169,7 @@ class Page:
     def open_number(self, number: int = 0) -> tuple[Any, ...]:
         """As :meth:`open`, of a sample."""
         sample = self.samples[number % len(self.samples)]
-        return self.open(str(sample.file), sample.file.stem, sample.questions)
+        return self.open(str(sample.file), sample.name, sample.questions)
 
     # Answering
 
@@ -229,7 +238,7 @@ class Page:
     def build(self) -> gr.Blocks:
         """The page; `launch(**LOOK)` serves it."""
         viewer_code = "\n".join((HERE / file).read_text("utf-8") for file in ("pannellum/pannellum.js", "viewer.js"))
-        samples = "".join(_thumbnail(sample.file) for sample in self.samples)
+        samples = "".join(_thumbnail(sample) for sample in self.samples)
         with gr.Blocks(title=self.title, analytics_enabled=False, delete_cache=_FORGET, fill_width=True) as page:
             file, turns = gr.State(), gr.State([])
             gr.HTML(f"<h1>{html.escape(self.title)}</h1><p>{html.escape(self.about)}</p>")
@@ -242,7 +251,7 @@ class Page:
                 with gr.Column(scale=2, min_width=340):
                     chat = gr.Chatbot(
                         label="Answers",
-                        height="min(50vh, 460px)",
+                        height="min(46vh, 460px)",
                         render_markdown=False,
                         latex_delimiters=[],
                         buttons=["copy"],
@@ -326,11 +335,11 @@ def _data_url(picture: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}"
 
 
-def _thumbnail(file: Path) -> str:
-    with Image.open(file) as picture:
+def _thumbnail(sample: Sample) -> str:
+    with Image.open(sample.file) as picture:
         picture.draft("RGB", (264, 132))
         url = _data_url(picture.convert("RGB").resize((264, 132)))
-    return f'<button type="button"><img alt="" src="{url}"><span>{html.escape(file.stem)}</span></button>'
+    return f'<button type="button"><img alt="" src="{url}"><span>{html.escape(sample.name)}</span></button>'
 
 
 def make_page(
