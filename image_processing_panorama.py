@@ -324,16 +324,33 @@ class PanoramaImageProcessor(BaseImageProcessor):
             out = out[: views.plan.num_views]
             mask = _sample_views(source, views, options, shown, [], out)
             stored = {"views": out.round().to("cpu", torch.uint8), "mask": mask}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as unfinished:
-                pass
-            save_file(stored, unfinished.name)
-            os.replace(unfinished.name, file)
+            _keep_prepared(stored, file)
         out[: len(stored["views"])].copy_(stored["views"])
         return stored["mask"]
 
 
 def check_min_seen(share: float) -> None:
+def _keep_prepared(stored: dict[str, torch.Tensor], file: Path) -> None:
+    """Put prepared views into the cache; one that is full or cannot be written costs only time."""
+    unfinished = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as unfinished:
+            pass
+        save_file(stored, unfinished.name)
+        os.replace(unfinished.name, file)
+    except (OSError, SafetensorError) as error:
+        if unfinished is not None:
+            Path(unfinished.name).unlink(missing_ok=True)
+        _warn_of_the_cache(str(file.parent.parent), str(error).replace(str(file.parent), "…"))
+
+
+@cache
+def _warn_of_the_cache(folder: str, reason: str) -> None:
+    words = f"cannot keep prepared views in cache_dir={folder!r} ({reason}): they are made anew each time"
+    warnings.warn(words, stacklevel=2)
+
+
     """See that a share of a view can be one.
 
     Raises:
