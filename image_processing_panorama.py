@@ -39,6 +39,7 @@ from .reading_panorama import (
 from .sampling_panorama import erp_to_views, needed_width, use_one_thread_in_a_worker, view_mask
 
 logger = logging.getLogger(__name__)
+_MAX_BYTES = 2**28  # that are fetched from a URL
 
 READ_OPTIONS = ("strict_aspect", "align_heading", "level", "max_pixels", "projection")  # for :func:`read_panorama`
 _CALL_OPTIONS = ("device", "yaw_offsets", "mirrored", "tilts", "further_views")
@@ -329,7 +330,6 @@ class PanoramaImageProcessor(BaseImageProcessor):
         return stored["mask"]
 
 
-def check_min_seen(share: float) -> None:
 def _keep_prepared(stored: dict[str, torch.Tensor], file: Path) -> None:
     """Put prepared views into the cache; one that is full or cannot be written costs only time."""
     unfinished = None
@@ -351,6 +351,7 @@ def _warn_of_the_cache(folder: str, reason: str) -> None:
     warnings.warn(words, stacklevel=2)
 
 
+def check_min_seen(share: float) -> None:
     """See that a share of a view can be one.
 
     Raises:
@@ -430,11 +431,16 @@ def _sample_views(
 
 
 def _fetched(url: str) -> bytes:
+    """What lies at an http(s) URL; `urllib` follows it to no file of this machine."""
+    request = Request(url, headers={"User-Agent": "panorama-vlm", "Accept": "image/*"})  # noqa: S310 - see above
     try:
-        with urlopen(Request(url, headers={"User-Agent": "panorama-vlm", "Accept": "image/*"}), timeout=60) as answer:
-            return answer.read()
+        with urlopen(request, timeout=60) as answer:  # noqa: S310
+            data = answer.read(_MAX_BYTES + 1)
     except (OSError, HTTPException, ValueError) as error:
         raise ValueError(f"cannot read {url[:200]}: {type(error).__name__}: {str(error)[:200]}") from error
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"cannot read {url[:200]}: it is more than {_MAX_BYTES} bytes; download it")
+    return data
 
 
 def _from_base64(text: str) -> bytes | None:
