@@ -23,7 +23,7 @@ def check_number(name: str, value: Any, typical: float, least: float | None = No
     Raises:
         ValueError: for what is none; the option, the value and what is allowed are named.
     """
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+    if not _is_finite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}. Typical value: {typical}")
     if not (value > 0 if least is None else value >= least):
         raise ValueError(f"{name} must be {_at_least(least)}, got {value}. Typical value: {typical}")
@@ -32,12 +32,16 @@ def check_number(name: str, value: Any, typical: float, least: float | None = No
 
 def check_whole(name: str, value: Any, typical: int, least: int = 1) -> int:
     """An option that is a whole number, at least `least` (one like 2.0 is taken, too); see :func:`check_number`."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or value != int(value):
+    if not _is_finite(value) or value != int(value):
         raise ValueError(f"{name} must be a whole number, got {value!r}. Typical value: {typical}")
     if value < least:
         allowed = _at_least(None if least == 1 else least)
         raise ValueError(f"{name} must be {allowed}, got {value}. Typical value: {typical}")
     return int(value)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _at_least(least: float | None) -> str:
