@@ -16,7 +16,7 @@ help:
 	@echo "make test       the tests;  make test-fast  without those that take more than ten seconds"
 	@echo "make test-tools the tests with other tools (TRL, torchao, harnesses, transformers' own tests and server), which it installs"
 	@echo "make test-lowest  the fast tests with the lowest versions that setup.cfg names"
-	@echo "make soak       the tests that take minutes"
+	@echo "make soak       the tests that take minutes, and a table of what they tried"
 	@echo "make lint       ruff;  make types  mypy"
 	@echo "make bench      every benchmark, each beside its peer"
 	@echo "make clean      remove .venv, .venv-lowest and build"

@@ -67,10 +67,15 @@ class CheckedLoading:
         Where a `quantization_config` does not say what it leaves out, only the language model is quantised
         (:func:`quantized_alone`).
 
+        Weights are read from safetensors alone; `use_safetensors=False` reads a pickle of tensors, as transformers does
+        (with `weights_only`).
+
         Raises:
+            OSError: for a folder without safetensors.
             ValueError: for a folder that lacks weights of the model, or has some that it does not know: with random
                 weights in their place it would answer nonsense.
         """
+        kwargs.setdefault("use_safetensors", True)
         if "attn_implementation" not in kwargs and (device := _cuda_device(kwargs.get("device_map"))) is not None:
             dtype = _dtype_to_load(cls, pretrained_model_name_or_path, kwargs)
             if (choice := choose_attention(device, dtype)) != "sdpa":  # SDPA is the default where it is supported

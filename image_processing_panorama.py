@@ -337,11 +337,7 @@ class PanoramaImageProcessor(BaseImageProcessor):
             out = out[: views.plan.num_views]
             mask = _sample_views(source, views, options, shown, [], out)
             stored = {"views": out.round().to("cpu", torch.uint8), "mask": mask}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as unfinished:
-                pass
-            save_file(stored, unfinished.name)
-            os.replace(unfinished.name, file)
+            _keep_prepared(stored, file)
         out[: len(stored["views"])].copy_(stored["views"])
         return stored["mask"]
 
@@ -351,6 +347,27 @@ def _keep_working_memory() -> None:
     """See that what one panorama takes (20 MiB) is there for the next one. glibc gives back what is freed beyond twice
     the largest block that was: it is luck else, and new pages cost up to a third of the time."""
     np.empty(31 << 20, np.uint8)  # no page of it is touched
+
+
+def _keep_prepared(stored: dict[str, torch.Tensor], file: Path) -> None:
+    """Put prepared views into the cache; one that is full or cannot be written costs only time."""
+    unfinished = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as unfinished:
+            pass
+        save_file(stored, unfinished.name)
+        os.replace(unfinished.name, file)
+    except (OSError, SafetensorError) as error:
+        if unfinished is not None:
+            Path(unfinished.name).unlink(missing_ok=True)
+        _warn_of_the_cache(str(file.parent.parent), str(error).replace(str(file.parent), "…"))
+
+
+@cache
+def _warn_of_the_cache(folder: str, reason: str) -> None:
+    words = f"cannot keep prepared views in cache_dir={folder!r} ({reason}): they are made anew each time"
+    warnings.warn(words, stacklevel=2)
 
 
 def check_min_seen(share: float) -> None:
@@ -443,7 +460,7 @@ def _fetched(url: str) -> bytes:
     """The content behind a URL. It is the caller's: it may be of a private host, as in `load_image` of transformers."""
     pieces, size, end = list[bytes](), 0, time.monotonic() + LONGEST_DOWNLOAD_S
     try:
-        request = Request(url, headers={"User-Agent": "panorama-vlm", "Accept": "image/*"})
+        request = Request(url, headers={"User-Agent": "panorama-vlm", "Accept": "image/*"})  # noqa: S310 - http alone
         with build_opener(_NoFTP).open(request, timeout=20) as answer:
             while piece := answer.read1(2**16):  # what has come by now: a slow server cannot hold us
                 pieces.append(piece)

@@ -31,6 +31,7 @@ class Step:
         skipped: the bad samples: `{"sample", "source", "reason", "step"}`.
         samples: good ones in `micro_batches`.
         seen: good and bad ones in the step, on all processes.
+        names: what the good ones are called.
         state: of a stream, where its reader goes on after this step.
     """
 
@@ -40,6 +41,7 @@ class Step:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     samples: int = 0
     seen: int = 0
+    names: list[str] = field(default_factory=list)
     state: dict[str, Any] | None = None
 
     def pin_memory(self) -> Step:
@@ -137,6 +139,9 @@ class BatchStream(torch.utils.data.IterableDataset):
                 batch = self.collate(part, bad)
                 made.skipped += [{**record, "step": step} for record in bad]
                 made.samples += len(part) - len(bad)
+                left_out = {(record["source"], record["sample"]) for record in bad}
+                named = [(sample.get("source"), sample.get("name")) for sample in part]
+                made.names += [f"{source}: {name}" for source, name in named if (source, name) not in left_out]
                 if batch is not None:
                     made.micro_batches.append(batch)
             yield made

@@ -52,6 +52,26 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{name}: of transformers")
 
 
+def pytest_terminal_summary(terminalreporter, config):
+    """After `make soak` one table: a test says itself what it tried, in `record_property("soak", (kind of fault, how
+    many, what was lost, the longest in seconds))`, or its name and how long it took say it."""
+    if config.option.markexpr != "soak":
+        return
+    terminalreporter.section("what was tried, and what it cost")
+    terminalreporter.write_line("| kind | tried | lost | longest, s |\n|---|--:|---|--:|")
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            title, _, parameter = report.nodeid.rpartition("::")[2].partition("[")
+            examples = parameter.rstrip("]")
+            words = title.removeprefix("test_").replace("_", " ") + (f" ({examples})" if examples else "")
+            if examples.isdigit():
+                words, examples = title.removeprefix("test_").replace("_", " "), int(examples)
+            known = (words, examples if isinstance(examples, int) else 1, "nothing", report.duration)
+            kind, tried, lost, seconds = dict(report.user_properties).get("soak", known)
+            lost = lost if outcome == "passed" else "**FAILED**"
+            terminalreporter.write_line(f"| {kind} | {tried:,} | {lost} | {seconds:.1f} |")
+
+
 @pytest.fixture(scope="session")
 def samples() -> list[dict[str, str]]:
     return [json.loads(line) for line in (SAMPLES / "metadata.jsonl").read_text().splitlines()]

@@ -24,4 +24,6 @@ def holds(check: Callable[[Any], None], cases: SearchStrategy[Any], examples: in
 
 def few(examples: int, many: int) -> Any:
     """A fixed number of examples in every run, many more where there is time."""
-    return pytest.mark.parametrize("examples", [examples, pytest.param(many, marks=pytest.mark.soak)])
+    return pytest.mark.parametrize(
+        "examples", [examples, pytest.param(many, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
+    )

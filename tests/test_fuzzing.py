@@ -156,7 +156,7 @@ def test_a_damaged_image_is_read_or_an_error_that_names_it(panoramas, tmp_path, 
     )
     assert 0.02 < read / examples < 0.98
     assert held[1] - held[0] < GROWTH and process.num_fds() <= handles
-    record_property("soak", ("damaged images", examples, "nothing: read, or an error that names the file", slowest))
+    record_property("soak", ("a damaged image is read, or an error that names it", examples, "nothing", slowest))
 
 
 # Metadata

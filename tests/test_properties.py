@@ -144,7 +144,7 @@ def works(options):
         assert trains(model, "finetune", pixels, ids, labels)
 
 
-@few(25, 1500)
+@few(15, 300)
 def test_an_accepted_configuration_trains_and_loads_and_a_refused_one_says_why(examples):
     options = dict(RIGHT)
     if examples < 100:  # 10 s each, without the kernels of mamba
@@ -272,7 +272,7 @@ def belongs_once(plan, grid, rays):
     assert (direction_weights(plan, grid, [])[0][~owned] == 0).all()
 
 
-@few(60, 1500)
+@few(40, 1500)
 def test_rays_are_unit_grids_invert_and_every_direction_has_one_owner(examples):
     holds(is_geometry, st.tuples(PLANS, GRIDS), examples)
 

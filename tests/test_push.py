@@ -561,3 +561,5 @@ def test_a_run_ends_whole_whatever_the_hub_does(server, tmp_path, fault):
     del there["training.json"]  # what decided the stage names paths of this machine
     assert pushed(server) == there
     assert "loss_curve.png" in pushed(server)
+    told = {"stdout": run.stdout.encode(), "stderr": run.stderr.encode(), **content(output), **pushed(server)}
+    assert not [name for name, data in told.items() if b"hf_write" in data]  # the token

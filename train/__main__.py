@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..data.skipped import TooManyBadSamples
 from .config import describe, load_config
+from .feed import WorkerLost
 from .launching import start_processes
 from .loop import train
 from .signals import PREEMPTED, Preempted
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = load_config(arguments)
         train(config)
-    except (ValueError, TooManyBadSamples, FloatingPointError) as error:
+    except (ValueError, OSError, TooManyBadSamples, FloatingPointError, WorkerLost) as error:
         logging.getLogger(__name__).debug("Where it happened", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..checkpoint_panorama import OTHER_PARTS, STATE, checksum, read_state
@@ -25,18 +26,40 @@ logger = logging.getLogger(__name__)
 _UNFINISHED = ".unfinished-"
 
 
+class NotWritten(OSError):
+    """A folder could not be written, and nothing of it is left."""
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """What goes wrong with the disk says what could not be written. What is there of it is removed, because its space
+    may be what is lacking."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # what torch.save raises
+            raise
+        shutil.rmtree(unfinished_folder(folder), ignore_errors=True)
+        words = f"cannot write {str(folder)!r}: {error}. What was written before is whole: start the same command again"
+        raise NotWritten(words) from error
+
+
 @contextmanager
 def whole_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends: after a crash there is all of it or nothing.
 
     Every file is on the disk before the folder is renamed. A `folder` that is there already is replaced.
+
+    Raises:
+        NotWritten: for whatever the disk says; the folder is named.
     """
     folder = Path(folder)
-    unfinished = folder.with_name(_UNFINISHED + folder.name)
+    unfinished = unfinished_folder(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    commit_folder(unfinished, folder)
+    with _named(folder):
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        commit_folder(unfinished, folder)
 
 
 def commit_folder(unfinished: Path, folder: Path) -> None:
@@ -96,9 +119,17 @@ class Checkpoints:
             progress: what `load` gives back, as JSON holds it.
             reader: of a stream, where each worker of this process goes on.
             describe: writes the model's configuration and processor into a folder.
+
+        Raises:
+            NotWritten: for whatever the disk says; the folder is named.
         """
-        accelerator = self.stage.accelerator
         folder = self.folder / f"{self.stage.name}-{step:07d}"
+        with _named(folder):
+            self._write(folder, step, progress, reader, describe)
+        return folder
+
+    def _write(self, folder: Path, step: int, progress: dict[str, Any], reader: dict[int, Any], describe: Any) -> None:
+        accelerator = self.stage.accelerator
         unfinished = unfinished_folder(folder)
         if self.stage.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -118,7 +149,6 @@ class Checkpoints:
             commit_folder(unfinished, folder)
             self._rotate()
         accelerator.wait_for_everyone()
-        return folder
 
     def load(self, folder: Path) -> tuple[int, dict[str, Any], dict[int, Any]]:
         """Go on from a checkpoint: its step, progress, and where the workers of this process were.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,10 @@ from ..data.stream import BatchStream, Step
 from ..processing_panorama import PanoramaProcessor
 from .signals import ignore_signals
 from .stage import Stage
+
+
+class WorkerLost(RuntimeError):
+    """A process that prepares data is gone."""
 
 
 class Feed:
@@ -121,7 +126,11 @@ class Feed:
     @contextmanager
     def _prepared(self, stream: BatchStream) -> Iterator[Iterator[Step]]:
         """The steps of a stream, from workers that end with the block. Left to the garbage collector they may not hear
-        that they are to end, and the run would wait for them forever, because they ignore SIGTERM."""
+        that they are to end, and the run would wait for them forever, because they ignore SIGTERM.
+
+        Raises:
+            WorkerLost: where one of them is gone.
+        """
         workers = self.stage.config.num_workers
         loader = DataLoader(
             stream,
@@ -135,6 +144,24 @@ class Feed:
         steps: Any = iter(loader)
         try:
             yield steps
+        except (RuntimeError, OSError, EOFError) as error:  # torch raises wherever the run is when a worker ends
+            lost = _signal_of_a_lost(steps._workers if workers else ())
+            if lost is None:
+                raise
+            memory = ", as it is where memory runs out" if lost == signal.SIGKILL else ""
+            raise WorkerLost(
+                f"a data worker was ended by signal {lost}{memory}: fewer num_workers take less of it. Start the same "
+                "command again to go on from the last checkpoint"
+            ) from error
         finally:
             if workers:
                 steps._shutdown_workers()
+
+
+def _signal_of_a_lost(workers: Sequence[Any]) -> int | None:
+    """The signal that ended one of these processes; `None` where none ended so."""
+    for worker in workers:
+        worker.join(1)
+        if worker.exitcode is not None and worker.exitcode < 0:
+            return -worker.exitcode
+    return None

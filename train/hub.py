@@ -219,7 +219,7 @@ class HubPusher:
             outcome = self._attempt(push)
             if not outcome.error or not outcome.retry or attempt == self.attempts:
                 return outcome
-            wait_s = self.wait_s * 2 ** (attempt - 1) * random.uniform(1.0, 1.5)
+            wait_s = self.wait_s * 2 ** (attempt - 1) * random.uniform(1.0, 1.5)  # noqa: S311 - no secret
             wait_s = min(max(wait_s, outcome.wait_s), LONGEST_WAIT_S)
             logger.warning(
                 "Attempt %d of %d to push %r failed: %s. The next one is in %.1f s.",

@@ -26,7 +26,7 @@ def start_processes(module: str, arguments: Sequence[str]) -> None:
         end_with_parent()
     if (processes := processes_asked_for(launcher)) > 1:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        os.execv(sys.executable, [sys.executable, *command, "-m", module, *arguments])
+        os.execv(sys.executable, [sys.executable, *command, "-m", module, *arguments])  # noqa: S606 - none is wanted
 
 
 def accelerate_launch() -> list[str]:

@@ -59,7 +59,21 @@ class OptimizerStep:
         Returns:
             The loss and its parts, means over all processes; `grad_norm`, `panoramas`, `tokens`; and `stop`, whether
             any process was asked to.
+
+        Raises:
+            FloatingPointError: when the loss or the gradient is not finite. The step, the samples of this process and
+                the module where it began are named, and no weight has changed.
         """
+        try:
+            return self._step(made, log, stop)
+        except FloatingPointError as error:
+            where, names = self._where_not_finite(made), "; ".join(made.names) or "none"
+            raise FloatingPointError(
+                f"step {made.index + 1} of stage {self.stage.name!r}: {error}. {where} Samples of the step: {names}. "
+                "Lower the learning rate, or use bf16 instead of fp16; the last checkpoint is whole"
+            ) from error
+
+    def _step(self, made: Step, log: bool, stop: bool) -> dict[str, float]:
         batches: list[Batch] = [dict(batch) for batch in made.micro_batches]
         pairs = [self.pairs(batch) for batch in batches]
         labelled = [labelled_panoramas(batch) for batch in batches]
@@ -82,7 +96,7 @@ class OptimizerStep:
             for name, value in {"loss": loss, **parts}.items():
                 value = value.detach().to(self.wide) / self.accelerator.num_processes
                 totals[name] = totals[name] + value if name in totals else value
-        figures = self._update(made, totals)
+        figures = self._update(totals)
         if self.stage.name == "vision" and log and batches and passes == len(batches):
             assert output is not None and batch is not None
             if self.plain.config.vicreg_loss_weight > 0:
@@ -165,21 +179,32 @@ class OptimizerStep:
         parts["label_loss"] = output.label_loss * share
         return loss + self.stage.options.label_loss_weight * parts["label_loss"]
 
-    def _update(self, made: Step, totals: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Change the weights; the sums over all processes, and the norm of the gradient.
+    def _where_not_finite(self, made: Step) -> str:
+        """The module where the first value that is not finite came up, in a sentence."""
+        if self.stage.is_sharded:  # no process can run it alone
+            return ""
+        for name, parameter in self.plain.named_parameters():
+            if not parameter.isfinite().all():
+                return f"Weights are not finite: {name}."
+        for batch in made.micro_batches:
+            batch = self.on_device(dict(batch))
+            for name, value in batch.items():
+                if value.is_floating_point() and not value.isfinite().all():
+                    return f"Inputs are not finite: {name}."
+            if (name := first_not_finite(self.plain, {**batch, "stage": self.stage.name})) is not None:
+                return f"It came up in the module {name}."
+        return "All modules gave finite values; it came up in the loss or on the way back."
 
-        Raises:
-            FloatingPointError: when the loss is not finite.
-        """
+    def _update(self, totals: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Change the weights; the sums over all processes, and the norm of the gradient."""
         names = sorted(totals)
         reduced = self.accelerator.reduce(torch.stack([totals[name] for name in names]), "sum")
         figures = dict(zip(names, reduced.tolist(), strict=True))
         if not math.isfinite(figures["loss"]):
-            raise FloatingPointError(
-                f"the loss of step {made.index + 1} of stage {self.stage.name!r} is {figures['loss']}: lower the "
-                "learning rate, or use bf16 instead of fp16; the last checkpoint is whole"
-            )
+            raise FloatingPointError(f"the loss is {figures['loss']}")
         norm = self.accelerator.clip_grad_norm_(self.trained, self.stage.options.max_grad_norm)
+        if norm is not None and not math.isfinite(norm) and self.accelerator.mixed_precision != "fp16":
+            raise FloatingPointError(f"the loss is {figures['loss']:.4g} and the norm of its gradient {float(norm)}")
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
@@ -205,6 +230,30 @@ class OptimizerStep:
                 inputs = {**inputs, "pixel_values": images["pixel_values"], "view_mask": shown}
             self._filler = dict(inputs)
         return self._filler
+
+
+@torch.no_grad()
+def first_not_finite(model: torch.nn.Module, inputs: dict[str, Any]) -> str | None:
+    """The name of the first module of a model whose output is not finite for these inputs; `None` where none is."""
+    found: list[str] = []
+
+    def look(name: str, output: Any) -> None:
+        outputs = output if isinstance(output, tuple | list) else [output]
+        if not all(value.isfinite().all() for value in outputs if isinstance(value, torch.Tensor)):
+            found.append(name or type(model).__name__)
+
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+        for name, module in model.named_modules()
+    ]
+    try:
+        model(**inputs)
+    except FloatingPointError:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return next(iter(found), None)
 
 
 def count_tokens(batch: Batch) -> int:
