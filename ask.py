@@ -159,7 +159,9 @@ def main(arguments: list[str] | None = None) -> None:
 def _answered(pipe: PanoramaPipeline, options: argparse.Namespace) -> tuple[list[str], list[NamedPlace]]:
     """What is printed, and the places in it."""
     length = options.max_new_tokens
-    own = {"max_new_tokens": (256 if options.point or options.detect else 64) if length is None else length}
+    own: dict[str, Any] = {
+        "max_new_tokens": (256 if options.point or options.detect else 64) if length is None else length
+    }
     if options.describe is not None:
         return [str(each) for each in pipe.describe(options.panorama, options.describe, **own)], []
     own["look_twice"] = options.look_twice
