@@ -7,10 +7,11 @@ RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 # A core for each of a few processes: threads that wait for each other on the same cores cost far more than they bring.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo train-demo test test-fast test-lowest test-tools soak lint types bench clean
+.PHONY: help demo page train-demo test test-fast test-lowest test-tools soak lint types bench clean
 
 help:
 	@echo "make demo       ask the model of this repository about scenes it never saw, right and wrong marked (seconds)"
+	@echo "make page       serve the page: look around, ask, see where answers lie (http://127.0.0.1:7860)"
 	@echo "make train-demo train the three stages on real panoramas, save, load elsewhere, ask (minutes)"
 	@echo "make test       the tests;  make test-fast  without those that take more than ten seconds"
 	@echo "make test-tools the tests with other tools (TRL, torchao, harnesses, transformers' own tests and server), which it installs"
@@ -49,6 +50,13 @@ tests-of-transformers: $(VENV)/.tools
 demo: $(VENV)/.demo
 	@echo "== Asking the default model about scenes that it never saw"
 	@$(RUN) -m panorama_vlm.demo.default_model --output build/demo
+
+$(VENV)/.page: $(VENV)/.demo
+	@$(PIP) -e ".[demo]"
+	@touch $@
+
+page: $(VENV)/.page
+	@$(RUN) -m panorama_vlm.demo
 
 train-demo: $(VENV)/.demo
 	@echo "== Composing a small model, training its three stages on samples/, asking it in a new process"

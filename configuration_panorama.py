@@ -96,11 +96,15 @@ class PanoramaConfig(PretrainedConfig):
             block is given, -1 what its last gives, before any last norm. Not given: its output.
         latent_dimension: width D_latent of the resampled tokens. Where it is not given, 768, or what follows from the
             tower's width where the resampler has no weights.
-        resampler_type: `"mlp"`, `"avg_pool"`, `"perceiver"`, `"qformer"`, `"c_abstractor"` or `"bimamba"`; or, without
-            weights, `"identity"` (the tower's tokens as they are) or `"pixel_shuffle"` (blocks of tokens side by side
-            in one). `docs/backbones.md` says what each is and costs.
+        resampler_type: `"mlp"`, `"mlp_v1"`, `"avg_pool"`, `"perceiver"`, `"qformer"`, `"c_abstractor"` or `"bimamba"`;
+            or, without weights, `"identity"` (the tower's tokens as they are) or `"pixel_shuffle"` (blocks of tokens
+            side by side in one). `docs/backbones.md` says what each is and costs.
         resampler_depth: linear layers of the MLPs, or layers of the others; of `"c_abstractor"` before its pooling and
             as many behind it; 0 of `"avg_pool"` is the mean alone, without weights.
+        resampler_hidden: width of the inner layers of `"mlp_v1"`; where it is not given, the larger of the tower's and
+            `latent_dimension`.
+        resampler_norms: the layer norms of `"mlp_v1"`: `"inner"`, behind each layer but the last, and `"input"`, before
+            the first.
         resampler_skip: whether the resampler starts by keeping what the tower says: a layer that leads past the MLP (of
             layers with skips their own), orthogonal at the start, when the rest adds nothing. Where it is not given,
             `True`; a file that does not say is from before there was one.
@@ -115,8 +119,8 @@ class PanoramaConfig(PretrainedConfig):
             it is not given): a learned layer on a code of the ray is added to the token. `"yaw"`: sines of the yaw are
             added. `"panorope"`: nothing is added, the rotary positions of the tokens follow the yaw. `"none"`: not.
         ray_frequencies: octaves of the code of `"rays"`; 0 leaves the bare ray.
-        projection_depth: linear layers of the projection, 1 or 2; 0 where the tower gives the language model's width
-            (and, where that takes more in its first layers, a multiple of it).
+        projection_depth: linear layers of the projection: 2, as in LLaVA-1.5, or 1, as in PanoLLaVA v1.0; 0 where the
+            tower gives the language model's width (and, where that takes more in its first layers, a multiple of it).
         projection_hidden: width between the two; the language model's where it is not given.
         projection_activation: between the two, a name that transformers knows, such as `"gelu"`, or `"swiglu"`, which
             halves the width.
@@ -199,6 +203,8 @@ class PanoramaConfig(PretrainedConfig):
         latent_dimension: int | None = None,
         resampler_type: str = "mlp",
         resampler_depth: int = 2,
+        resampler_hidden: int | None = None,
+        resampler_norms: Sequence[str] = ("inner",),
         resampler_skip: bool | None = None,
         resampler_pool: int = 2,
         resampler_queries: int = 64,
@@ -270,6 +276,9 @@ class PanoramaConfig(PretrainedConfig):
         self.resampler_type = check_one_of("resampler_type", resampler_type, sorted(RESAMPLERS))
         bare = resampler_depth == 0 and self.resampler_type == "avg_pool"
         self.resampler_depth = 0 if bare else check_whole("resampler_depth", resampler_depth, 2)
+        hidden = resampler_hidden
+        self.resampler_hidden = None if hidden is None else check_whole("resampler_hidden", hidden, 1536)
+        self.resampler_norms = [check_one_of("resampler_norms", norm, ["inner", "input"]) for norm in resampler_norms]
         is_new = "transformers_version" not in kwargs  # else it comes from a file
         self.resampler_skip = is_new if resampler_skip is None else check_flag("resampler_skip", resampler_skip)
         self.resampler_pool = check_whole("resampler_pool", resampler_pool, 2)

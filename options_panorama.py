@@ -25,19 +25,21 @@ def check_number(name: str, value: Any, typical: float, least: float | None = No
     """
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}. Typical value: {typical}")
-    if not (value > 0 if least is None else value >= least):
+    number = int(value) if isinstance(value, Integral) else float(value)
+    if not (number > 0 if least is None else number >= least):
         raise ValueError(f"{name} must be {_at_least(least)}, got {value}. Typical value: {typical}")
-    return int(value) if isinstance(value, Integral) else float(value)
+    return number
 
 
 def check_whole(name: str, value: Any, typical: int, least: int = 1) -> int:
     """An option that is a whole number, at least `least` (one like 2.0 is taken, too); see :func:`check_number`."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or value != int(value):
+    number = check_number(name, value, typical, least=-math.inf)
+    if number != int(number):
         raise ValueError(f"{name} must be a whole number, got {value!r}. Typical value: {typical}")
-    if value < least:
+    if number < least:
         allowed = _at_least(None if least == 1 else least)
         raise ValueError(f"{name} must be {allowed}, got {value}. Typical value: {typical}")
-    return int(value)
+    return int(number)
 
 
 def _at_least(least: float | None) -> str:

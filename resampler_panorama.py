@@ -219,6 +219,27 @@ class MLPResampler(Resampler):
         return self.layers(tokens)  # [N, S, D_latent]
 
 
+class MLPV1Resampler(Resampler):
+    """The MLP of PanoLLaVA v1.0, for its weights: `resampler_depth` linear layers, behind each but the last a layer
+    norm (`"inner"` of `resampler_norms`) and GELU, nothing leading past them, and no norm at the end; `"input"` puts
+    one in front. The grid stays."""
+
+    def __init__(self, config: PretrainedConfig, input_dimension: int):
+        super().__init__(config, input_dimension)
+        hidden = config.resampler_hidden or max(input_dimension, config.latent_dimension)
+        widths = [input_dimension] + [hidden] * (config.resampler_depth - 1)
+        norms = "inner" in config.resampler_norms
+        layers: list[nn.Module] = []
+        for width in widths[:-1]:
+            layers += [nn.Linear(width, hidden), *([nn.LayerNorm(hidden)] if norms else []), nn.GELU()]
+        self.before = nn.LayerNorm(input_dimension) if "input" in config.resampler_norms else nn.Identity()
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], config.latent_dimension))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[N, S, D_vision] -> [N, S, D_latent]."""
+        return self.layers(self.before(tokens))
+
+
 class AveragePoolResampler(Resampler):
     """The mean of each `resampler_pool` x `resampler_pool` block of tokens, then an MLP; with `resampler_depth` 0 the
     mean alone, of the tower's width."""
@@ -442,6 +463,7 @@ class BiMambaResampler(Resampler):
 
 RESAMPLERS: dict[str, type[Resampler]] = {
     "mlp": MLPResampler,
+    "mlp_v1": MLPV1Resampler,
     "avg_pool": AveragePoolResampler,
     "identity": IdentityResampler,
     "pixel_shuffle": PixelShuffleResampler,

@@ -170,7 +170,7 @@ def test_a_language_model_goes_through_its_life(family, tokenizer, panoramas, as
     through_its_life(tower_config("siglip"), language_config(family), tokenizer, panoramas[0], ask, tmp_path, **options)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "avg_pool", "perceiver", "qformer", "c_abstractor", "bimamba"])
+@pytest.mark.parametrize("kind", ["mlp", "avg_pool", "perceiver", "qformer", "c_abstractor", "bimamba", "mlp_v1"])
 def test_a_resampler_goes_through_its_life(kind, tokenizer, panoramas, ask, tmp_path):
     options = {"resampler_type": kind, "resampler_queries": 4, "resampler_heads": 4}
     through_its_life(

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard, SpaceCard
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +56,9 @@ def wheel(tree):
         (".", "*.py"),
         ("train", "*.py"),
         ("demo", "*.py"),
+        ("demo", "*.css"),
+        ("demo", "*.js"),
+        ("demo", "pannellum/*"),
         ("train", "configs/**/*.yaml"),
         ("train", "configs/tokenizer/*.json"),
         ("samples", "*.jpg"),
@@ -102,6 +106,20 @@ def test_the_files_that_travel_with_a_model_import_one_way_and_little():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
             assert {each.split(".")[0] for each in names} <= allowed, name
+
+
+def test_a_space_of_the_page_installs_what_the_page_needs():
+    """The repository is a Space as it is: it installs `requirements.txt`, and the head of the README says the rest."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = config["options.extras_require"]
+    needs = "\n".join([config["options"]["install_requires"], extras["demo"], extras["fast"]]).split()
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert sorted(line for line in lines if not line.startswith("#")) == sorted(needs)
+    space, model = (card.load(ROOT / "README.md").data.to_dict() for card in (SpaceCard, ModelCard))
+    assert (ROOT / space["app_file"]).is_file() and space["sdk"] == "gradio"
+    assert f"gradio=={space['sdk_version']}" in (ROOT / "constraints.txt").read_text().splitlines()
+    assert model["library_name"] == "transformers" and model["pipeline_tag"] == "image-text-to-text"
 
 
 def test_nothing_that_is_installed_brings_llama_cpp_to_be_compiled():

@@ -522,7 +522,7 @@ for folder in sys.argv[1:]:
 @pytest.mark.slow
 def test_a_process_without_the_package_says_the_same(source, question, tmp_path):
     folders, expected = [], []
-    for family in ("gemma3", "llava_onevision"):
+    for family in ("gemma3", "qwen3_vl"):
         model, own = ours(*source(family), view_strategy="cubemap", view_text="{direction}: ")
         inputs = dict(asked(own, question))
         expected.append(model.generate(**inputs, max_new_tokens=5, do_sample=False).tolist())

@@ -39,7 +39,8 @@ def write_model_card(folder: str | os.PathLike[str], *, config: PanoramaConfig, 
     Args:
         folder: of the model.
         config: the model's.
-        run: what is known of the training; every key may be missing. `repo_id`, `license`, `stages` (a list of `name`,
+        run: what is known of the training; every key may be missing. `repo_id`, `license`, `origin` (words, where the
+            weights come from elsewhere), `stages` (a list of `name`,
             `steps`, `samples`, `seconds`, `hyperparameters`, `data` (a list of `path`, `samples`, `weight`), `history`
             (a list of `step`, `loss`), `results` (name -> value) and `skipped`), `samples` (a list of `image`,
             `question`, `answer`, `reference`) and `versions` (name -> version).
@@ -51,6 +52,7 @@ def write_model_card(folder: str | os.PathLike[str], *, config: PanoramaConfig, 
     stages = list(run.get("stages") or [])
     has_curve = draw_loss_curve(folder / LOSS_CURVE, stages)
     sections = [
+        ("Origin", run.get("origin") or ""),
         ("Views", _views(config)),
         ("Training", _training(stages)),
         ("Data", _data(stages)),

@@ -180,15 +180,14 @@ def save_adapters(model: PanoramaVLM, folder: Path, base: str | None, state_dict
 
     Args:
         model: with adapters.
-        folder: to write into.
+        folder: to write into; a folder around it may still be unfinished, which lies beside what it will be.
         base: what the adapters belong to; `from_checkpoint` loads it. A folder is named as it is found from `folder`:
             the name says nothing about the disk.
         state_dict: of the model.
     """
     adapters, prefix = model.model.language_model, "model.language_model."
     if base is not None and os.path.isdir(base):
-        stage = folder.parent.with_name(folder.parent.name.removeprefix(_UNFINISHED))
-        base = os.path.relpath(base, stage / folder.name)
+        base = os.path.relpath(base, folder)
     adapters.peft_config["default"].base_model_name_or_path = base
     own = {name.removeprefix(prefix): value for name, value in state_dict.items() if "lora_" in name}
     adapters.save_pretrained(folder, state_dict=own, save_embedding_layers=False)
