@@ -119,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--position", nargs=2, type=float, metavar=("LAT", "LON"), help="of the camera, for .geojson")
     parser.add_argument("--heading", type=float, metavar="DEG", help="compass direction of the front, for .geojson")
     parser.add_argument("--reach", type=float, metavar="M", help="metres that lines of .geojson go (default: points)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="length of the answer, at most (default: 64)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="length of an answer, at most (default: 64; of --point and --detect 256)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
     return parser
 
@@ -156,7 +158,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _answered(pipe: PanoramaPipeline, options: argparse.Namespace) -> tuple[list[str], list[NamedPlace]]:
     """What is printed, and the places in it."""
-    own = {"max_new_tokens": options.max_new_tokens}
+    length = options.max_new_tokens
+    own: dict[str, Any] = {
+        "max_new_tokens": (256 if options.point or options.detect else 64) if length is None else length
+    }
     if options.describe is not None:
         return [str(each) for each in pipe.describe(options.panorama, options.describe, **own)], []
     own["look_twice"] = options.look_twice

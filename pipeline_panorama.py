@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, tee
 from typing import Any, NamedTuple
@@ -125,8 +126,9 @@ class PanoramaPipeline(Pipeline):
             options: see the class.
 
         Returns:
-            Of each `{"answer": str, "steps": str, "places": list[NamedPlace], "looked_at": [(yaw, pitch, fov), ...]}`:
-            what was said, the steps before it, the places that it names and the further views that were seen.
+            Of each `{"answer": str, "steps": str, "places": list[NamedPlace], "cut_off": bool,
+            "looked_at": [(yaw, pitch, fov), ...]}`: what was said, the steps before it, the places that it names,
+            whether it ended with `max_new_tokens` and not by itself, and the further views that were seen.
 
         Raises:
             ValueError: for a panorama that cannot be read, and for as many questions as there are not panoramas.
@@ -223,6 +225,10 @@ class PanoramaPipeline(Pipeline):
         wanted = [what] if isinstance(what, str) else list(what)
 
         def read(said: list[Any]) -> list[NamedPlace]:
+            cut = [name for name, answer in zip(wanted, said, strict=True) if answer["cut_off"]]
+            if cut:
+                words = f"the answer about {', '.join(cut)} was cut off, and places may be missing"
+                warnings.warn(f"{words}: raise max_new_tokens", stacklevel=4)
             return [
                 place._replace(label=place.label or name)
                 for name, answer in zip(wanted, said, strict=True)
@@ -385,8 +391,14 @@ class PanoramaPipeline(Pipeline):
         )
         if len(output.text) != len(inputs["input_ids"]):
             raise ValueError("a question has one answer: num_return_sequences must be 1")
-        text = output.text if isinstance(given, list) else output.text[0]
-        return {"text": text, "looked_at": prepared["looked_at"]}
+        ends = options.get("eos_token_id", self.model.generation_config.eos_token_id)
+        ends = set(ends) if isinstance(ends, list) else {ends}
+        cut_off = [
+            len(row) >= options["max_new_tokens"] and not ends & set(row) for row in output.generated_ids.tolist()
+        ]
+        if not isinstance(given, list):
+            return {"text": output.text[0], "cut_off": cut_off[0], "looked_at": prepared["looked_at"]}
+        return {"text": output.text, "cut_off": cut_off, "looked_at": prepared["looked_at"]}
 
     def _joined(self, each: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Inputs of single questions as one batch, padded on the left."""
@@ -399,7 +411,8 @@ class PanoramaPipeline(Pipeline):
         """The answer and what is in it."""
         answer, steps = split_steps(said["text"])
         looked_at = [tuple(view) for view in said["looked_at"]]
-        return {"answer": answer, "steps": steps, "places": read_places(answer), "looked_at": looked_at}
+        found = {"answer": answer, "steps": steps, "places": read_places(answer)}
+        return {**found, "cut_off": said["cut_off"], "looked_at": looked_at}
 
 
 class _Said(BaseStreamer):

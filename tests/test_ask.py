@@ -54,7 +54,8 @@ def test_things_are_pointed_at_and_their_places_saved(folder, tmp_path, capsys, 
 
     def generate(self, input_ids, tokenizer=None, **_):
         (prompt,) = tokenizer.batch_decode(input_ids)
-        return SimpleNamespace(text=[next(says for word, says in answers.items() if word in prompt)])
+        text = next(says for word, says in answers.items() if word in prompt)
+        return SimpleNamespace(text=[text], generated_ids=input_ids[:, :2])
 
     monkeypatch.setattr(PanoramaVLM, "generate", generate)
     park, out = SAMPLES / "park.jpg", tmp_path / "out"

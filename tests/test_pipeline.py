@@ -48,7 +48,7 @@ def said(pipe, monkeypatch):
                 prompts = pipe.processor.tokenizer.batch_decode(input_ids, skip_special_tokens=False)
                 prompts = [re.sub(r"(<image>)+|(<\|pad\|>)+", "", prompt) for prompt in prompts]
                 self.asked += [SimpleNamespace(prompt=prompt, **inputs) for prompt in prompts]
-                return SimpleNamespace(text=[answer(prompt) for prompt in prompts])
+                return SimpleNamespace(text=[answer(prompt) for prompt in prompts], generated_ids=input_ids[:, :2])
 
             monkeypatch.setattr(pipe.model, "generate", generate)
 
@@ -212,7 +212,7 @@ def says(pipe, monkeypatch, text, wait=None):
                 streamer.put(torch.tensor([token]))
                 if wait is not None:
                     wait(said)
-        return SimpleNamespace(text=[pipe.processor.tokenizer.decode(said).strip()])
+        return SimpleNamespace(text=[pipe.processor.tokenizer.decode(said).strip()], generated_ids=input_ids[:, :2])
 
     monkeypatch.setattr(pipe.model, "generate", generate)
 
@@ -288,6 +288,15 @@ def test_point_and_detect_ask_as_the_model_learned_it(pipe, said, panoramas):
     assert pipe.detect(panoramas[0], "dog") == [] and pipe.point(panoramas[:2], "dog") == [[], []]
     said(lambda prompt: '{"bfov": [1, 2, 3, 4], "score": 0.5}')
     assert pipe.point(panoramas[0], "{x} dog") == [NamedPlace("{x} dog", BFoV(1, 2, 3, 4), 0.5)]
+
+
+def test_of_a_list_that_was_cut_off_it_is_said(pipe, panoramas):
+    with pytest.warns(UserWarning, match="the answer about dog, cat was cut off, and places may be missing"):
+        pipe.detect(panoramas[0], ["dog", "cat"], max_new_tokens=2, eos_token_id=-1, batch_size=2)
+    found = pipe(panoramas[:2], "Who?", max_new_tokens=8, eos_token_id=-1)
+    assert [each["cut_off"] for each in found] == [True, True]
+    ended = pipe(panoramas[:2], "Who?", max_new_tokens=8, eos_token_id=list(range(600)), batch_size=2)
+    assert [each["cut_off"] for each in ended] == [False, False]
 
 
 def test_the_default_words_are_those_that_the_synthetic_world_teaches():
@@ -495,7 +504,8 @@ def test_the_page_of_places_does_what_it_says(pipe, tmp_path, monkeypatch, capsy
             streamer.put(input_ids)
             streamer.put(torch.tensor(tokenizer("a tree")["input_ids"]))
         prompts = tokenizer.batch_decode(input_ids)
-        return SimpleNamespace(text=[PLACE if "x_fov" in prompt else "a tree" for prompt in prompts])
+        texts = [PLACE if "x_fov" in prompt else "a tree" for prompt in prompts]
+        return SimpleNamespace(text=texts, generated_ids=input_ids[:, :2])
 
     monkeypatch.setattr(PanoramaVLM, "generate", generate)
     names: dict = {}
