@@ -34,9 +34,13 @@ def test_it_answers_about_scenes_that_it_never_saw(tmp_path):
     assert len(right) > 40 and sum(right) >= 0.7 * len(right)  # by the most common answers about a third
 
 
-def test_its_weights_are_complete_in_float32_and_small():
-    _, found = PanoramaVLM.from_pretrained(ROOT, output_loading_info=True)
+def test_its_files_are_those_that_are_saved_today_and_its_weights_complete_and_small(tmp_path):
+    model, found = PanoramaVLM.from_pretrained(ROOT, output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"]
+    model.save_pretrained(tmp_path)
+    PanoramaProcessor.from_pretrained(ROOT).save_pretrained(tmp_path)
+    for name in ("config.json", "processor_config.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / name).read_text(encoding="utf-8"), name
     with safe_open(ROOT / "model.safetensors", "pt") as weights:
         sizes = {weights.get_slice(name).get_dtype() for name in weights.keys()}
     assert sizes == {"F32", "I64"}  # whole numbers: the batches that BatchNorm has seen
