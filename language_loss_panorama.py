@@ -132,18 +132,8 @@ def chunked_cross_entropy(
         raise ValueError(f"labels must be {list(hidden.shape[:-1])}, one for each position, got {list(labels.shape)}")
     supervised = labels != IGNORED
     hidden, labels = hidden[supervised], labels[supervised]  # [N, D], [N]
-
-    def part(hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = full_precision(head(hidden))  # [n, vocab_size]
-        if transform is not None:
-            logits = transform(logits)
-        return F.cross_entropy(logits, labels, reduction="sum")
-
+    total = summed_cross_entropy(hidden, head, labels, vocab_size, transform, chunk_bytes)
     count = len(labels)
-    width = vocab_size * (8 if hidden.dtype == torch.float64 else 4)
-    rows = max(count, 1) if chunk_bytes is None else max(chunk_bytes // width, 1)
-    *earlier, last = zip(hidden.split(rows), labels.split(rows), strict=True)
-    total = torch.stack([*(recomputed(part, *chunk, random=True) for chunk in earlier), part(*last)]).sum()
     if count == 0:
         if num_items is None:
             warnings.warn("a batch has no supervised token: its language loss is 0", stacklevel=2)
@@ -151,6 +141,28 @@ def chunked_cross_entropy(
     if isinstance(num_items, Tensor):
         num_items = num_items.to(total.device)
     return total / (count if num_items is None else num_items)
+
+
+def summed_cross_entropy(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    vocab_size: int,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    chunk_bytes: int | None = CHUNK_BYTES,
+) -> Tensor:
+    """The sum that :func:`chunked_cross_entropy` divides: hidden states [N, D] and labels [N], all supervised."""
+
+    def part(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = full_precision(head(hidden))  # [n, vocab_size]
+        if transform is not None:
+            logits = transform(logits)
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    width = vocab_size * (8 if hidden.dtype == torch.float64 else 4)
+    rows = max(len(labels), 1) if chunk_bytes is None else max(chunk_bytes // width, 1)
+    *earlier, last = zip(hidden.split(rows), labels.split(rows), strict=True)
+    return torch.stack([*(recomputed(part, *chunk, random=True) for chunk in earlier), part(*last)]).sum()
 
 
 def is_sharded(module: torch.nn.Module) -> bool:

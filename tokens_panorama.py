@@ -33,9 +33,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+_forget: list[Callable[[], None]] = []
+
+
 def _constant(function: Callable[P, T]) -> Callable[P, T]:
     """Computed once for the same arguments, and a constant to `torch.compile`."""
     cached = lru_cache(maxsize=64)(function)
+    _forget.append(cached.cache_clear)
 
     @torch.compiler.assume_constant_result
     @wraps(function)
@@ -44,6 +48,12 @@ def _constant(function: Callable[P, T]) -> Callable[P, T]:
             return cached(*args, **kwargs)  # type: ignore[arg-type]
 
     return call
+
+
+def forget_constants() -> None:
+    """Compute all of them anew: those of a fake tensor mode are no use outside it."""
+    for clear in _forget:
+        clear()
 
 
 # What is added to a token for its direction, and its size: of `"rays"` the octaves K, of `"yaw"` the width.
