@@ -216,7 +216,9 @@ class Page:
         yield turns, turns, {"places": []}, "", gr.Button(interactive=True)
         options |= {"max_new_tokens": self.max_new_tokens, "stopping_criteria": StoppingCriteriaList([stopped])}
         try:
-            for piece in self.pipeline.ask(_messages(turns[-_REMEMBERED:-1], file), stream=True, **options):
+            # Held by a name: it waits for the model when it is dropped, which must be told to stop before.
+            pieces = self.pipeline.ask(_messages(turns[-_REMEMBERED:-1], file), stream=True, **options)
+            for piece in pieces:
                 said["content"] += piece
                 yield turns, turns, gr.skip(), gr.skip(), gr.skip()
             said["content"] += " … (stopped)" if stop.is_set() else "" if said["content"] else "(no answer)"
@@ -282,6 +284,7 @@ class Page:
             chat.retry(self.ask_again, [turns, file], answered, **asks)
             chat.clear(lambda: ([], {"places": []}), None, [turns, viewer], queue=False, api_visibility="private")
             stop.click(self.stop, queue=False, api_visibility="private")
+            page.unload(self.stop)  # of who leaves
         page.queue(max_size=_WAITING, api_open=False)
         return page
 
