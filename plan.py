@@ -237,7 +237,8 @@ def simulate(
 def _loss(model: PanoramaVLM, stage: str, pixels: torch.Tensor, text: Text) -> torch.Tensor:
     """The loss of a stage, as `PanoramaVLM.forward` makes it where each sample has as many supervised tokens."""
     if stage == "vision":
-        return model(pixel_values=pixels, stage="vision").loss
+        output: Any = model(pixel_values=pixels, stage="vision")
+        return output.loss
     image = model.get_image_features(pixels, return_dict=True)
     words = model.get_input_embeddings()(torch.zeros(len(pixels), text.tokens, dtype=torch.long))
     embeddings = torch.cat([image.pooler_output.to(words.dtype), words], 1)
