@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import sys
 import warnings
 import weakref
@@ -145,17 +146,15 @@ def plan_stage(
         model_config.num_image_tokens + text.tokens if asks else model_config.num_views * model_config.tokens_per_view
     )
     supervised = options.batch_size * text.answer
+    fixed = weights + _optimizer_state(model, options)
     passes, largest = {}, {}
     for recompute in (False, True):
-        measure = lambda batch, recompute=recompute: simulate(  # noqa: E731
-            model_config, stage, options, batch, text, precision, recompute, config.attention
+        passes[recompute] = simulate(
+            model_config, stage, options, options.batch_size, text, precision, recompute, config.attention
         )
-        passes[recompute] = measure(options.batch_size)
         if gpu_memory is not None:
-            other = 1 if options.batch_size > 1 else 2
-            largest[recompute] = _largest(
-                options.batch_size, passes[recompute].peak, other, measure(other).peak, gpu_memory
-            )
+            grows = passes[recompute].peak - fixed
+            largest[recompute] = max(0, int((USABLE * gpu_memory * GIB - fixed) * options.batch_size / grows))
     return StagePlan(
         name=stage,
         optimizer=options.optimizer,
@@ -216,12 +215,14 @@ def simulate(
         size = config.image_size
         pixels = torch.empty(batch, config.num_views, 3, size, size)
         there = [*model.parameters(), *model.buffers(), pixels]
-        alive, flops = _Alive(there, collects=recompute), FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+        alive, flops = _Alive(there), FlopCounterMode(display=False, custom_mapping=_ATTENTION)
         with alive:
             with flops:
                 with nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype):
                     loss = _loss(model, stage, pixels, text)
                 activations = alive.now
+                if recompute:
+                    alive.limit = activations
                 loss.backward()
             pass_peak = alive.peak
             del loss
@@ -236,7 +237,8 @@ def simulate(
 def _loss(model: PanoramaVLM, stage: str, pixels: torch.Tensor, text: Text) -> torch.Tensor:
     """The loss of a stage, as `PanoramaVLM.forward` makes it where each sample has as many supervised tokens."""
     if stage == "vision":
-        return model(pixel_values=pixels, stage="vision").loss
+        output: Any = model(pixel_values=pixels, stage="vision")
+        return output.loss
     image = model.get_image_features(pixels, return_dict=True)
     words = model.get_input_embeddings()(torch.zeros(len(pixels), text.tokens, dtype=torch.long))
     embeddings = torch.cat([image.pooler_output.to(words.dtype), words], 1)
@@ -263,24 +265,24 @@ class _Alive(TorchDispatchMode):
 
     Args:
         there: those that were there before, of which views do not count either.
-        collects: whether garbage is collected often: what is recomputed without content hangs in cycles.
+
+    Attributes:
+        limit: bytes above which garbage is collected first, and it rises: what is recomputed without content hangs in
+            cycles.
 
     What asks a tensor for a number, which there is none of here, is told that all is well.
     """
 
-    def __init__(self, there: Iterable[torch.Tensor] = (), collects: bool = False) -> None:
+    def __init__(self, there: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
-        self.now = self.peak = self._calls = 0
-        self._collects = collects
+        self.now = self.peak = 0
+        self.limit = math.inf
         self._there = [tensor.untyped_storage() for tensor in there]  # kept, so that none takes its place
         self._known: dict[int, Any] = {id(storage): None for storage in self._there}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return True if args[0].dtype == torch.bool else 1
-        self._calls += 1
-        if self._collects and self._calls % 20 == 0:
-            gc.collect()
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
@@ -292,6 +294,9 @@ class _Alive(TorchDispatchMode):
         if key in self._known:
             return
         self.now += size
+        if self.now > self.limit:
+            gc.collect()
+            self.limit = max(self.limit, 1.03 * self.now)
         self.peak = max(self.peak, self.now)
         self._known[key] = weakref.ref(storage, lambda _: self._gone(key, size))
 
@@ -347,13 +352,6 @@ def _optimizer_state(model: PanoramaVLM, options: StageConfig) -> int:
     by_muon, by_adamw = parameter_groups(model, options)
     size = lambda groups: sum(p.nbytes for group in groups for p in group["params"])  # noqa: E731
     return size(by_muon) + 2 * size(by_adamw)
-
-
-def _largest(batch: int, peak: int, other: int, other_peak: int, gpu_memory: float) -> int:
-    """The largest micro-batch that fits, of bytes that grow evenly with it."""
-    each = (peak - other_peak) / (batch - other)
-    fixed = peak - each * batch
-    return max(0, int((USABLE * gpu_memory * GIB - fixed) // max(each, 1)))
 
 
 # What a configuration is made of
