@@ -73,7 +73,11 @@ def peak_of(step):
     return peak
 
 
-@pytest.mark.parametrize("stage", ["vision", "resampler", "finetune"])
+SOAK = pytest.mark.soak  # seconds each: made without content, but made
+STAGES = ["vision", *(pytest.param(stage, marks=SOAK) for stage in ("resampler", "finetune"))]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_parameters_are_those_of_the_model_that_is_trained(stage):
     run = load_config(["tiny.yaml"])
     model, _ = load_start(run)
@@ -85,7 +89,10 @@ def test_parameters_are_those_of_the_model_that_is_trained(stage):
     assert plan.gradients == 4 * plan.trained and plan.optimizer_state == 8 * plan.trained
 
 
-@pytest.mark.parametrize("stage, recompute", [("vision", False), ("resampler", False), ("finetune", True)])
+@pytest.mark.parametrize(
+    "stage, recompute",
+    [("vision", False), *(pytest.param(*run, marks=SOAK) for run in (("resampler", False), ("finetune", True)))],
+)
 def test_flops_are_those_that_a_real_step_is_counted_to_make(stage, recompute):
     run = run_of("--attention", "eager", "--options.vision_trainable_blocks", "1")
     config, options = panorama_config(run), run.stage_config(stage)
@@ -117,6 +124,7 @@ def test_flops_of_a_language_model_that_trains_whole_are_those_of_the_papers():
     assert planned[0] - planned[1] == pytest.approx(longer - shorter, rel=0.02)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("stage, recompute", [("vision", False), ("resampler", True), ("finetune", False)])
 def test_the_peak_is_at_most_three_tenths_above_the_measured_one_and_not_below_it(stage, recompute):
     run = run_of("--options.use_lora", "false")
@@ -128,6 +136,7 @@ def test_the_peak_is_at_most_three_tenths_above_the_measured_one_and_not_below_i
     assert measured * 0.99 <= planned <= measured * 1.3
 
 
+@pytest.mark.soak
 def test_half_precision_costs_less_memory():
     run = run_of("--options.use_lora", "false")
     config = panorama_config(run)
@@ -135,6 +144,7 @@ def test_half_precision_costs_less_memory():
     assert half.activations < 0.8 * whole.activations and half.flops == whole.flops
 
 
+@pytest.mark.soak
 def test_recomputation_costs_time_and_muon_keeps_less():
     run = run_of("--finetune.optimizer", "muon", "--options.use_lora", "false")
     plan = plan_stage(panorama_config(run), run, "finetune", TEXT)
@@ -162,6 +172,7 @@ def test_the_command_prints_a_table(capsys):
         assert any(line.startswith(name) for line in out.splitlines()), out
 
 
+@pytest.mark.soak
 def test_a_saved_folder_is_planned_without_its_weights(make, tmp_path, capsys):
     model, _ = make()
     model.save_pretrained(tmp_path)
