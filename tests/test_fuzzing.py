@@ -66,6 +66,8 @@ def corpus(picture):
     for name in sorted(Image.SAVE):
         for number, options in enumerate(kinds.get(name, [{}])):
             for mode in MODES if name in _FORMATS else MODES[:1]:
+                if options.get("compression") == "jpeg" and mode not in ("RGB", "L"):
+                    continue  # libtiff's encoder refuses it, and has ended the process afterwards
                 image = Image.fromarray(np.asarray(small.convert("L"), np.uint16) * 256) if mode == "I;16" else None
                 with contextlib.suppress(OSError, ValueError, KeyError), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # not every format has every mode

@@ -144,7 +144,7 @@ def works(options):
         assert trains(model, "finetune", pixels, ids, labels)
 
 
-@few(15, 300)
+@few(10, 300)
 def test_an_accepted_configuration_trains_and_loads_and_a_refused_one_says_why(examples):
     options = dict(RIGHT)
     if examples < 100:  # 10 s each, without the kernels of mamba
