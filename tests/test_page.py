@@ -125,6 +125,10 @@ def visit(browser, url):
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("request", lambda request: complaints.append(request.url) if is_elsewhere(request.url) else None)
+        page.streams = set()
+        page.on("request", lambda request: page.streams.add(request) if "queue/data" in request.url else None)
+        for ended in ("requestfinished", "requestfailed"):
+            page.on(ended, lambda request: page.streams.discard(request))
         page.goto(address)
         page.wait_for_selector(".panorama[data-shown]")
         return page
@@ -146,19 +150,14 @@ def answers(page):
 
 def finished(page, count):
     """Wait until there are `count` answers and none goes on; the newest."""
-    said = (
+    page.wait_for_function(
         "count => { const bots = [...document.querySelectorAll('#chat .bot.message')];"
-        " return bots.length >= count && bots.at(-1).innerText.trim() && document.querySelector('#stop').disabled }"
+        " return bots.length >= count && bots.at(-1).innerText.trim() && document.querySelector('#stop').disabled }",
+        arg=count,
     )
-    for _ in range(30):
-        try:
-            page.wait_for_function(said, arg=count, timeout=3000)
-            return answers(page)[-1].strip()
-        except sync_api.TimeoutError:  # Gradio takes no question from who has one that is not quite done
-            if page.locator("#question textarea").input_value():
-                page.locator("#question textarea").press("Enter")
-                print("again", count)
-    raise AssertionError(f"no answer number {count}; there are {answers(page)}")
+    while page.streams:  # until then Gradio takes no further question
+        page.wait_for_timeout(50)
+    return answers(page)[-1].strip()
 
 
 def ask(page, words):
@@ -371,7 +370,7 @@ def test_stop_and_leaving_end_an_answer_and_the_next_one_is_given(visit, pipelin
     page = visit(address)
     page.locator("#question textarea").fill("What was put in front of you?")
     page.locator("#question textarea").press("Enter")
-    page.wait_for_function("() => document.querySelector('#chat .bot.message')?.innerText.length > 40", timeout=20_000)
+    page.wait_for_function("() => document.querySelector('#chat .bot.message')?.innerText.length > 40")
     page.locator("#stop").click()
     finished(page, 1)
     endless_page.close()
