@@ -130,7 +130,8 @@ class Page:
     # Showing
 
     def open(self, file: str, name: str, questions: Sequence[str] = QUESTIONS) -> tuple[Any, ...]:
-        """What the page shows of a panorama: its file, the viewer, a note, chat and turns, questions, the views."""
+        """What the page shows of a panorama: its file, the viewer, a note, chat and turns, questions, the views, and no
+        answer to stop."""
         processor = self.pipeline.processor.image_processor
         options = {option: getattr(processor, option) for option in READ_OPTIONS}
         try:
@@ -140,7 +141,7 @@ class Page:
             bearing = self.pipeline.layout(file).bearing(0.0)
         except Exception as error:  # whatever a decoder raises
             reason = _sentence(error, file, name)
-            return gr.skip(), gr.skip(), f'<span class="wrong" role="alert">{reason}</span>', *[gr.skip()] * 4
+            return gr.skip(), gr.skip(), f'<span class="wrong" role="alert">{reason}</span>', *[gr.skip()] * 4, _IDLE
         pixels = panorama.pixels
         pixels = pixels if pixels.dtype == torch.uint8 else (pixels * 255).round().to(torch.uint8)
         seen = seen_everywhere(panorama)
@@ -156,14 +157,16 @@ class Page:
         viewer: dict[str, Any] = {"panorama": _data_url(picture), "name": name, "bearing": bearing, "places": []}
         alt = "The views that the model is shown, and their outlines on the panorama"
         shown_to_model = f'<img alt="{alt}" src="{_data_url(views)}">'
-        return file, viewer, html.escape(" ".join(notes)), [], [], list(questions), shown_to_model
+        return file, viewer, html.escape(" ".join(notes)), [], [], list(questions), shown_to_model, _IDLE
 
-    def open_upload(self, file: str | None) -> tuple[Any, ...]:
+    def open_upload(self, file: str | None, request: gr.Request) -> tuple[Any, ...]:
         """As :meth:`open`, and an empty field for the next upload."""
+        self.drop(request)
         return *self.open(file or "", Path(file or "").name), None
 
-    def open_sample(self, event: gr.EventData) -> tuple[Any, ...]:
+    def open_sample(self, request: gr.Request, event: gr.EventData) -> tuple[Any, ...]:
         """As :meth:`open`, of the sample that was picked."""
+        self.drop(request)
         return self.open_number(int(event.sample))
 
     def open_number(self, number: int = 0) -> tuple[Any, ...]:
@@ -219,6 +222,8 @@ class Page:
             # Held by a name: it waits for the model when it is dropped, which must be told to stop before.
             pieces = self.pipeline.ask(_messages(turns[-_REMEMBERED:-1], file), stream=True, **options)
             for piece in pieces:
+                if self.answering.get(str(request.session_hash)) is not stop:
+                    return  # nobody waits for it any more
                 said["content"] += piece
                 yield turns, turns, gr.skip(), gr.skip(), gr.skip()
             said["content"] += " … (stopped)" if stop.is_set() else "" if said["content"] else "(no answer)"
@@ -226,14 +231,26 @@ class Page:
             said["content"] = f"That could not be answered: {_sentence(error, file, 'the panorama')}"
         finally:
             stop.set()
-            self.answering.pop(str(request.session_hash), None)
+            dropped = self.answering.pop(str(request.session_hash), None) is not stop
+        if dropped:
+            return
         places = [{"label": each.label, "bfov": list(each.place)} for each in read_places(said["content"])]
-        yield turns, turns, {"places": places}, gr.skip(), gr.Button(interactive=False)
+        yield turns, turns, {"places": places}, gr.skip(), _IDLE
 
     def stop(self, request: gr.Request) -> None:
         """End the answer that this visitor is being given."""
         if (event := self.answering.get(str(request.session_hash))) is not None:
             event.set()
+
+    def drop(self, request: gr.Request) -> None:
+        """End it, and say no more of it: it is about what is shown no longer."""
+        if (event := self.answering.pop(str(request.session_hash), None)) is not None:
+            event.set()
+
+    def clear(self, request: gr.Request) -> tuple[Any, ...]:
+        """No turns, no places, nothing to stop."""
+        self.drop(request)
+        return [], {"places": []}, _IDLE
 
     # The page
 
@@ -271,24 +288,25 @@ class Page:
             upload = gr.File(label="Your own panorama", file_types=ENDINGS, height=100, elem_id="upload")
             with gr.Accordion("What the model sees", open=False):
                 views = gr.HTML(elem_classes="views")
-            shown: list[Any] = [file, viewer, note, chat, turns, listed, views]
+            shown: list[Any] = [file, viewer, note, chat, turns, listed, views, stop]
             answered: list[Any] = [chat, turns, viewer, words, stop]
             looks: dict[str, Any] = {"concurrency_id": "look", "concurrency_limit": 1, "api_visibility": "private"}
             asks: dict[str, Any] = {"concurrency_id": "ask", "concurrency_limit": 1, "api_visibility": "private"}
-            page.load(self.open_number, None, shown, **looks)
-            viewer.select(self.open_sample, None, shown, **looks)
-            upload.upload(self.open_upload, upload, [*shown, upload], **looks)
             words.submit(self.ask, [words, turns, file], answered, **asks)
             listed.click(self.ask_listed, [turns, file], answered, **asks)
             viewer.click(self.ask_direction, [turns, file], answered, **asks)
             chat.retry(self.ask_again, [turns, file], answered, **asks)
-            chat.clear(lambda: ([], {"places": []}), None, [turns, viewer], queue=False, api_visibility="private")
+            page.load(self.open_number, None, shown, **looks)
+            viewer.select(self.open_sample, None, shown, **looks)
+            upload.upload(self.open_upload, upload, [*shown, upload], **looks)
+            chat.clear(self.clear, None, [turns, viewer, stop], queue=False, api_visibility="private")
             stop.click(self.stop, queue=False, api_visibility="private")
-            page.unload(self.stop)  # of who leaves
+            page.unload(self.drop)  # of who leaves
         page.queue(max_size=_WAITING, api_open=False)
         return page
 
 
+_IDLE = gr.update(interactive=False)  # the button that stops
 LOOK: dict[str, Any] = {
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     "css_paths": [HERE / "pannellum" / "pannellum.css", HERE / "page.css"],

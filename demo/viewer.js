@@ -29,7 +29,7 @@ function addSpot(pitch, yaw, cssClass, content) {
 }
 
 function showPlaces() {
-  if (!ready) return;
+  if (!ready || !props.value.places) return; // while an answer streams, Gradio changes the value in place
   spots.forEach((id) => viewer.removeHotSpot(id));
   spots = [];
   list.replaceChildren();

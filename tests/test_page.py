@@ -43,6 +43,7 @@ DESK = {"viewport": {"width": 1280, "height": 900}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
 # WebGL without a graphics card.
 FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+BOT = "#chat .bot.message:not(:has(.dots))"  # an answer
 WHERE = "Where exactly is the {}? Answer with [yaw, pitch, x_fov, y_fov] in degrees."
 EACH = "() => document.querySelector('.panorama').parentElement.viewer"
 
@@ -144,14 +145,14 @@ def is_elsewhere(address):
 
 
 def answers(page):
-    """What the model has said, the newest last."""
-    return page.locator("#chat .bot.message").all_inner_texts()
+    """What the model has said, the newest last; three dots stand for what is to come."""
+    return page.locator("#chat .bot.message:not(:has(.dots))").all_inner_texts()
 
 
 def finished(page, count):
     """Wait until there are `count` answers and none goes on; the newest."""
     page.wait_for_function(
-        "count => { const bots = [...document.querySelectorAll('#chat .bot.message')];"
+        "count => { const bots = [...document.querySelectorAll('#chat .bot.message:not(:has(.dots))')];"
         " return bots.length >= count && bots.at(-1).innerText.trim() && document.querySelector('#stop').disabled }",
         arg=count,
     )
@@ -321,7 +322,7 @@ def test_answers_stream_follow_each_other_and_are_asked_again(visit, pipeline, s
     name, words, _, picture = scenes[1][0]
     page.evaluate(
         """() => { window.lengths = [];
-        const note = () => { const bots = document.querySelectorAll('#chat .bot.message');
+        const note = () => { const bots = document.querySelectorAll('#chat .bot.message:not(:has(.dots))');
           if (bots.length) window.lengths.push(bots[bots.length - 1].innerText.trim().length); };
         new MutationObserver(note).observe(document.querySelector('#chat'),
           {subtree: true, childList: true, characterData: true}); }"""
@@ -339,9 +340,13 @@ def test_answers_stream_follow_each_other_and_are_asked_again(visit, pipeline, s
     page.wait_for_timeout(1000)
     assert len(finished(page, 2)) > 0 and len(answers(page)) == 2
     page.get_by_role("button", name=re.compile("clear", re.I)).click()
-    page.wait_for_function("() => !document.querySelector('#chat .bot.message')")
+    page.wait_for_function("() => !document.querySelector('#chat .bot.message:not(:has(.dots))')")
     assert page.locator(".spot").count() == 0
     page.locator("#question textarea").press("Enter")  # nothing to ask, nothing asked
+    page.wait_for_timeout(1000)
+    while page.streams:
+        page.wait_for_timeout(50)
+    assert answers(page) == []
     assert ask(page, words) == first  # and nothing is left of the chat before
 
 
@@ -354,7 +359,7 @@ def test_stop_and_leaving_end_an_answer_and_the_next_one_is_given(visit, pipelin
         page.locator("#question textarea").fill("What was put in front of you?")
         page.locator("#question textarea").press("Enter")
         page.wait_for_function(
-            "count => { const bots = document.querySelectorAll('#chat .bot.message');"
+            "count => { const bots = document.querySelectorAll('#chat .bot.message:not(:has(.dots))');"
             " return bots.length == count && bots[count - 1].innerText.length > 40 }",
             arg=count,
         )
@@ -364,13 +369,20 @@ def test_stop_and_leaving_end_an_answer_and_the_next_one_is_given(visit, pipelin
         assert time.monotonic() - began < 10
     page.locator("#question textarea").fill("What was put in front of you?")
     page.locator("#question textarea").press("Enter")
-    page.wait_for_function("() => document.querySelectorAll('#chat .bot.message').length == 3")
+    page.wait_for_function("() => document.querySelectorAll('#chat .bot.message:not(:has(.dots))').length == 3")
+    name = scenes[1][1][0]
+    pick(page, name)  # an answer about another panorama is of no use any more
+    page.wait_for_timeout(1500)
+    assert answers(page) == [] and page.locator("#stop").is_disabled()
+    page.locator("#question textarea").fill("What was put in front of you?")
+    page.locator("#question textarea").press("Enter")
+    page.wait_for_function(f"() => document.querySelector('{BOT}')?.innerText.length > 40")
     address = page.url
     page.context.close()  # who leaves is no longer answered
     page = visit(address)
     page.locator("#question textarea").fill("What was put in front of you?")
     page.locator("#question textarea").press("Enter")
-    page.wait_for_function("() => document.querySelector('#chat .bot.message')?.innerText.length > 40")
+    page.wait_for_function("() => document.querySelector('#chat .bot.message:not(:has(.dots))')?.innerText.length > 40")
     page.locator("#stop").click()
     finished(page, 1)
     endless_page.close()
