@@ -278,6 +278,10 @@ class PanoramaConfig(PretrainedConfig):
         self.resampler_depth = 0 if bare else check_whole("resampler_depth", resampler_depth, 2)
         hidden = resampler_hidden
         self.resampler_hidden = None if hidden is None else check_whole("resampler_hidden", hidden, 1536)
+        if isinstance(resampler_norms, str) or not isinstance(resampler_norms, Sequence):
+            raise ValueError(
+                f"resampler_norms must be a list of names, got {resampler_norms!r}. Typical value: ['inner']"
+            )
         self.resampler_norms = [check_one_of("resampler_norms", norm, ["inner", "input"]) for norm in resampler_norms]
         is_new = "transformers_version" not in kwargs  # else it comes from a file
         self.resampler_skip = is_new if resampler_skip is None else check_flag("resampler_skip", resampler_skip)

@@ -82,6 +82,7 @@ def small_model(make, tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_model_is_asked_every_kind_about_unseen_scenes_and_its_answers_are_counted(small_model, tmp_path, capsys):
     out = tmp_path / "out"

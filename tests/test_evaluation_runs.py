@@ -293,6 +293,7 @@ def test_killed_and_resumed_on_two_processes_is_the_same_to_the_byte(folder):
     assert names <= set(files(folder / "whole"))
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_two_processes_say_what_one_says(folder):
     one, two = (launch(folder, "--output", folder / str(n), processes=n) for n in (1, 2))

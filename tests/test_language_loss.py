@@ -465,6 +465,7 @@ def test_processes_with_other_numbers_of_supervised_tokens_get_the_gradients_of_
 # The benchmark
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_the_benchmark_runs_and_finds_equal_losses():
     command = [sys.executable, "-m", "panorama_vlm.benchmarks.train_step", "--smoke", "--threads", "1"]

@@ -407,7 +407,8 @@ def test_joint_statistics_are_those_of_one_process_though_the_last_step_leaves_o
 # 16: masks of views
 
 
-@pytest.mark.parametrize("stage", ["vision", pytest.param("resampler", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", ["vision", "resampler"])
 def test_partial_panoramas_have_the_losses_of_one_process_however_they_are_spread(tmp_path, stage):
     folder = tmp_path / "data"
     folder.mkdir()

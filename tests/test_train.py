@@ -159,7 +159,9 @@ def test_peft_loads_the_adapters_onto_the_language_model(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "batch_size", "accumulation"), [("vision", 5, 1), ("finetune", 1, 5)])
+@pytest.mark.parametrize(
+    ("stage", "batch_size", "accumulation"), [("vision", 5, 1), pytest.param("finetune", 1, 5, marks=pytest.mark.soak)]
+)
 def test_two_processes_have_the_losses_of_one_with_twice_the_batch(tmp_path, stage, batch_size, accumulation):
     common = ["tiny.yaml", "--stage", stage, "--options", NO_DROPOUT, f"--{stage}.max_steps", 20]
     common += ["--save_every", 1000, "--eval_samples", 0]
@@ -225,7 +227,8 @@ def data_with_bad_rows(tmp_path, samples):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("kills", [2, 10])
 def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_that_was_not(tmp_path, data_with_bad_rows, kills):
     generator = random.Random(0)
     arguments = ["tiny.yaml", "--data", data_with_bad_rows, "--max_bad_share", 0.4, "--save_every", 2]
