@@ -15,6 +15,7 @@ from panorama_vlm import PanoramaConfig, PanoramaProcessor, PanoramaVLM
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 TOWER = {
@@ -70,6 +71,14 @@ def pytest_terminal_summary(terminalreporter, config):
             kind, tried, lost, seconds = dict(report.user_properties).get("soak", known)
             lost = lost if outcome == "passed" else "**FAILED**"
             terminalreporter.write_line(f"| {kind} | {tried:,} | {lost} | {seconds:.1f} |")
+
+
+@pytest.fixture(autouse=True)
+def words_of_transformers():
+    """Command lines that run inside a test silence transformers for themselves, not for the next test."""
+    level = logging.get_verbosity()
+    yield
+    logging.set_verbosity(level)
 
 
 @pytest.fixture(scope="session")
