@@ -271,7 +271,7 @@ class PanoramaConfig(PretrainedConfig):
             check_text("language_model_name", language_model_name)
         self.vlm_name = None if vlm_name is None else check_text("vlm_name", vlm_name)
         layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
-        self.vision_feature_layer = None if layers is None else [int(layer) for layer in layers]
+        self.vision_feature_layer = None if layers is None else _whole_numbers("vision_feature_layer", layers)
 
         self.resampler_type = check_one_of("resampler_type", resampler_type, sorted(RESAMPLERS))
         bare = resampler_depth == 0 and self.resampler_type == "avg_pool"
@@ -323,10 +323,11 @@ class PanoramaConfig(PretrainedConfig):
                 f"{self.projection_norm_parts}. Typical value: 1"
             )
         self.view_text = check_view_text(view_text)
-        self.view_prefix, self.view_suffix = view_prefix or "", view_suffix or ""
+        self.view_prefix = check_text("view_prefix", view_prefix)
+        self.view_suffix = check_text("view_suffix", view_suffix)
         self.image_attention = check_one_of("image_attention", image_attention, ["causal", "bidirectional"])
         self.image_positions = check_one_of("image_positions", image_positions, ["sequence", "grid"])
-        self.silent_token_ids = list(silent_token_ids)
+        self.silent_token_ids = _whole_numbers("silent_token_ids", silent_token_ids, least=0)
         self._check_position_encoding()
         self.ray_frequencies = check_whole("ray_frequencies", ray_frequencies, 6, least=0)
         if vision_trainable_blocks != "all" and not (
@@ -459,7 +460,8 @@ class PanoramaConfig(PretrainedConfig):
     def _set_projection(
         self, depth: int, hidden: int | None, activation: str, bias: bool, norm: str | None, eps: float
     ) -> None:
-        if depth not in (0, 1, 2):
+        depth = check_whole("projection_depth", depth, 2, least=0)
+        if depth > 2:
             raise ValueError(f"projection_depth must be 0, 1 or 2, got {depth}. Typical value: 2")
         self.projection_depth = depth
         taken = self.text_config.hidden_size * (1 + self.further_layers)
@@ -715,6 +717,16 @@ def _sub_config(config: dict[str, Any] | PretrainedConfig | None, default: dict[
 @cache
 def _warn_of_foreign_keys(names: tuple[str, ...]) -> None:
     warnings.warn(f"the configuration holds {', '.join(names)}, not known here: kept as they are", stacklevel=4)
+
+
+def _whole_numbers(name: str, values: Any, least: int | None = None) -> list[int]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"{name} must be a list of whole numbers, got {values!r}")
+    for value in values:
+        if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+            allowed = "whole numbers" if least is None else f"whole numbers of at least {least}"
+            raise ValueError(f"{name} must be {allowed}, got {value!r} among {list(values)!r}"[:300])
+    return list(values)
 
 
 PanoramaConfig.register_for_auto_class()
