@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -46,7 +47,11 @@ VARIANTS: dict[str, Change] = {
     "no position code": {"position_encoding": "none"},
     "no stage 1": {"from_random": True},
     "stage 1: labels alone": {"vicreg_loss_weight": 0.0},
-    "stage 1: strips": {"use_anyres_e2p_vicreg": False},
+    "no views up and down": {"pole_caps": False},
+    "the same, stage 1: strips": {
+        "use_anyres_e2p_vicreg": False,
+        "pole_caps": False,
+    },  # strips know rows of views alone
     "AdamW": {"optimizer": {"optimizer": "adamw", "learning_rate": 5e-4, "learning_rates": {}}},
 }
 GROUPS = {
@@ -120,7 +125,7 @@ def configuration(name: str, seed: int, panoramas: int, workers: int) -> tuple[d
 
 def run(name: str, seed: int, options: argparse.Namespace, scenes: Path) -> dict[str, Any]:
     """Train and ask one variant; what is worth to know of it."""
-    folder = options.output / f"{name.replace(' ', '-').replace(':', '')}-{options.panoramas}-{seed}"
+    folder = options.output / f"{re.sub(r'\W+', '-', name)}-{options.panoramas}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     config, stages = configuration(name, seed, options.panoramas, options.workers)
     file = folder / "ablation.yaml"
