@@ -125,7 +125,8 @@ def configuration(name: str, seed: int, panoramas: int, workers: int) -> tuple[d
 
 def run(name: str, seed: int, options: argparse.Namespace, scenes: Path) -> dict[str, Any]:
     """Train and ask one variant; what is worth to know of it."""
-    folder = options.output / f"{re.sub(r'\W+', '-', name)}-{options.panoramas}-{seed}"
+    plain = re.sub(r"\W+", "-", name)
+    folder = options.output / f"{plain}-{options.panoramas}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     config, stages = configuration(name, seed, options.panoramas, options.workers)
     file = folder / "ablation.yaml"
