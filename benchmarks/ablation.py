@@ -140,7 +140,12 @@ def run(name: str, seed: int, options: argparse.Namespace, scenes: Path) -> dict
         _call("panorama_vlm.evaluation", str(model), str(scenes), "--output", str(results), *longest)
     metrics = json.loads((results / "metrics.json").read_text(encoding="utf-8"))
     kinds = {kind: metrics["kinds"][kind]["accuracy"] for kind in KINDS if kind in metrics["kinds"]}
-    shares = {group: statistics.mean(kinds[kind] for kind in own if kind in kinds) for group, own in GROUPS.items()}
+    shares = {}
+    for group, own in GROUPS.items():
+        asked = [kinds[kind] for kind in own if kind in kinds]
+        if not asked:
+            raise ValueError(f"of {', '.join(own)} nothing was asked in {options.scenes} scenes: use more --scenes")
+        shares[group] = statistics.mean(asked)
     return {"mean": statistics.mean(kinds.values()), **shares, **costs(model, scenes), "kinds": kinds}
 
 
