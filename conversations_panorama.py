@@ -30,7 +30,15 @@ Message = dict[str, Any]
 STEPS = ("<think>", "</think>")  # around what is said before an answer
 _SOURCES = ("image", "url", "path", "base64")
 _NO_MARKS = str.maketrans("", "", _CONTROL_TOKEN_START + _CONTROL_TOKEN_END)
+_MOST_KNOWN = 256  # frames
 _PRIVATE = range(0xF8000, 0xF9000)  # characters that nobody types; those that mark tokens lie elsewhere
+
+
+class Frame(NamedTuple):
+    """What a template writes around the words of messages of one shape."""
+
+    pieces: list[str]  # before the first words, between them and behind the last
+    own: int  # characters before each turn of the assistant that are its own: the generation prompt lacks them
 
 
 class Turn(NamedTuple):
@@ -198,21 +206,26 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 
 
 def turns_of_the_assistant(
-    render: Callable[..., str], messages: Sequence[Message], text: str, closing: Sequence[str]
+    render: Callable[..., str],
+    messages: Sequence[Message],
+    text: str,
+    closing: Sequence[str],
+    known: dict[Any, Frame | None] | None = None,
 ) -> list[Turn]:
     """Where in a rendered conversation the assistant speaks, found by comparing renderings.
 
     Each turn (all at once, where that shows the same) is rendered once more with a character in place of its words that
-    stands nowhere else, and one behind the words before it; what the template writes between the two begins as the
-    generation prompt does, and where that ends, the model goes on by itself. So it does not matter what the words are,
-    whether the template shows them as they are (it may leave out thoughts, or add empty ones), and what it makes of
-    earlier turns.
+    stands nowhere else, and one in place of or behind the words before it; what the template writes between the two
+    begins as the generation prompt does, and where that ends, the model goes on by itself. So it does not matter what
+    the words are, whether the template shows them as they are (it may leave out thoughts, or add empty ones), and what
+    it makes of earlier turns.
 
     Args:
         render: messages -> text, with `add_generation_prompt=True` for a prompt.
         messages: normalized.
         text: all of them, rendered.
         closing: tokens that may close a turn.
+        known: what this template was found to write around messages of a shape, for further ones: it is filled.
 
     Raises:
         ValueError: where a turn cannot be found; it is named.
@@ -222,7 +235,7 @@ def turns_of_the_assistant(
     spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not spoken:
         return []
-    found = _words_of_all(render, messages, text, spoken, *marks) or [
+    found = _words_of_all(render, messages, text, spoken, marks[0], {} if known is None else known) or [
         (index, *_words_of_turn(render, messages, text, index, *marks)) for index in spoken
     ]
     last, _, _, at_the_end = found[-1]
@@ -253,39 +266,73 @@ def _closing_length(after: str, at_the_end: str, tokens: re.Pattern[str]) -> int
 
 
 def _words_of_all(
-    render: Callable[..., str], messages: Sequence[Message], text: str, spoken: Sequence[int], words: str, before: str
+    render: Callable[..., str],
+    messages: Sequence[Message],
+    text: str,
+    spoken: Sequence[int],
+    mark: str,
+    known: dict[Any, Frame | None],
 ) -> list[tuple[int, int, int, str]] | None:
-    """What :func:`_words_of_turn` says of each turn, from two renderings for all of them: where the template shows the
-    words as they are, and writes the same before them in every turn. `None` where it does not."""
-    others = list(messages)
-    for index in spoken:
-        others[index] = {"role": "assistant", "content": words}
-        if index == 0 or index - 1 in spoken:
-            return None
-        others[index - 1] = _with_behind(others[index - 1], before)
+    """What :func:`_words_of_turn` says of each turn, from the frame for all of them: where the template shows all words
+    as they are, and writes the same before them in every turn. `None` where it does not."""
+    if any(message.keys() != {"role", "content"} for message in messages):
+        return None
+    shape = tuple((message["role"], _shape(message["content"])) for message in messages)
+    if shape not in known:
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
+        known[shape] = _frame(render, messages, spoken, mark)
+    frame = known[shape]
+    if frame is None:
+        return None
+    end, found, number = 0, [], 0
+    for index, message in enumerate(messages):
+        for words in _texts(message["content"]):
+            start = end + len(frame.pieces[number])
+            here = text.startswith(frame.pieces[number], end)
+            behind = frame.pieces[number + 1]
+            tries = (words, words.strip())
+            end = next((start + len(w) for w in tries if text.startswith(w + behind, start)), -1) if here else -1
+            if end < 0:
+                return None
+            if index in spoken:
+                found.append((index, start - frame.own, end, text[end:]))
+            number += 1
+    return found if end + len(frame.pieces[number]) == len(text) else None
+
+
+def _frame(render: Callable[..., str], messages: Sequence[Message], spoken: Sequence[int], mark: str) -> Frame | None:
+    """What the template writes around the words of such messages, from two renderings; `None` where that does not show,
+    or is not the same before each turn of the assistant."""
+    counts = [len(_texts(message["content"])) for message in messages]
+    if any(index == 0 or index - 1 in spoken or counts[index - 1] == 0 or counts[index] != 1 for index in spoken):
+        return None
+    others = [{"role": each["role"], "content": _with_words(each["content"], mark)} for each in messages]
     try:
-        pieces = [piece.rpartition(before) for piece in render(others).split(words)]
+        pieces = render(others).split(mark)
+        headers = {pieces[sum(counts[:index])] for index in spoken} if len(pieces) == 1 + sum(counts) else set()
+        if len(headers) != 1:
+            return None
+        prompt = render(others[: spoken[-1]], add_generation_prompt=True).rpartition(mark)[2]
     except TemplateError:
         return None
-    headers = {header for _, _, header in pieces[:-1]}
-    if len(pieces) != len(spoken) + 1 or len(headers) > 1 or not all(mark for _, mark, _ in pieces[:-1]):
-        return None
     (header,) = headers
-    last = spoken[-1]
-    prompt = _generation_prompt(render, [*messages[: last - 1], others[last - 1]], before, header)
-    shown = [piece[0] + piece[2] for piece in pieces]
-    if not text.startswith(shown[0]):
-        return None
-    end, found = len(shown[0]), []
-    for index, behind in zip(spoken, shown[1:], strict=True):
-        said = words_of(messages[index]["content"])
-        start = end
-        end = next((start + len(each) for each in (said, said.strip()) if text.startswith(each + behind, start)), -1)
-        if end < 0:
-            return None
-        found.append((index, start - len(header) + len(os.path.commonprefix([header, prompt])), end, text[end:]))
-        end += len(behind)
-    return found if end == len(text) else None
+    return Frame(pieces, len(header) - len(os.path.commonprefix([header, prompt])))
+
+
+def _shape(content: str | Sequence[Message]) -> Any:
+    return "text" if isinstance(content, str) else tuple(part.get("type") for part in content)
+
+
+def _texts(content: str | Sequence[Message]) -> list[str]:
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part.get("type") == "text"]
+
+
+def _with_words(content: str | Sequence[Message], words: str) -> Any:
+    """A content with other words in each of its texts."""
+    if isinstance(content, str):
+        return words
+    return [{**part, "text": words} if part.get("type") == "text" else part for part in content]
 
 
 def _words_of_turn(

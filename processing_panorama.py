@@ -30,6 +30,7 @@ from transformers.utils.chat_template_utils import _get_template_variables, rend
 from .configuration_panorama import IMAGE_TOKEN, PanoramaConfig
 from .conversations_panorama import (
     STEPS,
+    Frame,
     Message,
     TemplateError,
     as_text,
@@ -228,6 +229,7 @@ class PanoramaProcessor(ProcessorMixin):
         if chat_template is None:
             chat_template = self.teach_template(tokenizer.chat_template, image_token=image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self._frames: dict[str, dict[Any, Frame | None]] = {}  # of each template
         self.auto_map = {"AutoProcessor": "processing_panorama.PanoramaProcessor"}  # as saved
 
     @property
@@ -710,7 +712,8 @@ class PanoramaProcessor(ProcessorMixin):
 
         messages = as_text(self.tokenizer, template, messages)
         text = render(messages)
-        turns = turns_of_the_assistant(render, messages, text, self._closing_tokens())
+        known = None if variables else self._frames.setdefault(template, {})
+        turns = turns_of_the_assistant(render, messages, text, self._closing_tokens(), known)
         places = [0, *(place for turn in turns for place in turn[:2]), len(text)]
         open_ended = bool(turns) and not turns[-1].closed and not text[turns[-1].end :].strip()
         return [text[start:end] for start, end in pairwise(places)], open_ended

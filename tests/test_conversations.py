@@ -339,7 +339,7 @@ def test_turns_found_at_once_are_those_found_one_by_one(monkeypatch, template):
         given = {"add_generation_prompt": add_generation_prompt, "eos_token": "</s>"}
         return render_jinja_template([messages], chat_template=template, **given)[0][0]
 
-    def found(*turns):
+    def found(*turns, known=None):
         roles = ["user", "assistant"] * len(turns)
         messages = [
             {"role": role, **(turn if isinstance(turn, dict) else {"content": turn})}
@@ -347,17 +347,21 @@ def test_turns_found_at_once_are_those_found_one_by_one(monkeypatch, template):
         ]
         text = render(messages)
         del rendered[:]
-        return turns_of_the_assistant(render, messages, text, ["<|im_end|>", "</s>", "<|user|>"])
+        return turns_of_the_assistant(render, messages, text, ["<|im_end|>", "</s>", "<|user|>"], known)
 
+    frames: dict = {}
     tool = {"content": "so", "tool_calls": [{"function": {"name": "so"}}]}
     conversations = [("Q?", a, "Q?", f"<think>\n{b}</think>{a}", a, b) for a in HOSTILE for b in HOSTILE]
     for turns in [*conversations, ("so?", "so", "so?", tool, "so?", "so", " so ")]:
-        at_once = found(*turns)
+        at_once = found(*turns, known=frames)
         with monkeypatch.context() as patch:
             patch.setattr(conversations_panorama, "_words_of_all", lambda *_: None)
             assert at_once == found(*turns)
     found(*["Q?", "so"] * 10)
     assert len(rendered) == (21 if template == THINKS else 2)
+    for _ in range(2):
+        found(*["Q?", "so"] * 3, known=frames)
+    assert len(rendered) == (7 - 1 if template == THINKS else 0)  # of a shape that is known
 
 
 # The templates that language models come with, as TRL carries them; what is said when a turn ends in the middle and at
