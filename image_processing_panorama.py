@@ -269,10 +269,16 @@ class PanoramaImageProcessor(BaseImageProcessor):
         device = torch.device(kwargs.get("device") or "cpu")
         planned, most = view_options.plan.num_views, max(map(len, further), default=0)
         pixel_values = _empty((len(sources), planned + most, 3, size, size), device)
-        masks = [
-            self._make_views(self.fetch_images(source), view_options, options, how, own, views)
-            for source, how, own, views in zip(sources, shown, further, pixel_values, strict=True)
-        ]
+        masks: list[torch.Tensor] = []
+        made: dict[Any, int] = {}  # questions about one panorama that come together name it again
+        for number, (source, how, own, views) in enumerate(zip(sources, shown, further, pixel_values, strict=True)):
+            key = (source, how) if isinstance(source, str) and not own else number
+            first = made.setdefault(key, number)
+            if first < number:
+                views.copy_(pixel_values[first])
+                masks.append(masks[first])
+            else:
+                masks.append(self._make_views(self.fetch_images(source), view_options, options, how, own, views))
         mean, std = (
             255 * torch.tensor(options[name], device=device).view(3, 1, 1) for name in ("image_mean", "image_std")
         )

@@ -7,7 +7,7 @@ again with 4 x 4 rays. All of it is torch, float32, the same on a CPU and a GPU 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -42,17 +42,18 @@ class Picture(NamedTuple):
     ids: Tensor
 
 
-def cast(scene: Scene, rays: Tensor, panorama: Tensor | None = None) -> Picture:
+def cast(scene: Scene, rays: Tensor, panorama: Tensor | None = None, size: Grid | None = None) -> Picture:
     """Cast rays from the eyes.
 
     Args:
         scene: with its things.
         rays: unit rays [N, 3], float32.
         panorama: [3, H, W] in [0, 1], where the scene has a real one around it.
+        size: rows and columns, where the rays are those of an equirectangular image: less is looked at then.
     """
-    depth, ids, colour = _surroundings(scene, rays, panorama)
+    depth, ids, colour = _surroundings(scene, rays, panorama, size)
     for number, thing in enumerate(scene.things):
-        near = _near(thing, rays)
+        near = _near(thing.position, thing.radius, rays, size)
         distance, shade = _hit(thing, rays[near], scene)
         closer = distance < depth[near]
         near = near[closer]
@@ -60,11 +61,16 @@ def cast(scene: Scene, rays: Tensor, panorama: Tensor | None = None) -> Picture:
     return Picture(colour, depth, ids)
 
 
-def _near(thing: Thing, rays: Tensor) -> Tensor:
-    """The rays that pass the sphere around a thing, as indices."""
-    middle = torch.tensor(thing.position, dtype=torch.float32, device=rays.device) / thing.distance
-    sine = min(0.9999, thing.radius / thing.distance)
-    return torch.nonzero(rays @ middle >= math.sqrt(1 - sine * sine) - 1e-5)[:, 0]
+def _near(middle: Sequence[float], radius: float, rays: Tensor, size: Grid | None) -> Tensor:
+    """The rays that pass a sphere, as indices; of an equirectangular image of a size only those around it are tried."""
+    distance = math.dist((0, 0, 0), middle)
+    sine = min(0.9999, radius / distance)
+    ray = torch.tensor(middle, dtype=torch.float32, device=rays.device) / distance
+    least = math.sqrt(1 - sine * sine) - 1e-5
+    if size is None:
+        return torch.nonzero(rays @ ray >= least)[:, 0]
+    cells = _cells_around(middle, radius, size).to(rays.device)
+    return cells[rays[cells] @ ray >= least]
 
 
 # Things
@@ -227,7 +233,9 @@ def _sun(scene: Scene, device: torch.device) -> Tensor:
 # Surroundings
 
 
-def _surroundings(scene: Scene, rays: Tensor, panorama: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _surroundings(
+    scene: Scene, rays: Tensor, panorama: Tensor | None, size: Grid | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Depth [N], ids [N] and colour [N, 3] of what is around the things, with the shadows under them."""
     ids = torch.full((len(rays),), NOTHING, dtype=torch.int16, device=rays.device)
     below = rays[:, 1] < -1e-3
@@ -235,14 +243,22 @@ def _surroundings(scene: Scene, rays: Tensor, panorama: Tensor | None) -> tuple[
     if scene.panorama is not None:
         if panorama is None:
             raise ValueError(f"the scene {scene.seed} has the panorama {scene.panorama!r} around it: give its pixels")
-        colour = _look_up(panorama, rays, scene.heading)
+        whole = panorama.shape[1:] == size
+        colour = _turned(panorama, scene.heading) if whole else _look_up(panorama, rays, scene.heading)
         depth = torch.full_like(floor, torch.inf)
     else:
         colour, depth = _drawn(scene, rays, floor)
-    ground = torch.nonzero(below & (depth >= floor - 1e-3))[:, 0]
-    points = rays[ground] * floor[ground, None]
-    colour[ground] = colour[ground] * _shadows(scene, points)[:, None]
+    light = _shadows(scene, rays, torch.where(depth >= floor - 1e-3, floor, torch.inf), size)
+    dark = torch.nonzero(light < 1)[:, 0]
+    colour[dark] *= light[dark, None]
     return depth, ids, colour
+
+
+def _turned(panorama: Tensor, heading: float) -> Tensor:
+    """What :func:`_look_up` gives for all pixels of the image itself, [H * W, 3]: between two columns."""
+    whole = math.floor(column := heading / 360 * panorama.shape[-1])
+    pixels = panorama.permute(1, 2, 0).roll(-whole, 1)
+    return torch.lerp(pixels, pixels.roll(-1, 1), column - whole).reshape(-1, 3)
 
 
 def _look_up(panorama: Tensor, rays: Tensor, heading: float) -> Tensor:
@@ -292,17 +308,19 @@ def _floor_colour(ground: str, points: Tensor) -> Tensor:
     return torch.tensor(base, device=points.device) * bright[:, None]
 
 
-def _shadows(scene: Scene, points: Tensor) -> Tensor:
-    """How bright the floor is at points [N, 3], in [0.35, 1]: darker under and beside what stands on it."""
-    light = torch.ones(len(points), device=points.device)
+def _shadows(scene: Scene, rays: Tensor, floor: Tensor, size: Grid | None) -> Tensor:
+    """How bright the floor is where rays meet it at a distance [N], in [0.35, 1]: darker under and beside what stands
+    on it."""
+    light = torch.ones_like(floor)
     for thing in scene.things:
         if not thing.stands:
             continue
         reach = 0.75 * thing.extent
         x, _, z = thing.position
-        across, along = points[:, 0] - x, points[:, 2] - z
-        near = torch.nonzero((across.abs() < reach) & (along.abs() < reach))[:, 0]
-        away = torch.hypot(across[near], along[near]) / reach
+        near = _near((x, -EYES, z), reach, rays, size)
+        near = near[torch.isfinite(floor[near])]
+        points = rays[near] * floor[near, None]
+        away = torch.hypot(points[:, 0] - x, points[:, 2] - z) / reach
         light[near] = torch.minimum(light[near], 0.35 + 0.65 * away.clamp(0, 1) ** 1.5)
     return light
 
@@ -343,7 +361,7 @@ def _render(scene: Scene, view: View, size: Grid, panorama: Tensor | None, devic
         panorama = panorama.to(device)
         scene = replace(scene, sun=_brightest(panorama, scene.heading))
     rays = _rays(view, size, device)
-    coarse = cast(scene, rays, panorama)
+    coarse = cast(scene, rays, panorama, size if view.is_global else None)
     colour = coarse.colour
     edges = _outlines(coarse.ids.reshape(size), view.is_global)
     if len(edges):
@@ -392,15 +410,18 @@ def _outlines(ids: Tensor, wraps: bool) -> Tensor:
 def look(scene: Scene) -> Scene:
     """The same scene, with what is seen of each thing: the share of its outline that nothing hides, and its place."""
     exact, rays, weights = _sphere(_LOOKED_AT)
-    depth = torch.full((len(rays),), torch.inf)
-    ids = torch.full((len(rays),), NOTHING, dtype=torch.int16)
-    outlines = []
-    for number, thing in enumerate(scene.things):
-        cells = _cells_around(thing, _LOOKED_AT)
-        distance = _hit(thing, rays[cells], None)[0]
+    outlines, distances = [], []
+    for thing in scene.things:
+        near = _near(thing.position, thing.radius, rays, _LOOKED_AT)
+        distance = _hit(thing, rays[near], None)[0]
         hits = torch.isfinite(distance)
-        cells, distance = cells[hits], distance[hits]
-        outlines.append(cells)
+        outlines.append(near[hits])
+        distances.append(distance[hits])
+    depth = torch.empty(len(rays))  # where no thing is it is never read
+    ids = torch.empty(len(rays), dtype=torch.int16)
+    for cells in outlines:
+        depth[cells] = torch.inf
+    for number, (cells, distance) in enumerate(zip(outlines, distances, strict=True)):
         closer = distance < depth[cells]
         depth[cells[closer]], ids[cells[closer]] = distance[closer], number
     things = []
@@ -422,18 +443,21 @@ def _sphere(size: Grid) -> tuple[np.ndarray, Tensor, Tensor]:
     return exact, rays, torch.sqrt((1 - rays[:, 1] ** 2).clamp(min=0))
 
 
-def _cells_around(thing: Thing, size: Grid) -> Tensor:
-    """The cells in which the sphere around a thing lies, as indices: those of a few rows and columns."""
+def _cells_around(middle: Sequence[float], radius: float, size: Grid) -> Tensor:
+    """The cells in which a sphere lies, as indices: those of a few rows and columns."""
     rows, columns = size
-    reach = math.degrees(math.asin(min(1.0, thing.radius / thing.distance))) + 0.5
-    low, high = thing.pitch - reach, thing.pitch + reach
+    x, y, z = middle
+    distance = math.dist((0, 0, 0), middle)
+    yaw, pitch = math.degrees(math.atan2(x, z)), math.degrees(math.asin(y / distance))
+    reach = math.degrees(math.asin(min(1.0, radius / distance))) + 0.5
+    low, high = pitch - reach, pitch + reach
     top = max(0, math.floor((0.5 - high / 180) * rows))
     bottom = min(rows, math.ceil((0.5 - low / 180) * rows))
     half = 180.0
     if max(abs(low), abs(high)) < 90:
-        half = math.degrees(math.asin(min(1.0, math.sin(math.radians(reach)) / math.cos(math.radians(thing.pitch)))))
-    first = math.floor(((thing.yaw - half) / 360 + 0.5) * columns)
-    last = min(math.ceil(((thing.yaw + half) / 360 + 0.5) * columns), first + columns)
+        half = math.degrees(math.asin(min(1.0, math.sin(math.radians(reach)) / math.cos(math.radians(pitch)))))
+    first = math.floor(((yaw - half) / 360 + 0.5) * columns)
+    last = min(math.ceil(((yaw + half) / 360 + 0.5) * columns), first + columns)
     across = torch.arange(first, last) % columns
     return (torch.arange(top, bottom)[:, None] * columns + across).reshape(-1)
 

@@ -66,7 +66,7 @@ class Thing:
     @property
     def radius(self) -> float:
         """Of the sphere around it, metres."""
-        return self.extent * {"ball": 0.5, "cube": 0.78, "cylinder": 0.65, "cone": 0.65, "diamond": 0.5}.get(
+        return self.extent * {"ball": 0.5, "cube": 0.81, "cylinder": 0.65, "cone": 0.65, "diamond": 0.5}.get(
             self.name, 0.71
         )
 

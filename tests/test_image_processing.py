@@ -4,7 +4,7 @@ import numpy as np
 import py360convert
 import pytest
 import torch
-from panorama_vlm import PanoramaImageProcessor, PanoramaProcessor
+from panorama_vlm import PanoramaImageProcessor, PanoramaProcessor, image_processing_panorama
 from panorama_vlm.geometry_panorama import View, ViewOptions, ViewPlan, plan_rays
 from panorama_vlm.reading_panorama import content_digest, to_erp_tensor
 from panorama_vlm.sampling_panorama import erp_to_views, views_to_erp
@@ -361,3 +361,24 @@ def test_what_transformers_hands_over_passes_without_a_word(panoramas, tmp_path,
 def test_what_is_neither_images_nor_a_named_option_is_an_error(panoramas):
     with pytest.raises(TypeError, match="positional argument"):
         PanoramaImageProcessor(image_size=32)(panoramas[0], 60.0)
+
+
+def test_a_file_named_again_in_a_batch_is_read_once_for_each_way_it_is_shown(tmp_path, monkeypatch):
+    processor = PanoramaImageProcessor(image_size=32)
+    paths = []
+    for seed in range(2):
+        pixels = np.random.default_rng(seed).integers(0, 256, (64, 128 - 32 * seed, 3), dtype=np.uint8)
+        paths.append(str(tmp_path / f"{seed}.png"))
+        Image.fromarray(pixels).save(paths[-1])
+    read = []
+    own = image_processing_panorama.read_panorama
+    monkeypatch.setattr(image_processing_panorama, "read_panorama", lambda *a, **k: read.append(a) or own(*a, **k))
+    named, offsets = [paths[0], paths[1], paths[0], paths[1], paths[0]], [0, 0, 90, 0, 0]
+    together = processor(named, yaw_offsets=offsets, return_tensors="pt")
+    assert len(read) == 3
+    for number, (path, offset) in enumerate(zip(named, offsets, strict=True)):
+        alone = processor([path], yaw_offsets=[offset], return_tensors="pt")
+        assert torch.equal(together["pixel_values"][number], alone["pixel_values"][0])
+        if "view_mask" in together:
+            mask = alone.get("view_mask", torch.ones_like(together["view_mask"][:1]))
+            assert torch.equal(together["view_mask"][number], mask[0])
