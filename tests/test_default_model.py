@@ -31,7 +31,7 @@ def test_it_answers_about_scenes_that_it_never_saw(tmp_path):
     asked = [[Asked(item) for item in items[first : first + 16]] for first in range(0, len(items), 16)]
     answers = [said for batch in Answerer(model, processor, 64)(asked) for said in batch]
     right = [judged_line(Asked(item), said)["right"] for item, said in zip(items, answers, strict=True)]
-    assert len(right) > 40 and sum(right) >= 0.7 * len(right)  # by the most common answers about a third
+    assert len(right) > 40 and sum(right) >= 0.85 * len(right)  # by the most common answers about a third
 
 
 def test_its_files_are_those_that_are_saved_today_and_its_weights_complete_and_small(tmp_path):
