@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", action="store_true", help="answers carry their steps: <think>STEPS</think>ANSWER")
     parser.add_argument("--backgrounds", default=str(SAMPLES), help="folder of real panoramas (default: the samples)")
     parser.add_argument("--no-backgrounds", action="store_true", help="drawn surroundings only")
+    parser.add_argument("--vary-backgrounds", action="store_true", help="other colours, light and mixtures a scene")
     parser.add_argument("--unknown", action="store_true", help="things that training never has")
     parser.add_argument("--contact-sheet", action="store_true", help="also write contact_sheet.jpg")
     parser.add_argument("--processes", type=int, help="that render (default: one a core)")
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
             tables=options.tables,
             table_kinds=tuple(options.table_kinds),
             steps=options.steps,
+            vary_backgrounds=options.vary_backgrounds,
         )
         write_scenes(options.out, world, options.scenes, options.processes, options.contact_sheet)
     except (ValueError, OSError) as error:

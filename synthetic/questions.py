@@ -616,7 +616,7 @@ def _caption(seen: Seen) -> Question | None:
     form = seen.pick(
         ("Describe what was put around you, from the front to the right.", "Name what was put around you.")
     )
-    return Question("caption_around", form, "; ".join(parts) + ".", turns="no")
+    return Question("caption_around", form, "; ".join(parts) + ".", turns="no", steps=_listed(things))
 
 
 def _caption_direction(seen: Seen) -> Question | None:
@@ -632,7 +632,10 @@ def _caption_direction(seen: Seen) -> Question | None:
     if any(b[0] - a[0] < 3 for a, b in zip(inside, inside[1:], strict=False)):
         return None
     answer = ", ".join(full(thing) for _, thing in inside) + "."
-    return Question("caption_direction", f"What was put {name} of you, from left to right?", answer, turns="no")
+    steps = _listed([thing for _, thing in inside])
+    return Question(
+        "caption_direction", f"What was put {name} of you, from left to right?", answer, turns="no", steps=steps
+    )
 
 
 KINDS: dict[str, Callable[[Seen], Question | None]] = {
@@ -674,7 +677,7 @@ CLOSED = (
 # from behind on (`h36`) is next to what is on the other side of the edge.
 STEPPED = (
     *("count", "order", "after_turning", "facing", "nearest_of_four", "higher_or_lower", "relation_3d"),
-    *("adjacent_across_seam", "one_or_two_at_seam", "grounding_all"),
+    *("adjacent_across_seam", "one_or_two_at_seam", "grounding_all", "caption_around", "caption_direction"),
 )
 # Kinds that a tilted camera does not change: what is there and what it is like, nothing of directions or horizons.
 LEVEL_OR_NOT = ("existence", "colour", "shape", "size", "count", "nearest_of_four")

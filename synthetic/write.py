@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
@@ -51,6 +52,8 @@ class World:
         tables: a scene, at most: conversations that ask the same of many things.
         table_kinds: of tables, in the same way.
         steps: whether answers carry the steps that lead to them, `<think>STEPS</think>ANSWER`, where there are any.
+        vary_backgrounds: whether real panoramas are changed from scene to scene (`varied`), for training: a few of them
+            are soon known by heart, and what is in others is taken for things.
     """
 
     seed: int = 0
@@ -62,6 +65,7 @@ class World:
     tables: int = 0
     table_kinds: tuple[str, ...] = ()
     steps: bool = False
+    vary_backgrounds: bool = False
 
     def __post_init__(self) -> None:
         if self.width < 64 or self.width % 2:
@@ -108,6 +112,9 @@ class World:
         if scene.panorama is not None:
             file = next(path for path in self.panoramas if Path(path).name == scene.panorama)
             around = _pixels(file, self.width)
+            if self.vary_backgrounds:
+                random = np.random.default_rng((scene.seed, 20262))
+                around = varied(around, _pixels(str(random.choice(self.panoramas)), self.width), random)
         rendered = render_erp(scene, (self.width // 2, self.width), around)
         picture = Image.fromarray(rendered.colour.clamp(0, 1).mul(255).round().byte().numpy())
         ids = rendered.ids.numpy().astype(np.int64)  # negative where nothing is
@@ -152,7 +159,9 @@ def parse_world(url: str) -> tuple[int, World]:
         options: dict[str, Any] = {
             name: int(given[name]) for name in ("scenes", "seed", "width", "questions", "tables") if name in given
         }
-        options |= {name: _truth(name, given[name]) for name in ("unknown", "steps") if name in given}
+        options |= {
+            name: _truth(name, given[name]) for name in ("unknown", "steps", "vary_backgrounds") if name in given
+        }
     except ValueError as error:
         raise ValueError(f"in {url!r}: {error}") from error
     scenes = options.pop("scenes", 0)
@@ -195,6 +204,38 @@ def _pixels(file: str, width: int) -> torch.Tensor:
         image.draft("RGB", (width, width // 2))
         small = image.convert("RGB").resize((width, width // 2), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1).float() / 255
+
+
+def varied(panorama: torch.Tensor, other: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
+    """Surroundings that nobody has seen, of two panoramas: each mirrored or not, in other colours and light, the
+    second, turned, in patches of random size within the first.
+
+    Args:
+        panorama, other: [3, H, W] in [0, 1].
+        random: decides everything.
+
+    Returns:
+        [3, H, W] in [0, 1], without a seam.
+    """
+    first, second = (_in_other_light(each, random) for each in (panorama, other))
+    second = second.roll(int(random.integers(second.shape[-1])), -1)
+    rows = 2 ** int(random.integers(2, 6))  # patches of 45 to 6 degrees
+    noise = F.pad(torch.from_numpy(random.normal(size=(1, 1, rows, 2 * rows))).float(), (2, 2, 0, 0), "circular")
+    columns = panorama.shape[-1] * noise.shape[-1] // (2 * rows)
+    smooth = F.interpolate(noise, (panorama.shape[-2], columns), mode="bicubic", align_corners=False)[0, 0]
+    aside = (columns - panorama.shape[-1]) // 2
+    share = torch.sigmoid(8 * (smooth[:, aside : aside + panorama.shape[-1]] - float(random.uniform(0, 2))))
+    return torch.lerp(first, second, share)
+
+
+def _in_other_light(panorama: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
+    """A panorama mirrored or not, its colours exchanged in a third of the cases, in another light."""
+    if random.random() < 0.5:
+        panorama = panorama.flip(-1)
+    if random.random() < 1 / 3:
+        panorama = panorama[torch.from_numpy(random.permutation(3))]
+    gain = torch.from_numpy(random.uniform(0.75, 1.25, (3, 1, 1))).float()
+    return (panorama.clamp(min=1e-3) ** float(random.uniform(0.7, 1.5)) * gain).clamp(0, 1)
 
 
 def row_of(

@@ -27,7 +27,7 @@ from panorama_vlm.synthetic import cutouts, scenes
 from panorama_vlm.synthetic.questions import CLOSED, KINDS, NUMBERS, SECTORS, ask
 from panorama_vlm.synthetic.render import look, render_erp, render_views
 from panorama_vlm.synthetic.scenes import COLOURS, EYES, SHAPES, Scene, Thing, make_scene
-from panorama_vlm.synthetic.write import World, row_of, write_scenes
+from panorama_vlm.synthetic.write import World, parse_world, row_of, varied, write_scenes
 from panorama_vlm.tests.launching import ENVIRONMENT, SAMPLES
 from PIL import Image
 
@@ -595,3 +595,30 @@ def test_without_the_font_there_are_solids_only_and_that_is_said(tmp_path, monke
     with pytest.raises(ValueError, match="is not installed"):
         cutouts.picture.__wrapped__("dog")
     assert Path(tmp_path / "a/000000.jpg").is_file()
+
+
+def test_varied_surroundings_differ_from_scene_to_scene_and_nothing_else_does():
+    plain = World(seed=6, width=256, backgrounds=f"{SAMPLES}:park,lab")
+    other = replace(plain, vary_backgrounds=True)
+    scenes = [scene for scene in map(plain.scene, range(12)) if scene.panorama]
+    assert len(scenes) >= 3
+    for scene in scenes:
+        (before, labels), (after, again) = plain.labelled_picture(scene), other.labelled_picture(scene)
+        assert (labels.things == again.things).all() and other.row(scene) == plain.row(scene)
+        assert np.abs(np.asarray(before, float) - np.asarray(after, float))[labels.things < 0].mean() > 5
+        assert (np.asarray(other.picture(scene)) == np.asarray(after)).all()
+    drawn = next(scene for scene in map(plain.scene, range(12)) if not scene.panorama)
+    assert (np.asarray(plain.picture(drawn)) == np.asarray(other.picture(drawn))).all()
+    assert parse_world("synthetic://?scenes=1&vary_backgrounds=true")[1].vary_backgrounds
+
+
+def test_varied_surroundings_have_no_seam():
+    column = torch.linspace(0, 2 * math.pi, 257)[:-1]
+    smooth = (0.5 + 0.4 * torch.cos(column)).expand(3, 128, 256)
+    steps = []
+    for seed in range(200):
+        mixed = varied(smooth, 1 - smooth, np.random.default_rng(seed))
+        assert mixed.shape == smooth.shape and 0 <= mixed.min() and mixed.max() <= 1
+        steps.append((mixed - mixed.roll(1, -1)).abs().mean((0, 1)))  # from each column to the one before it
+    steps = torch.stack(steps).mean(0)
+    assert 0.8 * steps.mean() < steps[0] < 1.2 * steps.mean()

@@ -233,6 +233,13 @@ def test_answers_of_questions_follow_from_their_steps(scenes):
                 assert min(behind, key=behind.get) == question.key
             elif question.kind == "grounding_all":
                 assert len(re.findall(r"\d+ h\d+ ", question.steps)) == len(question.places)
+            elif question.kind in ("caption_around", "caption_direction"):
+                listed = re.findall(r"\d+ h(\d+) (.+?)(?= \d+ h|$)", question.steps)
+                if question.kind == "caption_around":
+                    said = "; ".join(f"{SECTORS[round(int(h) * 5 / 45) % 8]}: {name}" for h, name in listed)
+                else:
+                    said = ", ".join(name for _, name in listed)
+                assert question.answer == f"{said}."
             words = re.findall(r"\b[hpdm]-?\d+\b", question.steps)
             assert set(words) <= set(STEP_WORDS)
     assert min(found.values()) > 3
