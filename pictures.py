@@ -30,6 +30,8 @@ from transformers.utils import logging
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
     from matplotlib.ticker import MaxNLocator
@@ -55,7 +57,6 @@ from .modeling_panorama import PanoramaVLM
 from .pipeline_panorama import PanoramaPipeline
 from .places_panorama import SECTORS
 from .processing_panorama import PanoramaProcessor
-from .reading_panorama import to_erp_tensor
 from .sampling_panorama import erp_to_views
 from .tokens_panorama import image_tokens
 from .train.card import COLOURS, loss_points, read_history, smooth
@@ -67,7 +68,6 @@ TOKENS = ("tower", "resampler")
 LOG, PREDICTIONS = "metrics.jsonl", "predictions.jsonl"  # of the trainer, of the evaluation
 _WIDTH = 1024  # pixels of a panorama in a picture
 _ROWS = 256  # of what is painted onto the sphere
-_STEPS = 8  # of an integral over gradients
 _MOST_TOKENS = 256  # of an answer
 _FEW = 10  # points, below which each is shown
 _STAGES = ("vision", "resampler", "finetune")
@@ -84,10 +84,10 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def to_image(figure: Figure) -> Image.Image:
-    """A figure as a picture."""
+def to_image(figure: Figure, dpi: int = 120) -> Image.Image:
+    """A figure as a picture of so many pixels an inch."""
     held = io.BytesIO()
-    figure.savefig(held, format="png")
+    figure.savefig(held, format="png", dpi=dpi)
     return Image.open(held).convert("RGB")
 
 
@@ -127,6 +127,12 @@ def outline(view: View, steps: int = 128) -> np.ndarray:
     return np.insert(angles, crossings, np.nan, axis=0)
 
 
+def _cut(panorama: Image.Image, plan: ViewPlan, size: int) -> np.ndarray:
+    """The views of a plan, [V, size, size, 3] in [0, 1]."""
+    pixels = torch.from_numpy(np.array(panorama.convert("RGB"))).permute(2, 0, 1)
+    return erp_to_views(pixels, plan, size).permute(0, 2, 3, 1).div(255).clamp(0, 1).numpy()
+
+
 def draw_views(panorama: Image.Image, plan: ViewPlan, view_size: int = 192) -> Figure:
     """The panorama with the outline of each tile, above the views in the order of tensors.
 
@@ -135,11 +141,12 @@ def draw_views(panorama: Image.Image, plan: ViewPlan, view_size: int = 192) -> F
         plan: the views; a model's are `model.config.view_plan`.
         view_size: pixels a side of the views.
     """
-    views = erp_to_views(to_erp_tensor(panorama.convert("RGB")), plan, view_size)
+    views = _cut(panorama, plan, view_size)
     columns = min(plan.num_views, 5 if plan.num_views <= 15 else 8)
     rows = -(-plan.num_views // columns)
     figure = new_figure(8.5, 4.2 + 8.5 / columns * 1.08 * rows)
-    above, below = figure.subfigures(2, 1, height_ratios=(4.2, 8.5 / columns * 1.08 * rows))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(4.2, 8.5 / columns * 1.08 * rows))
+    above, below = parts
     axes = above.subplots()
     _sphere(axes, panorama.convert("RGB").resize((_WIDTH, _WIDTH // 2), Image.Resampling.LANCZOS))
     grid = below.subplots(rows, columns, squeeze=False).ravel()
@@ -153,7 +160,7 @@ def draw_views(panorama: Image.Image, plan: ViewPlan, view_size: int = 192) -> F
             yaw, pitch = (float(angle) for angle in ray_angles(view.rays((1, 1))[0, 0]))
             _number(axes, yaw if yaw > -179 else 172, min(max(pitch, -80), 80), index, colour)
         own.axis("on")
-        own.imshow(views[index].permute(1, 2, 0).numpy())
+        own.imshow(views[index])
         own.set_xticks([])
         own.set_yticks([])
         own.spines[:].set(color=colour, linewidth=2.5)
@@ -196,7 +203,7 @@ def draw_matches(
             "view_strategy='anyres_e2p' with overlap_ratio=0.5"
         )
     strips = strip_correspondences(plan.loops[0], grid, overlap_ratio)
-    tiles = erp_to_views(to_erp_tensor(panorama.convert("RGB")), plan, view_size)[[first, second]]
+    tiles = _cut(panorama, plan, view_size)[[first, second]]
     figure = new_figure(8, 8.4)
     for axes, (name, pairs) in zip(
         figure.subplots(2, 1), (("by rays", by_rays[0]), ("as strips", strips)), strict=True
@@ -208,7 +215,7 @@ def draw_matches(
         chord = plan.views[second].rays_at(row_of, column_of, grid) - plan_rays(plan, grid)[first, pairs.tokens[index]]
         apart = np.degrees(2 * np.arcsin(np.clip(np.linalg.norm(chord, axis=-1) / 2, 0, 1)))
         for left, tile in zip((0.0, 1.02), tiles, strict=True):
-            axes.imshow(tile.permute(1, 2, 0).numpy(), extent=(left, left + 1, 1, 0))
+            axes.imshow(tile, extent=(left, left + 1, 1, 0))
         x = np.stack([(column + 0.5) / grid[1], 1.02 + (column_of + 0.5) / grid[1]])
         y = np.stack([(row + 0.5) / grid[0], (row_of + 0.5) / grid[0]])
         joined = [withStroke(linewidth=1.8, foreground="black")]
@@ -400,40 +407,6 @@ def _as_colours(image: np.ndarray) -> Image.Image:
 # Where an answer looked
 
 
-def integrated_gradients(
-    function: Callable[[list[torch.Tensor]], torch.Tensor],
-    tokens: Sequence[torch.Tensor],
-    baselines: Sequence[torch.Tensor],
-    steps: int = _STEPS,
-) -> list[torch.Tensor]:
-    """What each token adds to a function (Sundararajan et al. 2017, "Axiomatic Attribution for Deep Networks", eq. 1
-    and 3, with the middles of the steps): its difference from the baseline, times the gradient averaged on the way from
-    there. Over all tokens it adds up to the function less its value at the baselines.
-
-    Args:
-        function: of tensors like `tokens`, to a scalar.
-        tokens, baselines: [N_i, D].
-        steps: of the integral.
-
-    Returns:
-        [N_i] each, float32. No parameter gets a gradient.
-    """
-    totals = [torch.zeros_like(each, dtype=torch.float32) for each in tokens]
-    for step in range(steps):
-        share = (step + 0.5) / steps
-        with torch.inference_mode(False), torch.enable_grad():
-            on_the_way = [
-                (base + share * (each - base)).detach().clone().requires_grad_()
-                for each, base in zip(tokens, baselines, strict=True)
-            ]
-            slopes = torch.autograd.grad(function(on_the_way), on_the_way)
-        for total, slope in zip(totals, slopes, strict=True):
-            total += slope.float() / steps
-    return [
-        (total * (each - base).float()).sum(-1) for total, each, base in zip(totals, tokens, baselines, strict=True)
-    ]
-
-
 class Saliency(NamedTuple):
     """Where an answer looked.
 
@@ -447,26 +420,25 @@ class Saliency(NamedTuple):
     heat: np.ndarray
 
 
+@torch.inference_mode(False)
 def saliency(
     pipe: PanoramaPipeline,
     asked: Mapping[str, Any],
     answer: str | None = None,
     *,
-    steps: int = _STEPS,
     height: int = _ROWS,
     max_new_tokens: int = _MOST_TOKENS,
 ) -> Saliency:
-    """Where an answer looked: the integrated gradient of its log-probability over the image tokens, from their mean.
+    """Where an answer looked: how strongly its log-probability depends on each image token (the length of the gradient;
+    Simonyan et al. 2014, "Deep Inside Convolutional Networks", section 3), spread over the directions that it shows.
 
-    It needs no attention weights, so that any attention serves, and leaves the model as it was. The size of what a
-    token adds (:func:`integrated_gradients`) is spread over the directions that the token shows. `docs/pictures.md` has
-    how true that is: what happens to answers where these directions are masked.
+    It costs a pass forward and one backward, needs no attention weights, so that any attention serves, and leaves the
+    model as it was. `docs/pictures.md` says how true it is: what becomes of answers where these directions are masked.
 
     Args:
         pipe: asks the model.
         asked: `{"panorama": ..., "question": ...}` or `{"messages": ...}` with one panorama, as a pipeline takes them.
         answer: what was said; what the model says where it is not given, with the steps before it.
-        steps: of the integral; each costs a pass forward and one backward.
         height: rows of the heat map.
         max_new_tokens: of what the model says.
 
@@ -495,24 +467,31 @@ def saliency(
     masks = {name: given.get(name) for name in ("view_mask", "further_views")}
     with torch.no_grad():
         image = model.model.get_image_features(given["pixel_values"], **masks, return_dict=True)
-    tokens = [each.detach() for each in image.pooler_output]
     options: dict[str, Any] = {"attention_mask": torch.ones_like(input_ids), "logits_to_keep": ids.shape[1] + 1}
     if model.config.position_encoding == "panorope":
         options["position_ids"] = model.model.panorama_positions(input_ids, 1, options["attention_mask"], **masks)
-
-    def log_probability(shown: list[torch.Tensor]) -> torch.Tensor:
-        encoded = {"image": BaseModelOutputWithPooling(pooler_output=shown)}
+    with torch.enable_grad():
+        (tokens,) = (each.clone().requires_grad_() for each in image.pooler_output)
+        encoded = {"image": BaseModelOutputWithPooling(pooler_output=[tokens])}
         logits = model(input_ids=input_ids, mm_encoder_outputs=encoded, use_cache=False, **options).logits[:, :-1]
-        return logits.float().log_softmax(-1).gather(-1, ids[..., None]).sum()
-
-    means = [each.mean(0, keepdim=True).expand_as(each) for each in tokens]
-    (added,) = integrated_gradients(log_probability, tokens, means, steps)
-    return Saliency(answer, heat_map(model, added.abs().cpu().numpy(), given, height))
+        likely = logits.float().log_softmax(-1).gather(-1, ids[..., None]).sum()
+        (slopes,) = torch.autograd.grad(likely, tokens)
+    return Saliency(answer, heat_map(model, slopes.float().norm(dim=-1).cpu().numpy(), given, height))
 
 
 def heat_map(model: PanoramaVLM, scores: np.ndarray, given: Mapping[str, torch.Tensor], height: int) -> np.ndarray:
-    """Scores of the tokens of one panorama, as the language model is shown them, spread over their directions: the sum
-    over the tokens that show a direction of score by solid angle, [height, 2 * height], of mean 1."""
+    """Scores of image tokens, spread over the directions that they show.
+
+    Args:
+        model: that is shown them.
+        scores: [image tokens] of one panorama, at least 0.
+        given: `view_mask` and `further_views` of the panorama, where it has them.
+        height: rows of the map.
+
+    Returns:
+        Of each direction the sum over the tokens that show it, of score by solid angle, so that a token counts as much
+        however wide it is: [height, 2 * height], of mean 1 over the sphere.
+    """
     plan, grid, config = model.model.view_plan, model.model.token_grid, model.config
     size = grid[0] * grid[1]
     indices, _ = image_tokens(plan, grid, config.token_selection, config.position_code, torch.device("cpu"))
@@ -520,7 +499,7 @@ def heat_map(model: PanoramaVLM, scores: np.ndarray, given: Mapping[str, torch.T
     if (mask := given.get("view_mask")) is not None:
         kept = kept[mask[0].cpu().numpy().astype(bool)[kept // size]]
     further = given.get("further_views", torch.empty(1, 0, 3))[0].cpu().numpy()
-    closer = [View("perspective", *map(float, each)) for each in further if np.isfinite(each).all()]
+    closer = [View("perspective", yaw, pitch, fov) for yaw, pitch, fov in further.tolist() if np.isfinite(yaw)]
     views = [*plan.views, *closer]
     shown, density = np.zeros(len(views) * size, bool), np.zeros(len(views) * size)
     kept = np.concatenate([kept, np.arange(plan.num_views * size, len(views) * size)])
@@ -528,18 +507,18 @@ def heat_map(model: PanoramaVLM, scores: np.ndarray, given: Mapping[str, torch.T
     shown[kept], density[kept] = True, scores / areas[kept]
     shown, density = shown.reshape(-1, size), density.reshape(-1, size)
     rays = _erp_rays(height)
-    heat = np.zeros(len(rays))
+    total = np.zeros(len(rays))
     for group in [*_groups(plan), *([index] for index in range(plan.num_views, len(views)))]:
         found = tokens_that_show([views[index] for index in group], grid, rays, shown[group])
-        heat += np.where(found >= 0, density[group].reshape(-1)[found], 0)
+        total += np.where(found >= 0, density[group].reshape(-1)[found], 0)
     weights = View("erp").solid_angles((height, 2 * height))
-    heat = heat.reshape(height, 2 * height)
+    heat = total.reshape(height, 2 * height)
     return heat / max((heat * weights).sum() / weights.sum(), 1e-30)
 
 
 def hottest(heat: np.ndarray, share: float = 0.1) -> np.ndarray:
     """The directions that are looked at most, a `share` of the sphere, bool [H, 2H]."""
-    areas = View("erp").solid_angles(heat.shape).reshape(-1)  # type: ignore[arg-type]
+    areas = View("erp").solid_angles(heat.shape).reshape(-1)
     order = np.argsort(-heat.reshape(-1), kind="stable")
     inside = np.zeros(heat.size, bool)
     inside[order[: np.searchsorted(np.cumsum(areas[order]), share * areas.sum())]] = True
@@ -555,7 +534,7 @@ def draw_saliency(panorama: Image.Image, found: Saliency, question: str = "", ba
         question: for the title.
         bar: whether question, answer and the scale are shown.
     """
-    figure = new_figure(8.5, 4.2)
+    figure = new_figure(8.5, 4.2) if bar else new_figure(5.2, 2.75)
     axes = figure.subplots()
     height, width = found.heat.shape
     grey = panorama.convert("L").resize((_WIDTH, _WIDTH // 2), Image.Resampling.LANCZOS)
@@ -563,14 +542,13 @@ def draw_saliency(panorama: Image.Image, found: Saliency, question: str = "", ba
     _sphere(axes, grey, title, cmap="gray", vmin=-40, vmax=300)
     top = max(float(np.percentile(found.heat, 99.5)), 1e-6)
     scaled = np.clip(found.heat / top, 0, 1)
-    drawn = axes.imshow(
+    axes.imshow(
         found.heat, extent=_BEHIND, cmap=HEAT, vmin=0, vmax=top, alpha=0.15 + 0.65 * scaled, interpolation="bilinear"
     )
     yaw, pitch = (np.arange(width) + 0.5) / width * 360 - 180, 90 - (np.arange(height) + 0.5) / height * 180
     axes.contour(yaw, pitch, hottest(found.heat).astype(float), [0.5], colors="white", linewidths=1.2)
     if bar:
-        scale = figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.01)
-        scale.solids.set_alpha(1)
+        scale = figure.colorbar(ScalarMappable(Normalize(0, top), HEAT), ax=axes, shrink=0.8, pad=0.01)
         scale.set_label("times the mean of the sphere", fontsize=8)
         scale.ax.tick_params(labelsize=8)
     return figure
@@ -706,13 +684,13 @@ class Sector(NamedTuple):
 
     Attributes:
         name: such as `front-right`.
-        count: of questions whose answer lies there.
+        questions: how many there are whose answer lies there.
         accuracy: share of them answered right, NaN where there are none.
         interval: of 95 %, by bootstrap over panoramas; `None` where there are none.
     """
 
     name: str
-    count: int
+    questions: int
     accuracy: float
     interval: list[float] | None
 
@@ -771,7 +749,7 @@ def draw_directions(results: Sequence[str | Path]) -> Figure:
         look = {"color": COLOURS[place % len(COLOURS)], "edgecolor": "white", "hatch": HATCHES[place % len(HATCHES)]}
         axes.bar(angles, shares, width=width * 0.92, alpha=0.85, label=name, **look)
         axes.vlines(angles, edges[:, 0], edges[:, 1], color=_TOP, linewidth=1.4)
-    counts = [[each[index].count for each in found.values()] for index in range(8)]
+    counts = [[each[index].questions for each in found.values()] for index in range(8)]
     labels = [
         f"{name}\n{'of ' + str(own[0]) if len(set(own)) == 1 else 'of ' + ' / '.join(map(str, own))}"
         for name, own in zip(SECTORS, counts, strict=True)

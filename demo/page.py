@@ -252,8 +252,8 @@ class Page:
         try:
             asked = {"messages": _messages(turns[-_REMEMBERED:-1], file)}
             found = saliency(self.pipeline, asked, answer)
-            picture = whole_sphere(file, _WIDTH // 2, **{name: getattr(processor, name) for name in READ_OPTIONS})
-            drawn = to_image(draw_saliency(picture, found, bar=False))
+            picture = whole_sphere(file, _WIDTH // 4, **{name: getattr(processor, name) for name in READ_OPTIONS})
+            drawn = to_image(draw_saliency(picture, found, bar=False), 200)
         except Exception as error:
             return f'<span class="wrong" role="alert">{_sentence(error, file, "the panorama")}</span>'
         row, column = np.unravel_index(found.heat.argmax(), found.heat.shape)

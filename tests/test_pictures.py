@@ -18,8 +18,8 @@ from panorama_vlm.pictures import (
     draw_matches,
     draw_saliency,
     draw_views,
+    heat_map,
     hottest,
-    integrated_gradients,
     main,
     new_figure,
     outline,
@@ -228,19 +228,6 @@ def test_the_command_paints_features_and_heat_maps(make, panoramas, tmp_path, ca
 # Where an answer looked
 
 
-def test_integrated_gradients_are_those_of_a_known_function():
-    torch.manual_seed(0)
-    tokens, baselines = [torch.randn(4, 3), torch.randn(2, 3)], [torch.randn(4, 3), torch.zeros(2, 3)]
-    weights = [torch.rand(4, 1), torch.rand(2, 1)]
-
-    def function(given):
-        return sum((weight * each**2).sum() for weight, each in zip(weights, given, strict=True))
-
-    found = integrated_gradients(function, tokens, baselines, steps=3)
-    for own, weight, token, base in zip(found, weights, tokens, baselines, strict=True):
-        assert torch.allclose(own, (weight * (token**2 - base**2)).sum(-1), atol=1e-5)
-
-
 def asked(panorama, words="What is behind me?"):
     return {"panorama": panorama, "question": words}
 
@@ -272,35 +259,48 @@ def test_the_heat_map_is_at_the_direction_that_the_answer_depends_on(make, panor
 
 
 @pytest.mark.parametrize("options", [{}, {"position_encoding": "panorope"}, {"token_selection": "all"}], ids=str)
-def test_attributions_add_up_to_what_the_panorama_says_and_the_model_stays_as_it_was(
-    make, panoramas, options, monkeypatch
-):
+def test_the_scores_are_gradients_of_the_whole_model_which_stays_as_it_was(make, panoramas, options, monkeypatch):
     model, processor = make(**options)
     pipe = PanoramaPipeline(model.eval(), processor=processor)
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     held = {}
 
-    def watched(function, tokens, baselines, steps):
-        held["found"] = integrated_gradients(function, tokens, baselines, 64)
-        with torch.no_grad():
-            held["ends"] = float(function(list(tokens)) - function(list(baselines)))
-            held["full"] = float(function(list(tokens)))
-        return held["found"]
+    def watched(model, scores, given, height):
+        held["scores"] = scores
+        return heat_map(model, scores, given, height)
 
-    monkeypatch.setattr("panorama_vlm.pictures.integrated_gradients", watched)
-    found = saliency(pipe, asked(panoramas[0]), "a long road", height=16)
-    assert held["found"][0].sum().item() == pytest.approx(held["ends"], rel=0.02, abs=1e-4)
-    # The log-probability is that of the whole model, asked with pixels.
+    monkeypatch.setattr("panorama_vlm.pictures.heat_map", watched)
+    with torch.inference_mode():
+        found = saliency(pipe, asked(panoramas[0]), "a long road", height=16)
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters()) and not model.training
+    assert model.config.text_config._attn_implementation == "sdpa"
+    # The loss that training has, from pixels on, with the gradient kept where the projection ends.
     inputs = pipe.preprocess(asked(panoramas[0]))["inputs"]
     ids = processor.tokenizer(found.answer, return_tensors="pt")["input_ids"]
     labels = torch.cat([torch.full_like(inputs["input_ids"], -100), ids], 1)
     given = {**inputs, "input_ids": torch.cat([inputs["input_ids"], ids], 1)}
+    model.model.projection.register_forward_hook(
+        lambda module, _, output: held.update(out=output) or output.retain_grad()
+    )
     given["attention_mask"] = torch.ones_like(labels)
-    loss = model(**given, labels=labels).ar_loss
-    assert -loss.item() * ids.shape[1] == pytest.approx(held["full"], abs=1e-4)
-    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters()) and not model.training
-    assert model.config.text_config._attn_implementation == "sdpa"
+    (model(**given, labels=labels).ar_loss * ids.shape[1]).backward()
+    assert held["scores"] == pytest.approx(held["out"].grad[0].norm(dim=-1).numpy(), rel=1e-3, abs=1e-7)
+
+
+def test_a_heat_map_adds_up_to_the_scores_of_the_tokens(make):
+    """What a token shows gets its score: of a plan that shows each direction once, the integral over its cell."""
+    model, _ = make(view_strategy="cubemap")
+    plan, grid = model.model.view_plan, model.model.token_grid
+    scores = np.random.default_rng(0).random(plan.num_views * grid[0] * grid[1])
+    heat = heat_map(model, scores, {}, 180)
+    areas = View("erp").solid_angles((180, 360)) / (4 * math.pi)
+    rays = View("erp").rays((180, 360))
+    for index in (0, 7, len(scores) - 1):
+        view, cell = divmod(index, grid[0] * grid[1])
+        row, column, inside = plan.views[view].cells(rays, grid, margin=0.5)
+        own = inside & (np.rint(row) == cell // grid[1]) & (np.rint(column) == cell % grid[1])
+        assert (heat * areas)[own].sum() == pytest.approx(scores[index] / scores.sum(), rel=0.05)
 
 
 def test_what_the_model_says_is_looked_into_with_further_and_without_unseen_views(make, panoramas):
@@ -389,7 +389,7 @@ def test_accuracy_by_direction_is_what_is_counted_by_hand(tmp_path):
     for index, each in enumerate(found):
         low, high = 45 * index - 22.5, 45 * index + 22.5
         own = [row for row in rows[:200] if low <= row["yaw"] < high or low <= row["yaw"] + 360 < high]
-        assert each.count == len(own)
+        assert each.questions == len(own)
         assert each.accuracy == pytest.approx(sum(row["right"] for row in own) / len(own))
         means = []
         for draw in draws:
@@ -408,7 +408,7 @@ def test_two_evaluations_stand_side_by_side_and_an_empty_direction_is_empty(tmp_
         row = {"panorama": "p", "yaw": 3.0, "right": name == "one"}
         (tmp_path / name / "predictions.jsonl").write_text(json.dumps(row) + "\n")
     back = accuracy_by_direction(tmp_path / "one")[4]
-    assert (back.name, back.count, back.interval) == ("back", 0, None) and math.isnan(back.accuracy)
+    assert (back.name, back.questions, back.interval) == ("back", 0, None) and math.isnan(back.accuracy)
     figure = draw_directions([tmp_path / "one", tmp_path / "two"])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
     bars = figure.axes[0].patches
