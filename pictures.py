@@ -204,7 +204,7 @@ def draw_matches(
         )
     strips = strip_correspondences(plan.loops[0], grid, overlap_ratio)
     tiles = _cut(panorama, plan, view_size)[[first, second]]
-    figure = new_figure(8, 8.4)
+    figure = new_figure(7, 7.4)
     for axes, (name, pairs) in zip(
         figure.subplots(2, 1), (("by rays", by_rays[0]), ("as strips", strips)), strict=True
     ):
@@ -543,7 +543,7 @@ def draw_saliency(panorama: Image.Image, found: Saliency, question: str = "", ba
     top = max(float(np.percentile(found.heat, 99.5)), 1e-6)
     scaled = np.clip(found.heat / top, 0, 1)
     axes.imshow(
-        found.heat, extent=_BEHIND, cmap=HEAT, vmin=0, vmax=top, alpha=0.15 + 0.65 * scaled, interpolation="bilinear"
+        found.heat, extent=_BEHIND, cmap=HEAT, vmin=0, vmax=top, alpha=0.1 + 0.55 * scaled, interpolation="bilinear"
     )
     yaw, pitch = (np.arange(width) + 0.5) / width * 360 - 180, 90 - (np.arange(height) + 0.5) / height * 180
     axes.contour(yaw, pitch, hottest(found.heat).astype(float), [0.5], colors="white", linewidths=1.2)
@@ -669,7 +669,7 @@ def _names(paths: Sequence[str | Path]) -> list[str]:
     """The last parts of paths that tell them apart."""
     if not paths:
         raise ValueError("name at least one folder")
-    parts = [Path(path).resolve().parts for path in paths]
+    parts = [Path(path).absolute().parts for path in paths]
     if len({*parts}) < len(parts):
         raise ValueError(f"a folder is named twice: {', '.join(map(str, paths))}")
     length = next(n for n in range(1, 99) if len({own[-n:] for own in parts}) == len(parts))
@@ -833,8 +833,7 @@ def _saliency(options: argparse.Namespace) -> Figure:
     return draw_saliency(_opened(options.panorama, pipe.processor.image_processor), found, options.question)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; see the top of this file."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m panorama_vlm.pictures",
         description=__doc__,
@@ -875,8 +874,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own.add_argument("runs", nargs="+", metavar="RUN", help="folders that the trainer wrote (--output)")
     own = command("directions", "accuracy by direction", lambda options: draw_directions(options.results))
     own.add_argument("results", nargs="+", metavar="RESULTS", help="folders that the evaluation wrote (--output)")
+    return parser
 
-    options = parser.parse_args(arguments)
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; see the top of this file."""
+    options = _parser().parse_args(arguments)
     logging.disable_progress_bar()
     try:
         figure = options.draw(options)

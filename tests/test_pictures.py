@@ -1,10 +1,14 @@
 import json
 import math
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from panorama_vlm import pictures
 from panorama_vlm.evaluation.bootstrap import SEED
 from panorama_vlm.geometry_panorama import View, ViewOptions, owned_tokens, plan_rays, ray_angles
 from panorama_vlm.pictures import (
@@ -35,6 +39,7 @@ from panorama_vlm.places_panorama import SECTORS
 from panorama_vlm.train.card import COLOURS, smooth
 from PIL import Image
 
+ROOT = Path(__file__).resolve().parent.parent
 PLANS = [
     ViewOptions(),
     ViewOptions("e2p", pole_caps=True),
@@ -413,6 +418,18 @@ def test_two_evaluations_stand_side_by_side_and_an_empty_direction_is_empty(tmp_
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
     bars = figure.axes[0].patches
     assert len(bars) == 2 and bars[0].get_x() != bars[1].get_x() and bars[0].get_hatch() != bars[1].get_hatch()
+
+
+def test_the_page_has_each_command_and_its_pictures_are_there_and_small():
+    text = (ROOT / "docs" / "pictures.md").read_text(encoding="utf-8")
+    commands = [line.split(None, 3)[3] for line in text.splitlines() if line.startswith("python -m panorama_vlm.pict")]
+    for command in commands:
+        pictures._parser().parse_args(shlex.split(command))
+    listed = re.findall(r"^\| `(\w+)` \| `draw_\w+` \|", text, re.M)
+    assert {command.split()[0] for command in commands} == {*listed} and len(listed) == 6
+    assert all(hasattr(pictures, f"draw_{name}") for name in listed)
+    for name in re.findall(r"\]\((\w+\.jpg)\)", text):
+        assert (ROOT / "docs" / name).stat().st_size < 150_000
 
 
 def test_a_figure_is_a_picture_of_its_size():
