@@ -14,7 +14,6 @@ apart, with numbers, line styles or hatches beside them, and their lightness alo
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -62,7 +61,8 @@ from .tokens_panorama import image_tokens
 from .train.card import COLOURS, loss_points, read_history, smooth
 
 STYLES = ("solid", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1)))  # of lines, beside their colours
-HATCHES = ("", "///", "...", "xxx")
+HATCHES = ("", "///", "...", "xxx")  # of bars
+MARKERS = ("", "o", "s", "^")  # of runs
 HEAT = "inferno"  # its lightness rises from end to end
 TOKENS = ("tower", "resampler")
 LOG, PREDICTIONS = "metrics.jsonl", "predictions.jsonl"  # of the trainer, of the evaluation
@@ -86,9 +86,10 @@ def new_figure(width: float, height: float) -> Figure:
 
 def to_image(figure: Figure, dpi: int = 120) -> Image.Image:
     """A figure as a picture of so many pixels an inch."""
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=dpi)
-    return Image.open(held).convert("RGB")
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _sphere(axes: Any, pixels: Any, title: str = "", **options: Any) -> None:
@@ -607,7 +608,8 @@ def draw_curves(runs: Sequence[str | Path]) -> Figure:
     """The learning curves of one or several runs: a column a stage, with loss, learning rates, and the shares that
     were measured on the way (accuracies of token labels, retrieval of matched tokens) where there are any.
 
-    Thin lines are what was logged, thick ones a running mean; a run has a colour, what is drawn of it a line style.
+    Thin lines are what was logged, thick ones a running mean; a run has a colour and a marker, what is drawn of it a
+    line style.
 
     Raises:
         ValueError: see :func:`read_run`.
@@ -624,14 +626,14 @@ def draw_curves(runs: Sequence[str | Path]) -> Figure:
     rows = [row for row in _ROWS_OF_CURVES if any(series for (own, *_), series in drawn.items() if own == row)]
     figure = new_figure(max(4.2 * len(stages), 5), 2.5 * len(rows) + 0.4)
     panels = figure.subplots(len(rows), len(stages), squeeze=False)
-    colours = dict(zip(logs, cycle(COLOURS), strict=False))
+    looks = dict(zip(logs, zip(cycle(COLOURS), cycle(MARKERS), strict=False), strict=False))
     for (row, stage), axes in zip(product(rows, stages), panels.flat, strict=True):
         names = sorted({name for run in logs for name in drawn[row, stage, run]})
         names.sort(key=lambda name: name == "eval_loss")
         styles = dict(zip(names, cycle(STYLES), strict=False))
         for name, run in product(names, logs):
             if (points := drawn[row, stage, run].get(name)) is not None:
-                _line(axes, points, colours[run], styles[name], smoothed=name != "eval_loss" and row != "learning rate")
+                _line(axes, points, *looks[run], styles[name], name != "eval_loss" and row != "learning rate")
         _tidy(axes)
         axes.set_title(stage if row == rows[0] else "", fontsize=10)
         axes.set_ylabel(row if stage == stages[0] else "", fontsize=9)
@@ -649,20 +651,30 @@ def draw_curves(runs: Sequence[str | Path]) -> Figure:
                 axes.plot([], [], color="0.2", linestyle=styles[name], label=name)
             axes.legend(frameon=False, fontsize=7, handlelength=3)
     if len(logs) > 1:
-        for run, colour in colours.items():
-            panels[0, 0].plot([], [], color=colour, linewidth=2, label=run)
+        for run, (colour, marker) in looks.items():
+            panels[0, 0].plot([], [], color=colour, linewidth=2, marker=marker, markerfacecolor="white", label=run)
         handles = panels[0, 0].lines[-len(logs) :]
         figure.legend(handles, [*logs], loc="outside upper left", ncols=min(len(logs), 4), frameon=False, fontsize=8)
     return figure
 
 
-def _line(axes: Any, points: np.ndarray, colour: str, style: Any, smoothed: bool) -> None:
+def _line(axes: Any, points: np.ndarray, colour: str, marker: str, style: Any, smoothed: bool) -> None:
     steps, values = points.T
     if smoothed and len(steps) >= _FEW:
         axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)
         values = smooth(values)
-    marker = "o" if len(steps) < _FEW else None
-    axes.plot(steps, values, color=colour, linestyle=style, linewidth=1.6, marker=marker, markersize=3)
+    marker = marker or ("." if len(steps) < _FEW else "")
+    axes.plot(
+        steps,
+        values,
+        color=colour,
+        linestyle=style,
+        linewidth=1.6,
+        marker=marker,
+        markersize=5,
+        markerfacecolor="white",
+        markevery=max(1, len(steps) // 12),
+    )
 
 
 def _names(paths: Sequence[str | Path]) -> list[str]:
