@@ -27,9 +27,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..configuration_panorama import PanoramaConfig
+from ..exports_panorama import whole_sphere
 from ..image_processing_panorama import PanoramaImageProcessor
 from ..modeling_panorama import PanoramaVLM
 from ..overlap_panorama import OverlapLoss
+from ..pictures import Features, draw_features
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ("retrieval", "cosine_matched", "cosine_random", "feature_std", "effective_rank")
@@ -179,6 +181,21 @@ def run(
                 yield f"{loss}, {name}", metrics(resample(model, test))
 
 
+def draw(tower: Tower, training: Tensor, test: Tensor, options: argparse.Namespace) -> None:
+    """The features of a panorama held out, before and after training by DenseCL and rays, painted onto the sphere."""
+    models = {"before stage 1": make_model(0, test), "after stage 1": make_model(0, test, **LOSSES["DenseCL"])}
+    train(models["after stage 1"], training, options, 0, "for the picture")
+    painted = []
+    for name, model in models.items():
+        with torch.no_grad():
+            tokens = resample(model, test[:1])[0].flatten(0, 1).numpy()
+        painted.append(
+            Features(f"{tower.name} {name}", "resampler", tokens, model.model.view_plan, model.model.token_grid)
+        )
+    panorama = whole_sphere(str(sorted(options.samples.glob("*.jpg"))[1]), 1024)
+    draw_features(panorama, painted).savefig(options.picture)
+
+
 def table(runs: list[dict[str, dict[str, float]]]) -> str:
     """Mean and range over the seeds, and what holds in every seed."""
     lines = ["| | " + " | ".join(FIGURES) + " |", "|---" + "|---" * len(FIGURES) + "|"]
@@ -205,6 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--samples", type=Path, default=ROOT / "samples", help="folder of panoramas; each second is held out"
     )
     parser.add_argument("--model", type=Path, default=ROOT, help="folder of the default model")
+    parser.add_argument("--picture", type=Path, help="file for the features before and after, of EfficientNet-lite0")
     options = parser.parse_args(arguments)
     trained, default = efficientnet_tower(), default_model_tower(options.model)
     if trained is None:
@@ -216,6 +234,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"There is no model in {options.model.resolve().name}: its tower is left out")
     for tower in filter(None, (random_tower(options.image_size), trained, default)):
         training, test = features(tower, options.samples, options.headings)
+        if options.picture and tower is trained:
+            draw(tower, training, test, options)
         runs = [dict(run(seed, training, test, options)) for seed in range(options.seeds)]
         print(
             f"\nTokens of {len(test)} panoramas held out, {tower.name} ({test.shape[-2]} tokens a view, "

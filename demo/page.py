@@ -33,14 +33,15 @@ try:
 except ImportError as error:
     raise ImportError("the page needs Gradio: pip install 'panorama-vlm[demo]'") from error
 
+from ..exports_panorama import whole_sphere
 from ..image_processing_panorama import READ_OPTIONS
 from ..modeling_panorama import PanoramaVLM
+from ..pictures import draw_saliency, draw_views, saliency, to_image
 from ..pipeline_panorama import PanoramaPipeline
 from ..places_panorama import check_bfov, read_places
 from ..processing_panorama import PanoramaProcessor
 from ..reading_panorama import read_panorama, seen_everywhere
 from ..synthetic.write import METADATA, SAMPLES, World, write_scenes
-from .views import draw_views
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ _REMEMBERED = 10  # turns of the chat that the model is shown with a question, e
 _WAITING = 64  # visitors in the queue, at most
 _SCENES, _SEED = 6, 2026  # that are rendered where no samples are named; no configuration trains on this seed
 _SHOWN = 4  # questions of a sample
+_STOPPED = " … (stopped)"
 _FORGET = (600, 4 * 3600)  # seconds: how often uploads are looked through, and how old they become
 _TEMPLATE = """<div class="panorama" tabindex="0" role="application"
   aria-label="Panorama. Arrow keys look around, plus and minus zoom, Enter asks what is in the middle."></div>
@@ -131,7 +133,7 @@ class Page:
 
     def open(self, file: str, name: str, questions: Sequence[str] = QUESTIONS) -> tuple[Any, ...]:
         """What the page shows of a panorama: its file, the viewer, a note, chat and turns, questions, the views, and no
-        answer to stop."""
+        answer to stop or to look into."""
         processor = self.pipeline.processor.image_processor
         options = {option: getattr(processor, option) for option in READ_OPTIONS}
         try:
@@ -141,7 +143,8 @@ class Page:
             bearing = self.pipeline.layout(file).bearing(0.0)
         except Exception as error:  # whatever a decoder raises
             reason = _sentence(error, file, name)
-            return gr.skip(), gr.skip(), f'<span class="wrong" role="alert">{reason}</span>', *[gr.skip()] * 4, _IDLE
+            wrong = f'<span class="wrong" role="alert">{reason}</span>'
+            return gr.skip(), gr.skip(), wrong, *[gr.skip()] * 4, *_NOTHING
         pixels = panorama.pixels
         pixels = pixels if pixels.dtype == torch.uint8 else (pixels * 255).round().to(torch.uint8)
         seen = seen_everywhere(panorama)
@@ -153,11 +156,11 @@ class Page:
         notes += [words.replace(file, name) for each in warned if file in (words := str(each.message))]
         if picture.width > _WIDTH:
             picture = picture.resize((_WIDTH, _WIDTH // 2), Image.Resampling.LANCZOS)
-        views = draw_views(picture, processor.view_plan)
+        views = to_image(draw_views(picture, processor.view_plan))
         viewer: dict[str, Any] = {"panorama": _data_url(picture), "name": name, "bearing": bearing, "places": []}
         alt = "The views that the model is shown, and their outlines on the panorama"
         shown_to_model = f'<img alt="{alt}" src="{_data_url(views)}">'
-        return file, viewer, html.escape(" ".join(notes)), [], [], list(questions), shown_to_model, _IDLE
+        return file, viewer, html.escape(" ".join(notes)), [], [], list(questions), shown_to_model, *_NOTHING
 
     def open_upload(self, file: str | None, request: gr.Request) -> tuple[Any, ...]:
         """As :meth:`open`, and an empty field for the next upload."""
@@ -205,7 +208,8 @@ class Page:
     def answer(
         self, words: str, turns: Turns, file: str | None, request: gr.Request, **options: Any
     ) -> Iterator[tuple[Any, ...]]:
-        """Stream an answer: chat and turns, the viewer, the field for questions, the button that stops."""
+        """Stream an answer: chat and turns, the viewer, the field for questions, the button that stops, the one that
+        shows where the answer looked, and no such picture yet."""
         words = words.strip()[:_LONGEST]
         if not words or file is None:
             return
@@ -216,7 +220,7 @@ class Page:
         def stopped(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
             return torch.full((len(ids),), stop.is_set(), device=ids.device)
 
-        yield turns, turns, {"places": []}, "", gr.Button(interactive=True)
+        yield turns, turns, {"places": []}, "", gr.Button(interactive=True), _IDLE, ""
         options |= {"max_new_tokens": self.max_new_tokens, "stopping_criteria": StoppingCriteriaList([stopped])}
         try:
             # Held by a name: it waits for the model when it is dropped, which must be told to stop before.
@@ -225,9 +229,11 @@ class Page:
                 if self.answering.get(str(request.session_hash)) is not stop:
                     return  # nobody waits for it any more
                 said["content"] += piece
-                yield turns, turns, gr.skip(), gr.skip(), gr.skip()
-            said["content"] += " … (stopped)" if stop.is_set() else "" if said["content"] else "(no answer)"
+                yield turns, turns, *[gr.skip()] * 5
+            answered = bool(said["content"])
+            said["content"] += _STOPPED if stop.is_set() else "" if answered else "(no answer)"
         except Exception as error:
+            answered = False
             said["content"] = f"That could not be answered: {_sentence(error, file, 'the panorama')}"
         finally:
             stop.set()
@@ -235,7 +241,26 @@ class Page:
         if dropped:
             return
         places = [{"label": each.label, "bfov": list(each.place)} for each in read_places(said["content"])]
-        yield turns, turns, {"places": places}, gr.skip(), _IDLE
+        yield turns, turns, {"places": places}, gr.skip(), _IDLE, gr.Button(interactive=answered), gr.skip()
+
+    def look(self, turns: Turns, file: str | None) -> str:
+        """Where the last answer looked, as a picture of the panorama."""
+        if len(turns) < 2 or file is None:
+            return ""
+        answer = turns[-1]["content"].removesuffix(_STOPPED)
+        processor = self.pipeline.processor.image_processor
+        try:
+            asked = {"messages": _messages(turns[-_REMEMBERED:-1], file)}
+            found = saliency(self.pipeline, asked, answer)
+            picture = whole_sphere(file, _WIDTH // 4, **{name: getattr(processor, name) for name in READ_OPTIONS})
+            drawn = to_image(draw_saliency(picture, found, bar=False), 200)
+        except Exception as error:
+            return f'<span class="wrong" role="alert">{_sentence(error, file, "the panorama")}</span>'
+        row, column = np.unravel_index(found.heat.argmax(), found.heat.shape)
+        height, width = found.heat.shape
+        yaw, pitch = round((column + 0.5) / width * 360 - 180), round(90 - (row + 0.5) / height * 180)
+        words = f"The answer looked most at yaw {yaw}°, pitch {pitch}°; the line is around a tenth of the sphere."
+        return f'<img alt="Heat map on the panorama" src="{_data_url(drawn)}"><p>{words}</p>'
 
     def stop(self, request: gr.Request) -> None:
         """End the answer that this visitor is being given."""
@@ -250,7 +275,7 @@ class Page:
     def clear(self, request: gr.Request) -> tuple[Any, ...]:
         """No turns, no places, nothing to stop."""
         self.drop(request)
-        return [], {"places": []}, _IDLE
+        return [], {"places": []}, *_NOTHING
 
     # The page
 
@@ -284,29 +309,34 @@ class Page:
                         elem_id="question",
                     )
                     listed = gr.HTML([], html_template=_QUESTIONS, js_on_load=_PICK, apply_default_css=False)
-                    stop = gr.Button("Stop", interactive=False, size="sm", elem_id="stop")
+                    with gr.Row():
+                        stop = gr.Button("Stop", interactive=False, size="sm", elem_id="stop")
+                        look = gr.Button("Where did it look?", interactive=False, size="sm", elem_id="look")
+                    looked = gr.HTML(elem_classes="views", elem_id="looked")
             upload = gr.File(label="Your own panorama", file_types=ENDINGS, height=100, elem_id="upload")
             with gr.Accordion("What the model sees", open=False):
                 views = gr.HTML(elem_classes="views")
-            shown: list[Any] = [file, viewer, note, chat, turns, listed, views, stop]
-            answered: list[Any] = [chat, turns, viewer, words, stop]
+            shown: list[Any] = [file, viewer, note, chat, turns, listed, views, stop, look, looked]
+            answered: list[Any] = [chat, turns, viewer, words, stop, look, looked]
             looks: dict[str, Any] = {"concurrency_id": "look", "concurrency_limit": 1, "api_visibility": "private"}
             asks: dict[str, Any] = {"concurrency_id": "ask", "concurrency_limit": 1, "api_visibility": "private"}
             words.submit(self.ask, [words, turns, file], answered, **asks)
             listed.click(self.ask_listed, [turns, file], answered, **asks)
             viewer.click(self.ask_direction, [turns, file], answered, **asks)
             chat.retry(self.ask_again, [turns, file], answered, **asks)
+            look.click(self.look, [turns, file], looked, **asks)
             page.load(self.open_number, None, shown, **looks)
             viewer.select(self.open_sample, None, shown, **looks)
             upload.upload(self.open_upload, upload, [*shown, upload], **looks)
-            chat.clear(self.clear, None, [turns, viewer, stop], queue=False, api_visibility="private")
+            chat.clear(self.clear, None, [turns, viewer, stop, look, looked], queue=False, api_visibility="private")
             stop.click(self.stop, queue=False, api_visibility="private")
             page.unload(self.drop)  # of who leaves
         page.queue(max_size=_WAITING, api_open=False)
         return page
 
 
-_IDLE = gr.update(interactive=False)  # the button that stops
+_IDLE = gr.update(interactive=False)  # a button
+_NOTHING = (_IDLE, _IDLE, "")  # to stop, to look into, and no picture
 LOOK: dict[str, Any] = {
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     "css_paths": [HERE / "pannellum" / "pannellum.css", HERE / "page.css"],

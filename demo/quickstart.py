@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, SiglipVisionConfig
 
 from ..modeling_panorama import PanoramaVLM
+from ..pictures import draw_views
 from ..processing_panorama import PanoramaProcessor
-from .views import draw_views
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     processor = compose(output / "start", samples)
     first = Image.open(SAMPLES / samples[0]["file_name"])
-    draw_views(first, processor.image_processor.view_plan).save(output / "views.png")
+    draw_views(first, processor.image_processor.view_plan).savefig(output / "views.png")
     print(f"The views of {samples[0]['file_name']}: {output / 'views.png'}")
 
     command = ["-m", "panorama_vlm.train", "quickstart.yaml", "--model", str(output / "start"), "--output", str(output)]

@@ -10,50 +10,16 @@ import pytest
 from panorama_vlm.demo import default_model
 from panorama_vlm.demo.default_model import draw, write_questions
 from panorama_vlm.demo.default_model import main as ask_unseen
-from panorama_vlm.demo.views import colour, draw_matches, draw_views, main, outline
 from panorama_vlm.evaluation.asking import Said
 from panorama_vlm.evaluation.formats import read_items
 from panorama_vlm.evaluation.items import Item
 from panorama_vlm.evaluation.scores import right_answer
-from panorama_vlm.geometry_panorama import View, ViewOptions
 from panorama_vlm.places_panorama import BFoV
 from panorama_vlm.synthetic.questions import KINDS
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 ASK = ROOT / "demo" / "ask.py"
-
-
-def test_the_picture_shows_each_tile_in_its_colour_on_the_panorama_and_below_it(panoramas):
-    plan = ViewOptions("anyres_e2p", 90.0, 0.5).plan
-    picture = np.array(draw_views(panoramas[0], plan, width=512, view_size=96))
-    for index in plan.tiles:
-        is_colour = (picture == colour(index, plan.num_views)).all(-1)
-        assert is_colour[256:].sum() > 4 * 90  # the frame of the view
-        assert is_colour[:256].sum() > 20  # its outline; neighbours cover part of it
-
-
-def test_an_outline_is_where_the_tile_ends_and_is_cut_at_the_seam():
-    front = np.concatenate(outline(View("perspective", 0, 0, 90), 3600, 1800))
-    assert front[:, 0].min() == pytest.approx(3600 * 3 / 8, abs=10)
-    assert front[:, 0].max() == pytest.approx(3600 * 5 / 8, abs=10)
-    assert len(outline(View("perspective", 0, 0, 90), 3600, 1800)) == 1
-    behind = outline(View("perspective", 180, 0, 90), 3600, 1800)
-    assert len(behind) > 1
-    for piece in behind:
-        assert np.abs(np.diff(np.array(piece)[:, 0])).max(initial=0) < 1800
-
-
-def test_the_command_draws_both_pictures(panoramas, tmp_path, capsys):
-    panoramas[0].save(tmp_path / "panorama.png")
-    paths = [str(tmp_path / name) for name in ("panorama.png", "views.png", "matches.png")]
-    main([paths[0], "--output", paths[1], "--matches", paths[2]])
-    assert capsys.readouterr().out.count(str(tmp_path)) == 2
-    assert all(Path(path).stat().st_size > 10_000 for path in paths)
-
-
-def test_matches_are_drawn_for_other_plans_too(panoramas):
-    assert draw_matches(panoramas[0], ViewOptions("anyres_e2p", 110.0, 0.3).plan, 0.3, tokens=8, size=128).width == 264
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ if CHROMIUM is None:
 
 from panorama_vlm import PanoramaProcessor, PanoramaVLM  # noqa: E402
 from panorama_vlm.demo import page as pages  # noqa: E402
+from panorama_vlm.pictures import saliency  # noqa: E402
 from panorama_vlm.pipeline_panorama import PanoramaPipeline  # noqa: E402
 from panorama_vlm.places_panorama import great_circle  # noqa: E402
 from panorama_vlm.synthetic.write import World  # noqa: E402
@@ -351,6 +352,29 @@ def test_answers_stream_follow_each_other_and_are_asked_again(visit, pipeline, s
 
 
 @pytest.mark.slow
+def test_the_page_shows_where_an_answer_looked_and_forgets_it_with_the_answer(visit, pipeline, scenes):
+    page = visit()
+    button, picture = page.locator("#look"), page.locator("#looked img")
+    name, words, seen, _ = scenes[1][0]
+    assert button.is_disabled() and picture.count() == 0
+    said = ask(page, words)
+    button.click()
+    picture.wait_for()
+    heat = saliency(pipeline, {"panorama": str(scenes[0] / f"{name}.jpg"), "question": words}, said).heat
+    row, column = np.unravel_index(heat.argmax(), heat.shape)
+    yaw, pitch = round((column + 0.5) / 512 * 360 - 180), round(90 - (row + 0.5) / 256 * 180)
+    assert f"most at yaw {yaw}°, pitch {pitch}°" in page.locator("#looked").inner_text()
+    places = np.argwhere(seen)
+    assert np.abs(places - pixel_of(yaw, pitch, *seen.shape)).max(1).min() < 40  # pixels of 512: beside the thing
+    while page.streams:
+        page.wait_for_timeout(50)
+    ask(page, "How many cubes can you see?")
+    assert picture.count() == 0 and button.is_enabled()
+    pick(page, scenes[1][1][0])
+    page.wait_for_function("() => document.querySelector('#look').disabled")
+
+
+@pytest.mark.slow
 def test_stop_and_leaving_end_an_answer_and_the_next_one_is_given(visit, pipeline, scenes):
     endless = PanoramaPipeline(pipeline.model, processor=pipeline.processor, min_new_tokens=3000)
     endless_page = pages.Page(endless, pages.read_samples(scenes[0]), max_new_tokens=3000).build()
@@ -450,6 +474,8 @@ def test_axe_finds_no_serious_fault_and_nothing_is_wider_than_the_screen(options
     for asked in (False, True):
         if asked:
             ask(page, scenes[1][0][1])
+            page.locator("#look").click()
+            page.locator("#looked img").wait_for()
             page.get_by_text("What the model sees").click()
             page.wait_for_timeout(500)
         found = axe.Axe().run(page).response["violations"]

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ def write_model_card(folder: str | os.PathLike[str], *, config: PanoramaConfig, 
 def read_history(path: str | os.PathLike[str]) -> dict[str, list[dict[str, Any]]]:
     """The loss history of each stage from a file with one JSON object of `stage`, `step`, `loss` a line.
 
-    Of a step that a resumed run logged twice, the later line counts. An unfinished last line is left out.
+    Lines of one step are one entry (an evaluation adds to a step); of what a resumed run logged twice the later counts.
+    An unfinished last line is left out.
 
     Raises:
         ValueError: for any other line that is no such object; it is named.
@@ -91,7 +92,7 @@ def read_history(path: str | os.PathLike[str]) -> dict[str, list[dict[str, Any]]
             continue
         try:
             entry = json.loads(line)
-            history.setdefault(entry["stage"], {})[entry["step"]] = entry
+            history.setdefault(entry["stage"], {}).setdefault(entry["step"], {}).update(entry)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number == len(lines) and isinstance(error, json.JSONDecodeError):
                 break
@@ -103,9 +104,7 @@ def read_history(path: str | os.PathLike[str]) -> dict[str, list[dict[str, Any]]
 
 def draw_loss_curve(path: Path, stages: list[dict[str, Any]]) -> bool:
     """Draw the loss of each stage over its steps, raw and smoothed. Returns whether there was anything to draw."""
-    curves = [
-        (stage["name"], points) for stage in stages if len(points := _loss_points(stage.get("history") or [])) > 0
-    ]
+    curves = [(stage["name"], points) for stage in stages if len(points := loss_points(stage.get("history") or [])) > 0]
     if not curves:
         return False
     try:
@@ -125,7 +124,7 @@ def draw_loss_curve(path: Path, stages: list[dict[str, Any]]) -> bool:
             axes.plot(steps, losses, "o-", color=colour)
         else:
             axes.plot(steps, losses, color=colour, linewidth=0.6, alpha=0.35, label="each logged step")
-            axes.plot(steps, _smooth(losses), color=colour, linewidth=1.8, label="running mean")
+            axes.plot(steps, smooth(losses), color=colour, linewidth=1.8, label="running mean")
             axes.legend(frameon=False, fontsize=8)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("step")
@@ -137,13 +136,13 @@ def draw_loss_curve(path: Path, stages: list[dict[str, Any]]) -> bool:
     return True
 
 
-def _loss_points(history: Iterable[dict[str, Any]]) -> np.ndarray:
-    """(step, loss) of each entry with a finite loss, [N, 2]."""
-    points = [(entry["step"], entry["loss"]) for entry in history if entry.get("loss") is not None]
+def loss_points(history: Iterable[Mapping[str, Any]], name: str = "loss") -> np.ndarray:
+    """(step, value) of each entry with a finite loss, or another figure, [N, 2]."""
+    points = [(entry["step"], entry[name]) for entry in history if entry.get(name) is not None]
     return np.array([point for point in points if math.isfinite(point[1])], dtype=np.float64).reshape(-1, 2)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Mean over a centred window of a twenty-fifth of the values, cut off at both ends."""
     width = max(3, len(values) // 25) | 1  # odd: centred
     window = np.ones(min(width, len(values)))
