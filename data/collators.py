@@ -23,6 +23,7 @@ from transformers.image_processing_utils import BatchFeature
 
 from ..geometry_panorama import Grid
 from ..image_processing_panorama import AS_IT_IS, Shown, join_views
+from ..places_panorama import read_places
 from ..processing_panorama import IGNORE_INDEX, PanoramaProcessor
 from ..token_labels_panorama import LabelMaps, token_labels
 from .augmentation import NO_AUGMENTATION, Augmentation, augmented, heading_step, limited
@@ -263,14 +264,21 @@ class ConversationCollator(_Collator):
         return None if changed is None else (changed, shown)
 
     def _look_closer(self, messages: list[dict[str, Any]], sample: RawSample) -> None:
-        """Give some samples a further view of their panorama: uniform over the sphere, 30 to 60 degrees wide."""
-        if self.further_view == 0:
+        """Give some samples a further view of their panorama, 30 to 60 degrees wide: half of those that name places one
+        of a place that they name, within the middle half of the view, the others one uniform over the sphere."""
+        image = next((part for message in messages for part in message["content"] if part["type"] == "image"), None)
+        if self.further_view == 0 or image is None:
             return
         generator = np.random.default_rng((self.seed, sample.get("epoch", 0), sample.get("index", 0), 3))
-        share, yaw, height, fov = generator.uniform((0, -180, -1, 30), (1, 180, 1, 60))
-        image = next((part for message in messages for part in message["content"] if part["type"] == "image"), None)
-        if share < self.further_view and image is not None:
-            image["further_views"] = [(yaw, float(np.degrees(np.arcsin(height))), fov)]
+        share, yaw, height, fov, aim = generator.uniform((0, -180, -1, 30, 0), (1, 180, 1, 60, 1))
+        if share >= self.further_view:
+            return
+        pitch = np.degrees(np.arcsin(height))
+        said = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+        if aim < 0.5 and (named := [each.place for text in said for each in read_places(text)]):
+            place = named[generator.integers(len(named))]
+            yaw, pitch = generator.uniform(-fov / 4, fov / 4, 2) + (place.yaw, place.pitch)
+        image["further_views"] = [(float(yaw), float(np.clip(pitch, -90, 90)), float(fov))]
 
     def _packed(
         self, messages: list[dict[str, Any]], further: list[list[dict[str, Any]]], sample: RawSample

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from panorama_vlm.data.augmentation import Augmentation
 from panorama_vlm.data.collators import ConversationCollator
 from panorama_vlm.data.rows import conversation
 from panorama_vlm.geometry_panorama import View, ray_code
+from PIL import Image
 
 
 def asked(panorama, *views):
@@ -86,6 +89,27 @@ def test_training_samples_see_one_somewhere_and_always_the_same(make, panoramas)
     packed = ConversationCollator(processor, further_view=1.0, independent=1.0)([_copied(raw[0])])
     assert packed["further_views"].shape == (1, 1, 3)
     assert math.isfinite(float(model(**packed).loss))
+
+
+@pytest.mark.parametrize(
+    ("words", "turns", "low", "high"), [("[93, 22, 11, 11]", "place", 0.4, 0.75), ("up", "same", 0, 0.2)]
+)
+def test_half_of_them_show_a_place_that_the_sample_names_however_it_is_turned(make, words, turns, low, high):
+    """Of a grey panorama with a white square at a place the further view shows the square, or any direction."""
+    _, processor = make()
+    pixels = np.full((256, 512, 3), 90, np.uint8)
+    pixels[88:104, 380:396] = 255  # yaw 92.8, pitch 22.5
+    known = {"turns": [turns], "mirrors": [turns], "questions": ["Where is it?"], "options": [[]]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": words}]}
+    seen = []
+    for index in range(80):
+        messages = [*conversation(Image.fromarray(pixels), "Where is it?", "so")[:1], answer]
+        raw = {"messages": messages, "known": known, "index": index}
+        augmentation = Augmentation(turn=0.5, mirror=0.5)
+        collate = ConversationCollator(processor, further_view=1.0, augmentation=augmentation)
+        view = collate([raw])["pixel_values"][0, -1]
+        seen.append(bool(view.max() - view.min() > 1))
+    assert low <= np.mean(seen) <= high  # by chance one of 30 to 60 degrees shows it in one of twenty
 
 
 def _sample(panorama):
