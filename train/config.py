@@ -73,8 +73,8 @@ class StageConfig:
     )
     further_view: float = _option(
         0.0,
-        "share of the samples, in [0, 1], that see one further, narrower view, half of them of a place that they name; not in "
-        "stage vision",
+        "share of the samples, in [0, 1], that see one further, narrower view, half of them of a place that they name; "
+        "not in stage vision",
     )
     turn: float = _option(
         0.0,
