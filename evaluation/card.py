@@ -55,7 +55,8 @@ def add_results(
             )
     path = folder / "README.md"
     if not path.is_file():
-        write_model_card(folder, config=PanoramaConfig.from_pretrained(folder), run={"repo_id": repo_id, "license": license})
+        run = {"repo_id": repo_id, "license": license}
+        write_model_card(folder, config=PanoramaConfig.from_pretrained(folder), run=run)
     card = ModelCard.load(path)
     metrics = json.loads((results / METRICS_FILE).read_text(encoding="utf-8"))
     index = yaml.safe_load((results / MODEL_INDEX).read_text(encoding="utf-8"))["model-index"]
