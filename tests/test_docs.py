@@ -290,3 +290,26 @@ def test_the_site_builds_and_a_broken_link_ends_it(broken, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert (run.returncode == 0) == (broken is None), run.stderr[-3000:]
     assert broken is None or broken.removeprefix("../").removesuffix(".md").split("#")[-1] in run.stderr
+
+
+@pytest.mark.tools
+@pytest.mark.slow
+def test_the_notebook_runs_from_the_first_cell_to_the_last(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    for path in ROOT.iterdir():
+        if not path.name.startswith(".") and path.name not in ("build", "dist"):
+            (tmp_path / path.name).symlink_to(path)
+    notebook = nbformat.read(ROOT / "docs/own_panorama.ipynb", as_version=4)
+    assert not [cell for cell in notebook.cells if cell.get("outputs")]  # none are committed
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(cells) == 5
+    shown = [str(cell.outputs) for cell in cells]
+    assert "image/png" in shown[2] and "image/png" in shown[4] and "NamedPlace" in shown[4]
+    answer = cells[3].outputs[-1]["data"]["text/plain"]
+    assert len(answer) > 2, answer
