@@ -22,7 +22,6 @@ html_title = f"PanoramaVLM {__version__}"
 html_theme = "furo"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_heading_anchors = 4  # links such as views.md#the-table
-suppress_warnings = ["toc.empty_glob"]  # a page that has not come yet
 exclude_patterns = ["search.md"]
 
 # The docstrings are Google's, with Markdown's single backticks for code.
