@@ -158,8 +158,8 @@ def commands_of(page):
     """Lines of blocks without a language, and code between single backticks, that begin with a program."""
     text = page.read_text()
     lines = []
-    for block in re.findall(r"^ *```(?:bash|console)?\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE):
-        lines += block.replace("\\\n", " ").splitlines()
+    for language, block in re.findall(r"^ *```(\S*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE):
+        lines += block.replace("\\\n", " ").splitlines() if language in ("", "bash", "console") else []
     without_blocks = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
     lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", without_blocks)]
     for line in lines:
