@@ -7,7 +7,7 @@ RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 # A core for each of a few processes: threads that wait for each other on the same cores cost far more than they bring.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo page train-demo test test-fast test-lowest test-tools soak lint types bench clean
+.PHONY: help demo page train-demo test test-fast test-lowest test-tools soak lint types docs release bench clean
 
 help:
 	@echo "make demo       ask the model of this repository about scenes it never saw, right and wrong marked (seconds)"
@@ -18,6 +18,8 @@ help:
 	@echo "make test-lowest  the fast tests with the lowest versions that setup.cfg names"
 	@echo "make soak       the tests that take minutes, and a table of what they tried"
 	@echo "make lint       ruff;  make types  mypy"
+	@echo "make docs       the documentation as a site, in build/site; a broken link is an error"
+	@echo "make release REPO=org/name SOURCE=https://...  package and default model, checked and pushed; DRY=1 pushes nothing"
 	@echo "make bench      every benchmark, each beside its peer"
 	@echo "make clean      remove .venv, .venv-lowest and build"
 
@@ -39,7 +41,7 @@ $(VENV)/.ready: $(VENV)/.demo
 # lmms-eval asks for torchvision, and needs none to ask about images.
 $(VENV)/.tools: $(VENV)/.ready
 	@echo "== Adding further tools"
-	@$(PIP) -e ".[tools]"
+	@$(PIP) -e ".[tools,docs]"
 	@$(PIP) --no-deps lmms-eval
 	@touch $@
 
@@ -102,6 +104,27 @@ types: $(VENV)/.ready
 	@rm -rf build/types && mkdir -p build/types/panorama_vlm
 	@for part in *.py data synthetic evaluation train demo benchmarks tests; do ln -s ../../../$$part build/types/panorama_vlm/; done
 	@cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p panorama_vlm
+
+$(VENV)/.docs: $(VENV)/.demo
+	@echo "== Adding what the documentation needs"
+	@$(PIP) -e ".[train,docs]"
+	@touch $@
+
+docs: $(VENV)/.docs
+	@echo "== Building the documentation"
+	@rm -rf build/site
+	@$(RUN) -P -m sphinx -W --keep-going -q docs build/site
+	@echo "build/site/index.html"
+
+# The questions are those of docs/default_model.md; an evaluation that was stopped goes on.
+release: $(VENV)/.tools
+	@test -n "$(REPO)" || { echo "error: name the repo of the model on the Hub: make release REPO=org/name"; exit 2; }
+	@echo "== Asking the default model for its card"
+	@$(RUN) -m panorama_vlm.synthetic build/release/fresh --scenes 60 --seed 2027 --questions 21 --backgrounds samples:lab,park,sunset
+	@$(RUN) -m panorama_vlm.evaluation . build/release/fresh --output build/release/results --batch-size 16 --max-new-tokens 192
+	@echo "== Releasing"
+	@HF_HUB_OFFLINE=0 $(VENV)/bin/python -m panorama_vlm.release --repo $(REPO) --results build/release/results \
+		$(if $(SOURCE),--source $(SOURCE)) $(if $(DRY),--dry-run)
 
 # EfficientNet-lite0 is a tower of one benchmark, which does without it where it cannot be had.
 bench: $(VENV)/.ready

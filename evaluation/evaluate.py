@@ -225,10 +225,9 @@ def _as_text(metrics: dict[str, Any]) -> str:
 def model_index(options: EvaluationOptions, metrics: dict[str, Any]) -> str:
     """The results as the Hub reads them from the head of a model card; YAML."""
     name = Path(options.data).name
-    values = (
-        [("accuracy", "Accuracy, mean over groups", metrics["headline"]["accuracy"])] if "headline" in metrics else []
-    )
-    values += [("accuracy", f"Accuracy, {kind}", each["accuracy"]) for kind, each in metrics.get("kinds", {}).items()]
+    shares = {"mean over groups": metrics["headline"]} if "headline" in metrics else {}
+    shares |= metrics.get("kinds", {})
+    values = [("accuracy", f"Accuracy, {what}{_interval(each)}", each["accuracy"]) for what, each in shares.items()]
     values += [("iou", f"Mean IoU, {kind}", each["mean_iou"]) for kind, each in metrics.get("places", {}).items()]
     for kind, each in metrics.get("captions", {}).items():
         for metric, score in each.items():
@@ -246,9 +245,15 @@ def model_index(options: EvaluationOptions, metrics: dict[str, Any]) -> str:
         )
         for metric, words, value in values
     ]
-    model = Path(options.model).name
+    model = Path(options.model).name or Path(options.model).resolve().name
     index = eval_results_to_model_index(model, results) if results else [{"name": model, "results": []}]
     return yaml_dump({"model-index": index})
+
+
+def _interval(score: dict[str, Any]) -> str:
+    """Words for a place that has room for a name alone."""
+    known = score["interval"] and f"95 % interval {' to '.join(f'{edge:.3f}' for edge in score['interval'])}, "
+    return f" ({known or ''}{score['count']} question{'s' * (score['count'] != 1)})"
 
 
 def _free() -> None:

@@ -468,6 +468,7 @@ def test_the_card_says_what_is_known_and_only_that(make, tmp_path):
     assert found == {name.removeprefix("eval_"): value for name, value in last["results"].items()} and found
     titles = re.findall("^## (.*)$", card.text, re.MULTILINE)
     everything = ["Use", "Views", "Training", "Data", "Loss", "Results", "Sample answers", "Limits", "Versions"]
+    everything += ["Licence", "Citation"]
     assert titles == everything
     for words in (
         f'AutoModel.from_pretrained("{REPO}", trust_remote_code=True)',
@@ -483,7 +484,7 @@ def test_the_card_says_what_is_known_and_only_that(make, tmp_path):
     (tmp_path / "bare").mkdir()
     write_model_card(tmp_path / "bare", config=model.config, run={})
     bare = ModelCard.load(tmp_path / "bare" / "README.md").text
-    assert re.findall("^## (.*)$", bare, re.MULTILINE) == ["Use", "Views", "Limits"]
+    assert re.findall("^## (.*)$", bare, re.MULTILINE) == ["Use", "Views", "Limits", "Citation"]
     assert not (tmp_path / "bare" / LOSS_CURVE).exists()
     assert yaml.safe_load((tmp_path / "bare" / "README.md").read_text().split("---")[1])["tags"]
 
@@ -496,9 +497,16 @@ def test_the_code_of_the_card_runs(make, tmp_path, panoramas, monkeypatch, capsy
     panoramas[0].save(tmp_path / "panorama.jpg")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for code in re.findall("```python\n(.*?)```", card, re.DOTALL):
+    blocks = re.findall("```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == 3  # those of train/model_card.md
+    for code in blocks:
         code = code.replace("path/to/this/folder", "saved").replace("max_new_tokens=64", "max_new_tokens=2")
-        exec(code, names)
+        exec(
+            code.replace(
+                "trust_remote_code=True)\nprint(pipe", "trust_remote_code=True, max_new_tokens=2)\nprint(pipe"
+            ),
+            names,
+        )
     assert type(names["model"]).__name__ == "PanoramaVLM"
     assert names["output"].text[0] in capsys.readouterr().out
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -295,3 +296,18 @@ def test_without_trust_none_of_its_code_runs(folder, tmp_path):
 
     assert load(marked, True, tmp_path / "home") == ["loaded"] * 6  # the mark is one
     assert "modeling_panorama.py" in canary.read_text()
+
+
+def test_the_page_of_serving_does_what_it_says(server, folder, chat, tmp_path, monkeypatch, capsys):
+    """`docs/serve.md`, with this server's address."""
+    page = (SAMPLES.parent / "docs/serve.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "samples").symlink_to(SAMPLES)
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("http://127.0.0.1:8000", server[0]).replace("build/demo/model", str(folder))
+    exec(code.replace("max_tokens=64", "max_tokens=12"), {})
+    data = base64.b64encode((SAMPLES / "park.jpg").read_bytes()).decode()
+    asked = [{"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}]
+    asked += [{"type": "text", "text": "What is behind me?"}]
+    expected = chat([{"role": "user", "content": asked}]).choices[0].message.content
+    assert capsys.readouterr().out == f"{expected}\n"

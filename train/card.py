@@ -22,6 +22,8 @@ from ..configuration_panorama import PanoramaConfig
 logger = logging.getLogger(__name__)
 
 LOSS_CURVE = "loss_curve.png"
+FOLDER = "path/to/this/folder"  # stands in the card where the repo is not known
+NOT_EVALUATED = "It has not been evaluated."
 TEMPLATE = Path(__file__).with_name("model_card.md")
 TAGS = ["panorama", "360-degree", "equirectangular", "vision-language-model", "vicreg", "custom_code"]
 STAGE_AIMS = {
@@ -40,10 +42,10 @@ def write_model_card(folder: str | os.PathLike[str], *, config: PanoramaConfig, 
         folder: of the model.
         config: the model's.
         run: what is known of the training; every key may be missing. `repo_id`, `license`, `origin` (words, where the
-            weights come from elsewhere), `stages` (a list of `name`,
-            `steps`, `samples`, `seconds`, `hyperparameters`, `data` (a list of `path`, `samples`, `weight`), `history`
-            (a list of `step`, `loss`), `results` (name -> value) and `skipped`), `samples` (a list of `image`,
-            `question`, `answer`, `reference`) and `versions` (name -> version).
+            weights come from elsewhere), `limits` (a list of words, beside those that follow from the rest), `stages`
+            (a list of `name`, `steps`, `samples`, `seconds`, `hyperparameters`, `data` (a list of `path`, `samples`,
+            `weight`), `history` (a list of `step`, `loss`), `results` (name -> value) and `skipped`), `samples` (a list
+            of `image`, `question`, `answer`, `reference`) and `versions` (name -> version).
 
     Returns:
         The path of the card.
@@ -59,8 +61,9 @@ def write_model_card(folder: str | os.PathLike[str], *, config: PanoramaConfig, 
         ("Loss", f"![Loss of each stage over its steps]({LOSS_CURVE})" if has_curve else ""),
         ("Results", _results(stages)),
         ("Sample answers", _samples(run.get("samples") or [])),
-        ("Limits", _limits(config, stages)),
-        ("Versions", _table(["package", "version"], sorted((run.get("versions") or {}).items()))),
+        ("Limits", _limits(config, stages, run.get("limits") or [])),
+        ("Versions", table(["package", "version"], sorted((run.get("versions") or {}).items()))),
+        ("Licence", _licence(run.get("license"), config)),
     ]
     name = (run.get("repo_id") or "PanoramaVLM").split("/")[-1]
     card = ModelCard.from_template(
@@ -68,7 +71,7 @@ def write_model_card(folder: str | os.PathLike[str], *, config: PanoramaConfig, 
         template_path=str(TEMPLATE),
         name=name,
         introduction=_introduction(config),
-        repo=run.get("repo_id") or "path/to/this/folder",
+        repo=run.get("repo_id") or FOLDER,
         question=json.dumps(config.default_generation_prompt, ensure_ascii=False),
         sections=sections,
     )
@@ -212,7 +215,7 @@ def _views(config: PanoramaConfig) -> str:
         ("tokens a panorama for the language model", str(config.num_image_tokens)),
         ("resampler", f"`{config.resampler_type}`, {config.latent_dimension} dimensions"),
     ]
-    return _table(["", ""], rows)
+    return table(["", ""], rows)
 
 
 def _training(stages: list[dict[str, Any]]) -> str:
@@ -228,7 +231,7 @@ def _training(stages: list[dict[str, Any]]) -> str:
     ]
     known = [(title, get) for title, get in columns if any(get(stage) is not None for stage in stages)]
     rows = [[f"`{stage['name']}`", *(get(stage) for _, get in known)] for stage in stages]
-    parts = [_table(["stage", *(title for title, _ in known)], rows)]
+    parts = [table(["stage", *(title for title, _ in known)], rows)]
     parts.append(_by_stage("hyperparameter", [(stage["name"], stage.get("hyperparameters") or {}) for stage in stages]))
     return "\n\n".join(part for part in parts if part)
 
@@ -240,7 +243,7 @@ def _data(stages: list[dict[str, Any]]) -> str:
             path = data["path"]
             name = f"[{path}](https://huggingface.co/datasets/{path})" if _is_hub_id(path) else f"`{_name(path)}`"
             rows.append([f"`{stage['name']}`", name, data.get("samples"), data.get("weight")])
-    return _table(["stage", "data", "samples", "weight"], rows)
+    return table(["stage", "data", "samples", "weight"], rows)
 
 
 def _results(stages: list[dict[str, Any]]) -> str:
@@ -250,14 +253,15 @@ def _results(stages: list[dict[str, Any]]) -> str:
 def _samples(samples: list[dict[str, Any]]) -> str:
     fields = [field for field in ("image", "question", "answer", "reference") if any(field in s for s in samples)]
     rows = [[_name(s.get(field)) if field == "image" else s.get(field) for field in fields] for s in samples]
-    table = _table(fields, rows)
+    answers = table(fields, rows)
     trained = any(s.get("trained") for s in samples)
     words = "Given by this model" + " to questions that it was trained on" * trained
-    return table and f"{words}. What is empty is what it gave.\n\n{table}"
+    return answers and f"{words}. What is empty is what it gave.\n\n{answers}"
 
 
-def _limits(config: PanoramaConfig, stages: list[dict[str, Any]]) -> str:
+def _limits(config: PanoramaConfig, stages: list[dict[str, Any]], own: list[str]) -> str:
     limits = [
+        *own,
         "Equirectangular panoramas only: an ordinary photograph is taken for one and read wrongly.",
         f"A panorama is seen through {config.num_views} views of {config.image_size} x {config.image_size} pixels; "
         "what is smaller than a few of those pixels is not seen.",
@@ -270,18 +274,30 @@ def _limits(config: PanoramaConfig, stages: list[dict[str, Any]]) -> str:
     elif not stages:
         limits.append("Nothing is known of its training.")
     if stages and not any(stage.get("results") for stage in stages):
-        limits.append("It has not been evaluated.")
+        limits.append(NOT_EVALUATED)
     return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _licence(name: str | None, config: PanoramaConfig) -> str:
+    if name is None:
+        return ""
+    parts = [name for name in (config.vlm_name, config.vision_name, config.language_model_name) if name]
+    return (
+        f"`{name}`."
+        + " The licences of the parts hold as well: " * bool(parts)
+        + ", ".join(map(str, map(_name, parts)))
+    )
 
 
 def _by_stage(title: str, stages: list[tuple[str, dict[str, Any]]]) -> str:
     """A row for each name that any stage has, a column for each stage."""
     names = list(dict.fromkeys(name for _, values in stages for name in values))
     rows = [[f"`{name}`", *(values.get(name) for _, values in stages)] for name in names]
-    return _table([title, *(f"`{stage}`" for stage, _ in stages)], rows)
+    return table([title, *(f"`{stage}`" for stage, _ in stages)], rows)
 
 
-def _table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
+def table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table of Markdown; empty where there are no rows. What could be a path of this machine is its last part."""
     lines = ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
     if not lines:
         return ""
