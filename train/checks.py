@@ -85,6 +85,11 @@ def _check_launch(config: TrainConfig, accelerator: Accelerator) -> None:
             f"gradient_accumulation_steps={accelerator.gradient_accumulation_steps} of accelerate launch would divide "
             "the gradients once more: leave it out, and use --STAGE.accumulation"
         )
+    if config.max_skipped_steps and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"max_skipped_steps is {config.max_skipped_steps}, and DeepSpeed changes the weights before the loss is "
+            "known: leave it out, or use data parallel or FSDP2"
+        )
     by_muon = [stage for stage in config.stages if config.stage_config(stage).optimizer == "muon"]
     if by_muon and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
