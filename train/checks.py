@@ -45,9 +45,6 @@ def check_run(config: TrainConfig, accelerator: Accelerator) -> Plan:
         ValueError: for what cannot be, in a sentence that says what to do.
     """
     _check_launch(config, accelerator)
-    if config.vision.label_loss_weight > 0:  # stage vision has something to learn, then
-        for words in ("vicreg_loss_weight is 0.0", "stage 'vision' cannot train"):
-            warnings.filterwarnings("ignore", message=words)
     output, world = Path(config.output), accelerator.num_processes
     done, to_train = _check_output(config, output, world)
     checkpoint = _find_checkpoint(config, output)
