@@ -417,3 +417,56 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(panoramas, tmp_pa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not [path for path in (tmp_path / "full").rglob("*") if path.is_file()]
+
+
+TRIES = """
+import pytest
+from hypothesis import strategies as st
+from panorama_vlm.tests.properties import few, holds
+
+soak = pytest.mark.soak
+
+@few(3, 70)
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_numbers_are_small(limit, examples, record_property):
+    def check(number):
+        assert limit == 0 or abs(number) < 1
+    holds(check, st.integers(), examples, record_property)
+
+@soak
+def test_two_faults(record_property):
+    record_property("soak", ("fault", 2, "a step", 1.25))
+
+@soak
+def test_what_is_tried_and_fails(record_property):
+    record_property("soak", ("fault that loses something", 3, "a step", 0.0))
+    raise AssertionError
+
+@pytest.fixture
+def broken():
+    raise OSError
+
+@soak
+def test_of_a_fixture(broken): ...
+
+@soak
+@pytest.mark.skip
+def test_elsewhere(): ...
+"""
+
+
+def test_the_table_of_what_was_tried_counts_what_was_and_shows_what_failed(tmp_path):
+    """A case that failed, one that broke and one that did not run; how many were tried is counted, not asked for."""
+    (tmp_path / "test_tries.py").write_text(TRIES)
+    asked = [sys.executable, "-P", "-m", "pytest", "-p", "panorama_vlm.tests.conftest", "-m", "soak", str(tmp_path)]
+    done = subprocess.run([*asked, "--rootdir", str(tmp_path)], capture_output=True, text=True, env=ENVIRONMENT)
+    rows = [line.strip("| ").split(" | ")[:3] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert done.returncode == 1 and rows == [
+        ["numbers are small", "70", "nothing"],
+        ["fault", "2", "a step"],
+        ["numbers are small", rows[2][1], "**FAILED**"],
+        ["fault that loses something", "3", "**FAILED**"],
+        ["of a fixture", "1", "**FAILED**"],
+        ["elsewhere", "1", "not tried"],
+    ], done.stdout
+    assert int(rows[2][1]) < 70
