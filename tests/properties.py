@@ -12,8 +12,8 @@ from hypothesis.strategies import SearchStrategy
 def holds(
     check: Callable[[Any], None], cases: SearchStrategy[Any], examples: int, record: Callable[..., None] | None = None
 ) -> None:
-    """Runs a check on so many cases, the same in every run; the first case that fails is shown. How many there were, and
-    the seconds of the longest, go into `record` (pytest's `record_property`), also where one fails."""
+    """Runs a check on so many cases, the same in every run; the first case that fails is shown. How many there were,
+    and the seconds of the longest, go into `record` (pytest's `record_property`), also where one fails."""
     seconds: list[float] = []
 
     def timed(case: Any) -> None:

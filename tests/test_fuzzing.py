@@ -8,6 +8,7 @@ import signal
 import struct
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,18 @@ from panorama_vlm import train as train_package
 from panorama_vlm.data.collators import ConversationCollator
 from panorama_vlm.data.samples import open_data
 from panorama_vlm.data.sources import DataSource
-from panorama_vlm.reading_panorama import _FORMATS, read_panorama
+from panorama_vlm.exports_panorama import (
+    crop_place,
+    draw_places,
+    named,
+    to_coco,
+    to_geojson,
+    to_pannellum,
+    to_photo_sphere_viewer,
+    whole_sphere,
+)
+from panorama_vlm.places_panorama import BFoV, NamedPlace
+from panorama_vlm.reading_panorama import _FORMATS, Layout, layout_of, read_panorama
 from panorama_vlm.tests.properties import few, holds
 from panorama_vlm.tests.test_reading import crop_values, encoded, photo_sphere
 from panorama_vlm.train.config import load_config
@@ -211,9 +223,16 @@ def test_absurd_photo_sphere_data_give_a_panorama_or_an_error_that_names_the_fil
         assert 0 < panorama.pixels.shape[0] * panorama.pixels.shape[1] <= MAX_PIXELS
         assert panorama.rotation is None or np.isfinite(panorama.rotation).all()
         assert panorama.covered is None or all(map(math.isfinite, panorama.covered))
+        layout = layout_of(source, align_heading=True)
+        json.dumps(vars(layout), allow_nan=False)
 
     kinds = st.sampled_from(["JPEG", "WEBP", "TIFF"] + ["AVIF"] * ("AVIF" in Image.SAVE))
-    holds(check, st.tuples(st.dictionaries(NAMES, ABSURD, min_size=1, max_size=4), st.booleans(), kinds), examples, record_property)
+    holds(
+        check,
+        st.tuples(st.dictionaries(NAMES, ABSURD, min_size=1, max_size=4), st.booleans(), kinds),
+        examples,
+        record_property,
+    )
 
 
 # Rows, options, conversations
@@ -351,3 +370,78 @@ def test_odd_messages_are_rendered_or_refused(make, examples, record_property):
                     assert str(error).strip()
 
     holds(check, st.lists(MESSAGE | JSON, max_size=3), examples, record_property)
+
+
+# Places in the forms of others
+
+NUMBERS_OF_A_PLACE = st.tuples(st.floats(-720, 720), st.floats(-90, 90), st.floats(1, 360), st.floats(1, 180))
+PLACES = st.lists(
+    st.builds(NamedPlace, st.text(max_size=9), st.builds(lambda each: BFoV(*each), NUMBERS_OF_A_PLACE), st.none()),
+    max_size=3,
+)
+WRONG = [
+    None,
+    "x",
+    "",
+    math.nan,
+    math.inf,
+    -math.inf,
+    1e308,
+    10**400,
+    -(10**400),
+    True,
+    [],
+    {},
+    (1,),
+    "1",
+    b"\0",
+    -1e-9,
+]
+LAYOUTS = [
+    Layout(64, 32, (32, 64), position=(1.0, 2.0), heading=3.0),
+    Layout(32, 16, (32, 64), 4, 10, heading=20.0, position=(-90.0, 180.0)),
+    Layout(64, 32, (32, 64), pitch=3.0, roll=-2.0, heading=1.0, position=(89.9, 179.99)),
+]
+
+
+@few(200, 20_000)
+def test_places_are_exported_or_the_value_that_is_wrong_is_named(examples, record_property):
+    """One thing is absurd in half of the cases, wherever it stands; NaN reached the JSON of every form."""
+    picture = Image.new("RGB", (64, 32), "red")
+    forms = {
+        "pannellum": lambda places, layout, _: to_pannellum(places, layout),
+        "photo_sphere_viewer": lambda places, layout, _: to_photo_sphere_viewer(places, layout),
+        "geojson": lambda places, layout, options: to_geojson(places, layout, **options),
+        "coco": lambda places, layout, _: to_coco([("file", replace(layout, pitch=0.0, roll=0.0), places)]),
+        "drawing": lambda places, *_: draw_places(picture, places),
+        "crops": lambda places, _, options: [
+            crop_place(picture, each.place, **{"size": 8, **options}) for each in named(places)
+        ],
+        "sphere": lambda _, __, options: whole_sphere(picture, **{"width": 8, **options}),
+    }
+    takes = {"geojson": ["position", "heading", "reach"], "crops": ["size", "margin"], "sphere": ["width"]}
+
+    def check(case):
+        places, layout, form, spoils, where, wrong = case
+        options, names = {}, []
+        if spoils and form in takes and where % 2:
+            name = takes[form][where % len(takes[form])]
+            options, names = {name: wrong}, [name]
+        elif spoils and places:
+            each = places[where % len(places)]
+            parts = [each.place._replace(**{part: wrong}) for part in BFoV._fields]
+            bad = [*(each._replace(place=place) for place in parts), each._replace(label=wrong), wrong][where % 6]
+            places, names = [*places[:-1], bad], ["a place must be", "pitch must be in", "label of a place"]
+        with limited(case), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                made = forms[form](places, layout, options)
+            except ValueError as error:
+                assert any(name in str(error) for name in names), error
+                return
+        if isinstance(made, dict):
+            json.dumps(made, allow_nan=False)
+
+    case = st.tuples(PLACES, st.sampled_from(LAYOUTS), st.sampled_from(sorted(forms)), st.booleans())
+    cases = st.tuples(case, st.integers(0, 60), st.sampled_from(WRONG)).map(lambda each: (*each[0], *each[1:]))
+    holds(check, cases, examples, record_property)
