@@ -2,13 +2,16 @@
 
 import copy
 import ctypes
+import itertools
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +25,7 @@ from panorama_vlm.train import loop
 from panorama_vlm.train.checkpoint import Checkpoints, NotWritten, newest_checkpoint
 from panorama_vlm.train.checks import check_run
 from panorama_vlm.train.config import load_config
+from panorama_vlm.train.push_process import _seconds_to_wait
 
 
 @pytest.mark.parametrize(
@@ -273,6 +277,53 @@ def test_skipping_steps_is_refused_where_it_cannot_be(monkeypatch):
         config.max_skipped_steps = value
         with pytest.raises(ValueError, match=f"max_skipped_steps must be .*, got {value!r}"):
             config.check()
+
+
+# The clock
+
+
+def test_a_clock_that_jumps_an_hour_changes_nothing(tmp_path, monkeypatch):
+    """Back and ahead at every look at it, in a run that is stopped and goes on; the files of its older checkpoint are
+    the newer ones by the clock."""
+    options = ["--stage", "resampler", "--save_every", 2, "--eval_samples", 0]
+    losses = run_here(tmp_path / "whole", *options)["resampler"]
+    jumps, real = itertools.cycle([0, 3600, -3600, 7200]), time.time
+
+    def jumping():
+        return real() + next(jumps)
+
+    for name in ("time.time", "tqdm.std.time"):
+        monkeypatch.setattr(name, jumping)
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stops = loop._StageRun._save
+        patch.setattr(loop._StageRun, "_save", lambda self: stops(self) if self.step < 6 else interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run_here(output, *options)
+    for path in (output / "checkpoints").glob("resampler-0000002/**/*"):
+        os.utime(path, (real() + 3600, real() + 3600))
+    os.utime(output / "checkpoints/resampler-0000002", (real() + 3600, real() + 3600))
+    assert newest_checkpoint(output / "checkpoints").name == "resampler-0000004"
+    assert run_here(output, *options)["resampler"] == losses[4:]
+    files = [tmp_path / name / "resampler/model.safetensors" for name in ("whole", "run")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    for line in lines_of(output):
+        assert 0 < line["seconds_per_step"] < 60 and 0 <= line["waiting"] <= 1 and line["panoramas_per_second"] > 0
+    assert not re.search(r"\d+ h", (output / "resampler/README.md").read_text())
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_a_push_waits_as_long_as_the_server_says_whatever_the_clock_here_says(monkeypatch):
+    said = {"Date": "Wed, 21 Oct 2026 07:28:00 GMT", "Retry-After": "Wed, 21 Oct 2026 07:28:30 GMT"}
+    for jump in (-3600, 0, 3600):
+        now = datetime(2026, 10, 21, 7, 28, tzinfo=UTC).timestamp() + jump
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        assert _seconds_to_wait(said) == 30
+    assert _seconds_to_wait({"Retry-After": "12"}) == 12
+    assert _seconds_to_wait({"Retry-After": "\u00b2"}) == _seconds_to_wait({"Retry-After": "soon", "Date": "x"}) == 0
 
 
 def started(output, *options, processes=1, **more):
