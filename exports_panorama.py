@@ -99,6 +99,7 @@ def to_pannellum(places: Places, layout: Layout, panorama: str = "") -> dict[str
         ValueError: for a file that is not equirectangular.
     """
     _require_equirectangular(layout, "Pannellum")
+    check_text("panorama", panorama)
     full_height, full_width = layout.full
     middle = ((layout.left + layout.width / 2) / full_width - 0.5) * 360
     # It pitches the picture and then rolls it, about the picture's own front, where Photo Sphere data mean the opposite
@@ -150,6 +151,7 @@ def to_photo_sphere_viewer(places: Places, layout: Layout, panorama: str = "") -
         ValueError: for a file that is not equirectangular.
     """
     _require_equirectangular(layout, "Photo Sphere Viewer")
+    check_text("panorama", panorama)
     north = layout.heading or 0.0
     data = {
         "isEquirectangular": True,
@@ -208,6 +210,7 @@ def to_geojson(
     Raises:
         ValueError: where position or heading are not known or not possible.
     """
+    check_text("panorama", panorama)
     position = layout.position if position is None else position
     front = layout.bearing(0.0) if heading is None else check_number("heading", heading, 90.0, -math.inf)
     if reach is not None and check_number("reach", reach, 50.0) > _FARTHEST:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from panorama_vlm import train as train_package
@@ -30,6 +31,7 @@ from panorama_vlm.exports_panorama import (
     to_photo_sphere_viewer,
     whole_sphere,
 )
+from panorama_vlm.pipeline_panorama import PanoramaPipeline
 from panorama_vlm.places_panorama import BFoV, NamedPlace
 from panorama_vlm.reading_panorama import _FORMATS, Layout, layout_of, read_panorama
 from panorama_vlm.tests.properties import few, holds
@@ -445,3 +447,44 @@ def test_places_are_exported_or_the_value_that_is_wrong_is_named(examples, recor
     case = st.tuples(PLACES, st.sampled_from(LAYOUTS), st.sampled_from(sorted(forms)), st.booleans())
     cases = st.tuples(case, st.integers(0, 60), st.sampled_from(WRONG)).map(lambda each: (*each[0], *each[1:]))
     holds(check, cases, examples, record_property)
+
+
+# The pipeline
+
+
+@few(60, 3000)
+def test_the_pipeline_answers_or_names_the_value_that_is_wrong(make, panoramas, examples, record_property):
+    """One absurd argument at a time: "12" were two directions, 1.5 was to look twice, NaN tokens had no end."""
+    model, processor = make()
+    asked, picture = PanoramaPipeline(model, processor=processor), panoramas[0].resize((64, 32))
+    place = NamedPlace("a", BFoV(1.0, 2.0, 3.0, 4.0))
+    verbs = {
+        "question": lambda value: asked(picture, value, max_new_tokens=1),
+        "look_twice": lambda value: asked(picture, "x", look_twice=value, max_new_tokens=1),
+        "look_twice ": lambda value: list(asked.ask(picture, "x", look_twice=value, stream=True, max_new_tokens=1)),
+        "what": lambda value: asked.point(picture, value, max_new_tokens=1),
+        "what ": lambda value: asked.detect(picture, value, max_new_tokens=1),
+        "direction": lambda value: asked.describe(picture, value, max_new_tokens=1),
+        "prompt": lambda value: asked.describe(picture, 1, prompt=value, max_new_tokens=1),
+        "prompts": lambda value: PanoramaPipeline(model, processor=processor, prompts=value),
+        "prompts ": lambda value: PanoramaPipeline(model, processor=processor, prompts={"point": value}),
+        "max_new_tokens": lambda value: asked(picture, "x", max_new_tokens=value),
+        "temperature": lambda value: asked(picture, "x", max_new_tokens=1, temperature=value),
+        "name": lambda value: asked.export(picture, [place], "pannellum", value),
+        "places can be exported to": lambda value: asked.export(picture, [place], value),
+    }
+    absurd = st.sampled_from(
+        [*WRONG, "12", 1.5, -1, 0, 10**30, [None], [math.nan], ["a", 3], {"point": 3}, "{}", "{x}"]
+    )
+
+    def check(case):
+        name, value = case
+        assume(case != ("max_new_tokens", 10**30))  # it would say so many
+        try:
+            with limited(case), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                verbs[name](value)
+        except ValueError as error:
+            assert name.strip() in str(error), f"{case}: {error}"
+
+    holds(check, st.tuples(st.sampled_from(sorted(verbs)), absurd), examples, record_property)
