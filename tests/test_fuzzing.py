@@ -479,7 +479,8 @@ def test_the_pipeline_answers_or_names_the_value_that_is_wrong(make, panoramas, 
 
     def check(case):
         name, value = case
-        assume(case != ("max_new_tokens", 10**30))  # it would say so many
+        is_many = isinstance(value, int | float) and 100 < value < 10**300
+        assume(name != "max_new_tokens" or not is_many and value != 1e308)  # it would say so many
         try:
             with limited(case), warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from panorama_vlm import PanoramaProcessor, PanoramaVLM
+from panorama_vlm.plan import panorama_config
 from panorama_vlm.tests.launching import SAMPLES
 from panorama_vlm.train.build import check_packing, check_parts, load_start
 from panorama_vlm.train.config import load_config
@@ -877,6 +878,12 @@ def test_a_folder_is_a_source_as_the_model_itself_is(family, reader, folder, que
     own = PanoramaProcessor.from_vlm_pretrained(str(path), **options)
     model = PanoramaVLM.from_vlm_pretrained(str(path), vlm_kwargs={"dtype": torch.float32}, **options).eval()
     assert (model.config.vlm_name, model.config.view_text) == (f"a-{family}", "{direction}: ")
+    for start in ("--compose.vlm", "--model"):  # the plan is of this, too
+        run = ["--data", str(SAMPLES), start, str(path), "--options.view_strategy", "cubemap"]
+        planned = panorama_config(load_config(run))
+        with torch.device("meta"):
+            named = PanoramaVLM(planned).named_parameters()
+        assert {name: p.shape for name, p in named} == {name: p.shape for name, p in model.named_parameters()}
     loaded, reads = ours(theirs, processor, **options, view_text="{direction}: ")
     inputs, expected = asked(own, question), asked(reads, question)
     assert torch.equal(inputs["input_ids"], expected["input_ids"])
