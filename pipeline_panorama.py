@@ -493,7 +493,7 @@ def _each_of(inputs: Any) -> Iterable[Any]:
 def _paired(inputs: Any, question: str | Sequence[str] | None) -> Any:
     """Panoramas with their questions: one, a list, or what is read as it goes."""
     if isinstance(question, Iterator) and not isinstance(inputs, list | tuple):  # both are read as they come
-        question = (check_text("question", each) for each in question)  # type: ignore[assignment]
+        question = (check_text("question", each) for each in question)
     elif question is not None and not isinstance(question, str):
         question = _texts("question", question)
     if _is_chat(inputs):

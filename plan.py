@@ -384,7 +384,8 @@ def panorama_config(config: TrainConfig) -> PanoramaConfig:
         ValueError: for one that cannot be found; what to name is said.
     """
     if (vlm := starting_vlm(config, None)) is not None:
-        return _found("compose.vlm" if config.model is None else "model", vlm.vlm, _of_vlm, parts=vlm, of=config)
+        option = "compose.vlm" if config.model is None else "model"
+        return _found(option, str(vlm.vlm), _of_vlm, parts=vlm, of=config)
     if config.model is not None:
         return _found("model", config.model, PanoramaConfig.from_pretrained, **config.options)
     parts, halves = config.compose, {}
