@@ -452,7 +452,7 @@ def test_places_are_exported_or_the_value_that_is_wrong_is_named(examples, recor
 # The pipeline
 
 
-@few(60, 3000)
+@few(60, 1000)
 def test_the_pipeline_answers_or_names_the_value_that_is_wrong(make, panoramas, examples, record_property):
     """One absurd argument at a time: "12" were two directions, 1.5 was to look twice, NaN tokens had no end."""
     model, processor = make()
@@ -479,8 +479,8 @@ def test_the_pipeline_answers_or_names_the_value_that_is_wrong(make, panoramas, 
 
     def check(case):
         name, value = case
-        is_many = isinstance(value, int | float) and 100 < value < 10**300
-        assume(name != "max_new_tokens" or not is_many and value != 1e308)  # it would say so many
+        is_many = isinstance(value, int | float) and 100 < value < math.inf
+        assume(name != "max_new_tokens" or not is_many)  # it would say so many
         try:
             with limited(case), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -488,4 +488,4 @@ def test_the_pipeline_answers_or_names_the_value_that_is_wrong(make, panoramas, 
         except ValueError as error:
             assert name.strip() in str(error), f"{case}: {error}"
 
-    holds(check, st.tuples(st.sampled_from(sorted(verbs)), absurd), examples, record_property)
+    holds(check, st.tuples(st.sampled_from(sorted(verbs)), absurd | ABSURD | JSON), examples, record_property)
