@@ -83,6 +83,7 @@ def test_one_seed_gives_the_same_weights_on_what_stands_for_another_machine(tmp_
         shutil.copytree(ROOT, place / "panorama_vlm", ignore=shutil.ignore_patterns(".*", "build", "*.safetensors"))
         variables |= {"HOME": str(home), "HF_HOME": str(home / "hf"), "TMPDIR": str(home), "PYTHONPATH": str(place)}
         asked = command(processes, "tiny.yaml", "--output", tmp_path / name / "run", "--num_workers", workers)
+        asked += ["--validation_share", "0.2"]  # what it keeps followed from the folder of the data
         asked.insert(1, "-P")
         environment = {**ENVIRONMENT, "PYTHONCOERCECLOCALE": "0", **variables}
         done = subprocess.run(asked, capture_output=True, text=True, env=environment, cwd=home, umask=umask)
