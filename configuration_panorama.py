@@ -559,7 +559,7 @@ class PanoramaConfig(PretrainedConfig):
                 "falling back to sequential VICReg mode",
                 stacklevel=3,
             )
-        if expected is not None and expected < 2:
+        if expected is not None and expected < 2 and self.vicreg_loss_weight > 0:
             warnings.warn(
                 f"VICReg requires at least 2 views, vision_stage_expected_views is {expected}: "
                 "stage 'vision' cannot train with it",
@@ -571,9 +571,7 @@ class PanoramaConfig(PretrainedConfig):
                 "use_vicreg_projector is False",
                 stacklevel=3,
             )
-        if self.vicreg_loss_weight == 0.0:
-            warnings.warn("vicreg_loss_weight is 0.0: vision stage training will have no effect", stacklevel=3)
-        if problem := self.overlap_problem:
+        if self.vicreg_loss_weight > 0 and (problem := self.overlap_problem):
             warnings.warn(f"stage 'vision' cannot train: {problem}", stacklevel=3)
 
     @property

@@ -18,14 +18,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .geometry_panorama import View, ViewPlan, camera_rotation, yaw_rotation
-from .places_panorama import BFoV, NamedPlace, draw_bfov, wrap
+from .geometry_panorama import MAX_IMAGE_SIZE, View, ViewPlan, camera_rotation, yaw_rotation
+from .options_panorama import check_number, check_text, check_whole
+from .places_panorama import BFoV, NamedPlace, check_bfov, draw_bfov, wrap
 from .reading_panorama import Layout, read_panorama
 from .sampling_panorama import erp_to_views
 
 EARTH_RADIUS = 6_371_008.8  # metres, the mean of WGS 84 (IUGG)
+_FARTHEST = math.pi * EARTH_RADIUS
 COLOURS = ("red", "lime", "dodgerblue", "yellow", "magenta", "cyan", "orange", "white")
 WIDEST = 120.0  # degrees of a perspective view around a place: beyond it the edges are stretched fourfold
+_WIDEST_PICTURE = 2**16  # pixels
 _ON_AN_EDGE = 33  # directions along an edge of a place
 _LONGEST = 60  # characters of a label in a picture or in the name of a file
 
@@ -33,8 +36,23 @@ Places = Sequence[NamedPlace] | Sequence[BFoV]
 
 
 def named(places: Places) -> list[NamedPlace]:
-    """Places with a name each, empty where they have none."""
-    return [place if isinstance(place, NamedPlace) else NamedPlace("", place) for place in places]
+    """Places with a name each, empty where they have none.
+
+    Raises:
+        ValueError: for what is no list of places, no place on the sphere (:func:`check_bfov`), a label that is no text,
+            or a score that is no number.
+    """
+    if isinstance(places, str | bytes | BFoV | NamedPlace) or not isinstance(places, Sequence):
+        raise ValueError(f"places must be a list of NamedPlace or BFoV, got {places!r}")
+    found = [place if isinstance(place, NamedPlace) else NamedPlace("", place) for place in places]
+    return [
+        NamedPlace(
+            check_text("the label of a place", each.label),
+            check_bfov(each.place),
+            None if each.score is None else check_number("the score of a place", each.score, 0.9, -math.inf),
+        )
+        for each in found
+    ]
 
 
 def shown(places: Places, layout: Layout) -> list[NamedPlace]:
@@ -81,6 +99,7 @@ def to_pannellum(places: Places, layout: Layout, panorama: str = "") -> dict[str
         ValueError: for a file that is not equirectangular.
     """
     _require_equirectangular(layout, "Pannellum")
+    check_text("panorama", panorama)
     full_height, full_width = layout.full
     middle = ((layout.left + layout.width / 2) / full_width - 0.5) * 360
     # It pitches the picture and then rolls it, about the picture's own front, where Photo Sphere data mean the opposite
@@ -132,6 +151,7 @@ def to_photo_sphere_viewer(places: Places, layout: Layout, panorama: str = "") -
         ValueError: for a file that is not equirectangular.
     """
     _require_equirectangular(layout, "Photo Sphere Viewer")
+    check_text("panorama", panorama)
     north = layout.heading or 0.0
     data = {
         "isEquirectangular": True,
@@ -188,16 +208,27 @@ def to_geojson(
         place that goes all around, which stays a point.
 
     Raises:
-        ValueError: where position or heading are not known.
+        ValueError: where position or heading are not known or not possible.
     """
-    position = position or layout.position
-    front = layout.bearing(0.0) if heading is None else heading
+    check_text("panorama", panorama)
+    position = layout.position if position is None else position
+    front = layout.bearing(0.0) if heading is None else check_number("heading", heading, 90.0, -math.inf)
+    if reach is not None and check_number("reach", reach, 50.0) > _FARTHEST:
+        raise ValueError(
+            f"reach must be at most {_FARTHEST:.0f}, half around the Earth, got {reach}. Typical value: 50.0"
+        )
     if position is None or front is None:
         missing = " and ".join(word for word, value in (("position", position), ("heading", front)) if value is None)
         raise ValueError(f"GeoJSON needs the camera's position and heading; the file says no {missing}: hand it over")
-    latitude, longitude = position
-    if not (abs(latitude) <= 90 and abs(longitude) <= 180):
-        raise ValueError(f"a position must be (latitude, longitude) in degrees, got {position}. Typical: (52.5, 13.4)")
+    try:
+        latitude, longitude = (check_number("a part of it", value, 0, -math.inf) for value in position)
+        is_position = abs(latitude) <= 90 and abs(longitude) <= 180
+    except (ValueError, TypeError):
+        is_position = False
+    if not is_position:
+        raise ValueError(
+            f"a position must be (latitude, longitude) in degrees, got {position!r}. Typical: (52.5, 13.4)"
+        )
     features = []
     for each in shown(places, layout):
         place = each.place
@@ -308,9 +339,16 @@ def whole_sphere(panorama: Any, width: int | None = None, **options: Any) -> Ima
 
     Args:
         panorama: see :func:`read_panorama`.
-        width: of the picture in pixels, even; that of what was read where it is not given.
+        width: of the picture in pixels, even, at most 65,536; that of what was read where it is not given.
         options: of :func:`read_panorama`.
+
+    Raises:
+        ValueError: for another width, and as :func:`read_panorama`.
     """
+    if width is not None:
+        width = check_whole("width", width, 2048, least=2)
+        if width % 2 or width > _WIDEST_PICTURE:
+            raise ValueError(f"width must be even and at most {_WIDEST_PICTURE}, got {width}. Typical value: 2048")
     pixels = read_panorama(panorama, width or math.inf, **options).pixels
     pixels = pixels if pixels.dtype == torch.uint8 else (pixels * 255).round().to(torch.uint8)
     picture = Image.fromarray(pixels.cpu().numpy())
@@ -334,12 +372,17 @@ def crop_place(picture: Image.Image, place: BFoV, size: int = 512, margin: float
     Args:
         picture: :func:`whole_sphere`.
         place: in its middle.
-        size: side in pixels.
+        size: side in pixels, at most 8192.
         margin: how much more is shown than the place, from 1.
+
+    Raises:
+        ValueError: for another size or margin, and for what is no place on the sphere.
     """
+    if check_whole("size", size, 512) > MAX_IMAGE_SIZE:
+        raise ValueError(f"size must be at most {MAX_IMAGE_SIZE}, got {size}. Typical value: 512")
     pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     view = view_around(place, margin)
-    (cut,) = erp_to_views(pixels, ViewPlan((view,)), size)  # [3, size, size]
+    (cut,) = erp_to_views(pixels, ViewPlan((view,)), int(size))  # [3, size, size]
     return Image.fromarray(cut.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
@@ -350,7 +393,13 @@ def view_around(place: BFoV, margin: float = 1.2, narrowest: float = 1.0, widest
         place: to look at.
         margin: how much wider than the place the view is, by the tangents of half their angles.
         narrowest, widest: the least and the most degrees of its field of view; of a larger place it shows the middle.
+
+    Raises:
+        ValueError: for what is no place on the sphere, or a number out of its range.
     """
+    place, margin = check_bfov(place), check_number("margin", margin, 1.2, least=1)
+    if not 0 < check_number("narrowest", narrowest, 1.0) <= check_number("widest", widest, WIDEST) < 180:
+        raise ValueError(f"narrowest and widest must be in (0, 180) in this order, got {narrowest} and {widest}")
     low, high = place.edges
     half = min(place.x_fov, 360.0) / 2
     across, up = np.linspace(-half, half, _ON_AN_EDGE), np.linspace(low, high, _ON_AN_EDGE)
@@ -372,4 +421,4 @@ def _one_line(label: str) -> str:
 
 def file_stem(label: str) -> str:
     """A label as the name of a file: letters, digits and hyphens alone, so that it names no other folder."""
-    return re.sub(r"[^\w]+", "-", label).strip("-_")[:_LONGEST] or "place"
+    return re.sub(r"[^\w]+", "-", check_text("a label", label)).strip("-_")[:_LONGEST] or "place"

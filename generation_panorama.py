@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.generation import (
 from transformers.masking_utils import create_masks_for_generate
 
 from .geometry_panorama import view_words
+from .options_panorama import check_number, check_whole
 from .outputs_panorama import CACHE, GenerationOutput, take_cache
 
 TEMPERATURE_RANGE = (0.1, 1.0)
@@ -316,10 +318,10 @@ def _check_arguments(tensors: dict[str, Any], kwargs: dict[str, Any]) -> None:
     for name, value in tensors.items():
         if value is not None and not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    max_new_tokens = kwargs.get("max_new_tokens")
-    if max_new_tokens is not None and max_new_tokens <= 0:
-        raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}. Typical value: 128")
+    if kwargs.get("max_new_tokens") is not None:
+        kwargs["max_new_tokens"] = check_whole("max_new_tokens", kwargs["max_new_tokens"], 128)
     if kwargs.get("temperature") is not None:
+        check_number("temperature", kwargs["temperature"], 1.0, least=-math.inf)
         low, high = TEMPERATURE_RANGE
         clamped = min(max(kwargs["temperature"], low), high)
         if clamped != kwargs["temperature"]:

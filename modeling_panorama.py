@@ -851,7 +851,7 @@ class PanoramaVLM(PanoramaGenerationMixin, StagesMixin, PanoramaPreTrainedModel)
     @classmethod
     def from_vlm_pretrained(
         cls,
-        vlm: str | PreTrainedModel,
+        vlm: str | os.PathLike[str] | PreTrainedModel,
         processor: Any = None,
         vlm_kwargs: dict[str, Any] | None = None,
         **options: Any,

@@ -23,7 +23,11 @@ def check_number(name: str, value: Any, typical: float, least: float | None = No
     Raises:
         ValueError: for what is none; the option, the value and what is allowed are named.
     """
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+    try:
+        is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        is_number = False
+    if not is_number:
         raise ValueError(f"{name} must be a finite number, got {value!r}. Typical value: {typical}")
     number = int(value) if isinstance(value, Integral) else float(value)
     if not (number > 0 if least is None else number >= least):

@@ -77,10 +77,15 @@ class OverlapLoss:
 
     Args:
         config: of the model.
+
+    Attributes:
+        checks_finite: whether features that are not finite are an error (else the loss is not finite, either). A
+            trainer on several processes wants the second: one that raises leaves the others waiting for it.
     """
 
     def __init__(self, config: PanoramaConfig):
         self.config = config
+        self.checks_finite = True
         self.plan, self.grid = config.view_plan, config.token_grid
 
     def match(
@@ -146,11 +151,11 @@ class OverlapLoss:
 
         Raises:
             ValueError: for fewer than two views, or views that have no token in common.
-            FloatingPointError: for features that are not finite.
+            FloatingPointError: for features that are not finite, unless `checks_finite` is false.
         """
         if features.shape[1] < 2:
             raise ValueError(f"VICReg requires at least 2 views, got {features.shape[1]}")
-        if not torch.compiler.is_compiling():
+        if self.checks_finite and not torch.compiler.is_compiling():
             check_finite(features, "the features of stage 'vision'")
         matched = self.match(features, view_mask=view_mask)
         if not matched and self.joins_processes:  # the other processes have something, and wait for this one

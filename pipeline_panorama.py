@@ -6,6 +6,7 @@ installed; `PanoramaPipeline(model, processor=processor)` does where it is.
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import threading
@@ -33,7 +34,7 @@ from .exports_panorama import (
     whole_sphere,
 )
 from .image_processing_panorama import READ_OPTIONS, join_views
-from .options_panorama import check_option_names
+from .options_panorama import check_number, check_option_names, check_text, check_whole
 from .places_panorama import SECTORS, NamedPlace, read_places, wrap
 from .processing_panorama import split_steps
 from .reading_panorama import Layout, layout_of
@@ -50,6 +51,7 @@ EXPORTS = ("pannellum", "photo_sphere_viewer", "geojson", "coco", "drawing", "cr
 _MOST_TOKENS = 256  # of an answer, where nothing else is said
 _CLOSER = (30.0, 60.0)  # degrees of the views that look twice; training shows such
 _MOST_VIEWS = 4  # of these
+_MOST_DIRECTIONS = 360
 _LONGEST_NAME = 2048  # characters of a path or an address: what is longer is base64
 _PITCHES = range(-85, 90, 10)  # in which a direction may be seen
 
@@ -98,11 +100,22 @@ class PanoramaPipeline(Pipeline):
     _load_video_processor = False
 
     def __init__(self, *args: Any, prompts: dict[str, str] | None = None, **kwargs: Any):
-        check_option_names(prompts or {}, PROMPTS, "the prompts of a pipeline")
+        prompts = {} if prompts is None else prompts
+        if not isinstance(prompts, dict):
+            raise ValueError(f"prompts must be a dict of texts, got {prompts!r}")
+        check_option_names(map(str, prompts), PROMPTS, "the prompts of a pipeline")
+        for verb, words in prompts.items():
+            try:
+                check_text(f"prompts[{verb!r}]", words).format(what="", all="")
+            except (KeyError, IndexError, AttributeError, ValueError) as error:
+                raise ValueError(
+                    f"prompts[{verb!r}] must be a text with {{what}} or {{all}} in it, and other braces doubled, got "
+                    f"{words!r}"
+                ) from error
         super().__init__(*args, **kwargs)
         if self.processor is None:
             raise ValueError("PanoramaPipeline needs the processor of its model: hand it over as processor=")
-        self.prompts = {**PROMPTS, **(prompts or {})}
+        self.prompts = {**PROMPTS, **prompts}
 
     # Asking
 
@@ -134,6 +147,7 @@ class PanoramaPipeline(Pipeline):
             ValueError: for a panorama that cannot be read, and for as many questions as there are not panoramas.
         """
         inputs = _paired(inputs, question)
+        _check_look_twice(look_twice)
         if isinstance(inputs, list) and not inputs:
             return []
         if look_twice:
@@ -161,6 +175,7 @@ class PanoramaPipeline(Pipeline):
         """
         if stream:
             inputs = _paired(panorama, question)
+            _check_look_twice(look_twice)
             if _is_many(inputs):
                 raise ValueError("stream=True gives the pieces of one answer: ask one question about one panorama")
             return self._streamed(self._looking(inputs, look_twice, options) if look_twice else inputs, options)
@@ -200,12 +215,20 @@ class PanoramaPipeline(Pipeline):
 
         Returns:
             A list of :class:`Described`.
+
+        Raises:
+            ValueError: for what is no number of directions (at most 360), nor a list of angles.
         """
-        if isinstance(directions, int) and directions < 1:
-            raise ValueError(f"directions must be at least 1, got {directions}. Typical value: 8")
-        yaws = [360 / directions * n for n in range(directions)] if isinstance(directions, int) else list(directions)
-        yaws = [wrap(float(yaw)) for yaw in yaws]
-        words = prompt or self.prompts["describe"]
+        if isinstance(directions, np.ndarray | torch.Tensor):
+            directions = directions.tolist()
+        if isinstance(directions, Sequence) and not isinstance(directions, str | bytes):
+            yaws = [wrap(float(check_number("a direction", yaw, 90.0, -math.inf))) for yaw in directions]
+        else:
+            count = check_whole("directions", directions, 8)
+            if count > _MOST_DIRECTIONS:
+                raise ValueError(f"directions must be at most {_MOST_DIRECTIONS}, got {count}. Typical value: 8")
+            yaws = [wrap(360 / count * n) for n in range(count)]
+        words = self.prompts["describe"] if prompt is None else check_text("prompt", prompt)
 
         def asked(panorama: Any) -> tuple[list[Any], Reader]:
             layout = self.layout(panorama)
@@ -222,7 +245,7 @@ class PanoramaPipeline(Pipeline):
         return self._of_each(panorama, asked, options)
 
     def _places(self, panorama: Any, what: str | Sequence[str], verb: str, options: dict[str, Any]) -> Any:
-        wanted = [what] if isinstance(what, str) else list(what)
+        wanted = _texts("what", what)
 
         def read(said: list[Any]) -> list[NamedPlace]:
             cut = [name for name, answer in zip(wanted, said, strict=True) if answer["cut_off"]]
@@ -346,6 +369,7 @@ class PanoramaPipeline(Pipeline):
         """
         if to not in EXPORTS:
             raise ValueError(f"places can be exported to {', '.join(EXPORTS)}, got {to!r}")
+        check_text("name", name)
         if to in ("drawing", "crops"):
             own = {
                 name: getattr(self.processor.image_processor, name) for name in READ_OPTIONS if name != "strict_aspect"
@@ -385,7 +409,9 @@ class PanoramaPipeline(Pipeline):
     def _forward(self, prepared: dict[str, Any], **options: Any) -> dict[str, Any]:
         given = prepared["inputs"]
         inputs = self._joined(given) if isinstance(given, list) else given
-        options = {"do_sample": False, "max_new_tokens": _MOST_TOKENS, **options}
+        options = {"do_sample": False, **options}
+        if options.get("max_new_tokens") is None:
+            options["max_new_tokens"] = _MOST_TOKENS
         output = self.model.generate(
             **inputs, **options, return_dict_in_generate=True, tokenizer=self.processor.tokenizer
         )
@@ -466,6 +492,10 @@ def _each_of(inputs: Any) -> Iterable[Any]:
 
 def _paired(inputs: Any, question: str | Sequence[str] | None) -> Any:
     """Panoramas with their questions: one, a list, or what is read as it goes."""
+    if isinstance(question, Iterator) and not isinstance(inputs, list | tuple):  # both are read as they come
+        question = (check_text("question", each) for each in question)
+    elif question is not None and not isinstance(question, str):
+        question = _texts("question", question)
     if _is_chat(inputs):
         if question is not None:
             raise ValueError("a chat holds its question: leave question out, or hand over a panorama")
@@ -487,6 +517,20 @@ def _paired(inputs: Any, question: str | Sequence[str] | None) -> Any:
         both = zip(_each_of(inputs), question, strict=True)
         pairs = ({"panorama": panorama, "question": words} for panorama, words in both)
     return list(pairs) if isinstance(inputs, list | tuple) else pairs
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    """One text, or several. Raises `ValueError` for what is neither."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, bytes) or not isinstance(value, Iterable) or isinstance(value, dict):
+        raise ValueError(f"{name} must be a text or a list of texts, got {value!r}")
+    return [check_text(name, each) for each in value]
+
+
+def _check_look_twice(what: Any) -> None:
+    if not isinstance(what, bool | str):
+        raise ValueError(f"look_twice must be true, false, or what to look for in words, got {what!r}")
 
 
 def _chat(parts: list[Message]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .geometry_panorama import ray_angles
+from .options_panorama import check_number
 
 SECTORS = ("front", "front-right", "right", "back-right", "back", "back-left", "left", "front-left")
 _SECTOR = re.compile(r"\b(?:(front|back)([-_ ]?)(left|right)|front|back|left|right)\b", re.IGNORECASE)
@@ -80,9 +81,10 @@ def check_bfov(values: Sequence[float]) -> BFoV:
         ValueError: for other than four finite numbers, a pitch outside [-90, 90], or extents outside (0, 360] and
             (0, 180].
     """
-    if len(values) != 4 or not all(math.isfinite(value) for value in values):
-        raise ValueError(f"a place must be [yaw, pitch, x_fov, y_fov] in degrees, got {list(values)}")
-    yaw, pitch, x_fov, y_fov = (float(value) for value in values)
+    try:
+        yaw, pitch, x_fov, y_fov = (float(check_number("a part of it", value, 0, -math.inf)) for value in values)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"a place must be [yaw, pitch, x_fov, y_fov] in degrees, got {values!r}") from error
     if not (-90 <= pitch <= 90 and 0 < x_fov <= 360 and 0 < y_fov <= 180):
         raise ValueError(
             f"pitch must be in [-90, 90], x_fov in (0, 360] and y_fov in (0, 180] degrees, got {list(values)}"
@@ -180,7 +182,11 @@ def draw_bfov(
         colour: of the line, as Pillow names it.
         label: words beside it.
         width: of the line in pixels; a three-hundredth of the image where it is not given.
+
+    Raises:
+        ValueError: for what is no place on the sphere (:func:`check_bfov`).
     """
+    place = check_bfov(place)
     drawn = panorama.convert("RGB")
     pen = ImageDraw.Draw(drawn)
     columns, rows = drawn.size

@@ -42,13 +42,16 @@ from transformers import AutoConfig, AutoTokenizer
 from .configuration_panorama import IMAGE_TOKEN, PanoramaConfig
 from .language_loss_panorama import CHUNK_BYTES, summed_cross_entropy
 from .modeling_panorama import PanoramaVLM
+from .options_panorama import check_number, check_one_of, check_whole
 from .tokens_panorama import forget_constants
-from .train.build import bytes_tokenizer, checkpoint_activations
-from .train.config import StageConfig, TrainConfig, load_config
+from .train.build import bytes_tokenizer, checkpoint_activations, part_config, starting_vlm
+from .train.config import ComposeConfig, StageConfig, TrainConfig, load_config
 from .train.optimizers import make_optimizer, parameter_groups
+from .vlm_panorama import vlm_config, vlm_options, vlm_source
 
 GIB = 2**30
 USABLE = 0.9  # of a GPU's memory: the rest is the context and what lies between tensors
+LARGEST, LARGEST_BATCH = 2**20, 2**12  # tokens of text and samples of a micro-batch
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,6 +66,12 @@ class Text:
 
     tokens: int = 128
     answer: int = 64
+
+    def __post_init__(self) -> None:
+        self.tokens = check_whole("tokens of text", self.tokens, 128)
+        self.answer = check_whole("tokens of an answer", self.answer, 64, least=0)
+        if self.answer > self.tokens:
+            raise ValueError(f"tokens of an answer must be at most those of the text, {self.tokens}, got {self.answer}")
 
 
 @dataclass
@@ -123,8 +132,19 @@ def plan_run(
         ValueError: for a model, tower or language model whose configuration cannot be found, or options that do
             not fit.
     """
+    text = text or Text()
+    check_one_of("precision", precision, list(PRECISIONS))
+    if gpu_memory is not None and check_number("gpu_memory", gpu_memory, 24) > LARGEST:
+        raise ValueError(f"gpu_memory must be at most {LARGEST} GiB, got {gpu_memory}. Typical value: 24")
+    for stage in config.stages:
+        size = config.stage_config(stage).batch_size
+        if size * text.tokens > LARGEST or size > LARGEST_BATCH:
+            raise ValueError(
+                f"a micro-batch of {size} samples of {text.tokens} tokens of text ({stage}.batch_size) is none for one "
+                f"GPU: at most {LARGEST_BATCH} samples and {LARGEST} tokens are planned"
+            )
     model_config = panorama_config(config)
-    return [plan_stage(model_config, config, stage, text or Text(), precision, gpu_memory) for stage in config.stages]
+    return [plan_stage(model_config, config, stage, text, precision, gpu_memory) for stage in config.stages]
 
 
 def plan_stage(
@@ -363,6 +383,9 @@ def panorama_config(config: TrainConfig) -> PanoramaConfig:
     Raises:
         ValueError: for one that cannot be found; what to name is said.
     """
+    if (vlm := starting_vlm(config, None)) is not None:
+        option = "compose.vlm" if config.model is None else "model"
+        return _found(option, str(vlm.vlm), _of_vlm, parts=vlm, of=config)
     if config.model is not None:
         return _found("model", config.model, PanoramaConfig.from_pretrained, **config.options)
     parts, halves = config.compose, {}
@@ -372,7 +395,7 @@ def panorama_config(config: TrainConfig) -> PanoramaConfig:
         if isinstance(of_which, str):
             halves[name] = _found(f"compose.{name}", of_which, AutoConfig.from_pretrained, **kwargs)
         else:
-            halves[name] = AutoConfig.for_model(**of_which)
+            halves[name] = part_config(f"compose.{name}", of_which)
     text_config = halves["language"].get_text_config()
     rows = _words(config)
     if isinstance(parts.language, dict) and "vocab_size" not in parts.language:
@@ -382,6 +405,15 @@ def panorama_config(config: TrainConfig) -> PanoramaConfig:
     elif rows is not None:  # a row for <image>, where there is none
         text_config.vocab_size = max(text_config.vocab_size, rows)
     return PanoramaConfig(halves["vision"], text_config, **{"image_token_id": 0, **config.options})
+
+
+def _of_vlm(name: str, parts: ComposeConfig, of: TrainConfig) -> PanoramaConfig:
+    """The configuration of a model that is made from a vision-language model."""
+    source, theirs = vlm_source(name, None, parts.vlm_kwargs), vlm_config(name, parts.vlm_kwargs)
+    options = vlm_options(name, theirs, source, of.options)
+    text = options["text_config"]
+    text.vocab_size = max(text.vocab_size, 1 + max(options["image_token_id"], *options["silent_token_ids"], 0))
+    return PanoramaConfig(**options)
 
 
 def _words(config: TrainConfig) -> int | None:
@@ -484,8 +516,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"--answer-tokens must be positive and less than --text-tokens, got {given.answer_tokens} of "
                 f"{given.text_tokens}"
             )
-        if given.gpu_memory is not None and given.gpu_memory <= 0:
-            raise ValueError(f"--gpu-memory must be positive, got {given.gpu_memory}. Typical value: 24")
         is_folder = Path(given.config).is_dir()
         start = ["--model", given.config, "--data", "."] if is_folder else [given.config]
         config = load_config([*start, *options])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 from torch import nn
@@ -101,6 +102,12 @@ class StagesMixin:
         labels_alone = self.label_head is not None and self.config.vicreg_loss_weight == 0
         if stage == "vision" and not labels_alone and (problem := self.config.overlap_problem):
             raise ValueError(f"stage 'vision' cannot train: {problem}")
+        if stage == "vision" and self.label_head is None and self.config.vicreg_loss_weight == 0:
+            warnings.warn(
+                f"vicreg_loss_weight is {self.config.vicreg_loss_weight} and no token labels are taught: vision stage "
+                "training will have no effect",
+                stacklevel=2,
+            )
         bare = next(self.model.resampler.parameters(), None) is None
         if stage == "vision" and self.config.vision_trainable_blocks == 0 and bare:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -316,12 +317,21 @@ _TAKE = (
 def family_of(config: PretrainedConfig) -> Family:
     """How a vision-language model is taken apart. Raises `ValueError` for one that cannot be, and says why."""
     kind = config.model_type
-    if kind not in FAMILIES:
-        reason = REFUSED.get(kind, "is not known here")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        reason = REFUSED.get(kind, "is not known here") if isinstance(kind, str) else "is not known here"
         raise ValueError(
             f"a vision-language model of type {kind!r} {reason}. " + _TAKE.format(known=", ".join(sorted(FAMILIES)))
         )
     return FAMILIES[kind]
+
+
+def named_vlm(vlm: Any) -> str | PreTrainedModel:
+    """A vision-language model, or its name; folders may be paths. Raises `ValueError` for what is neither."""
+    if isinstance(vlm, PreTrainedModel):
+        return vlm
+    if not isinstance(vlm, str | os.PathLike) or not str(vlm):
+        raise ValueError(f"vlm must be a Hub id, a folder, or a model of transformers, got {vlm!r}")
+    return os.fspath(vlm)
 
 
 def vlm_source(vlm: str | PreTrainedModel, processor: Any, vlm_kwargs: Mapping[str, Any] | None) -> Source:
@@ -364,7 +374,12 @@ def vlm_options(vlm: str | PreTrainedModel, config: Any, source: Source, options
         ValueError: for a family that cannot be taken apart, and options that are its own.
     """
     family = family_of(config)
-    own = family.options(config)
+    try:
+        own = family.options(config)
+    except (AttributeError, TypeError, ArithmeticError) as error:
+        raise ValueError(
+            f"the configuration of type {config.model_type!r} is not one of its family: {error}"
+        ) from error
     if wrong := sorted(name for name in own if name in options and options[name] != own[name]):
         raise ValueError(f"{', '.join(wrong)} cannot be chosen: a model of type {config.model_type!r} has its own")
     vision, text = copy.deepcopy(config.vision_config), copy.deepcopy(config.get_text_config())
@@ -397,10 +412,14 @@ def vlm_options(vlm: str | PreTrainedModel, config: Any, source: Source, options
 
 
 def vlm_parts(
-    vlm: str | PreTrainedModel, processor: Any, vlm_kwargs: Mapping[str, Any] | None, options: Options
+    vlm: str | os.PathLike[str] | PreTrainedModel,
+    processor: Any,
+    vlm_kwargs: Mapping[str, Any] | None,
+    options: Options,
 ) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, torch.Tensor], Options]:
     """The tower, the language model with its head, the weights of the projection, and the options of their
     :class:`PanoramaConfig`; see :meth:`PanoramaVLM.from_vlm_pretrained`."""
+    vlm = named_vlm(vlm)
     config = vlm_config(vlm, vlm_kwargs)
     options = vlm_options(vlm, config, vlm_source(vlm, processor, vlm_kwargs), options)
     family = family_of(config)
@@ -494,10 +513,14 @@ def load_projection(projection: nn.Module, weights: Mapping[str, torch.Tensor]) 
 
 
 def vlm_reading(
-    vlm: str | PreTrainedModel, processor: Any, vlm_kwargs: Mapping[str, Any] | None, options: Options
+    vlm: str | os.PathLike[str] | PreTrainedModel,
+    processor: Any,
+    vlm_kwargs: Mapping[str, Any] | None,
+    options: Options,
 ) -> tuple[Source, PanoramaConfig, str]:
     """For the processor of a model made from a vision-language model: what its own processor has, the configuration of
     the model, and what its chat template writes for an image."""
+    vlm = named_vlm(vlm)
     source = vlm_source(vlm, processor, vlm_kwargs)
     config = vlm_config(vlm, vlm_kwargs)
     made = PanoramaConfig(**vlm_options(vlm, config, source, options))

@@ -92,8 +92,9 @@ def _places(opened: OpenedSource, source: int) -> np.ndarray:
 
 
 def _held_out(panoramas: np.ndarray, seed: int, share: float) -> np.ndarray:
-    """The panoramas that are kept for validation."""
-    distinct = np.unique(panoramas[panoramas != _NONE])
+    """The panoramas that are kept for validation: by the order in which rows name them, wherever their files lie."""
+    named = panoramas[panoramas != _NONE]
+    distinct = named[np.sort(np.unique(named, return_index=True)[1])]
     count = max(1, round(share * len(distinct)))
     if count >= len(distinct):
         raise ValueError(

@@ -36,6 +36,7 @@ except ImportError as error:
 from ..exports_panorama import whole_sphere
 from ..image_processing_panorama import READ_OPTIONS
 from ..modeling_panorama import PanoramaVLM
+from ..options_panorama import check_whole
 from ..pictures import draw_saliency, draw_views, saliency, to_image
 from ..pipeline_panorama import PanoramaPipeline
 from ..places_panorama import check_bfov, read_places
@@ -94,14 +95,23 @@ def read_samples(folder: Path) -> list[Sample]:
     """The panoramas that `metadata.jsonl` of a folder names, with what its conversations or its `query` ask.
 
     Raises:
-        ValueError, OSError: where there is none.
+        ValueError: for a line that is none or names a file outside the folder (its number is named), and for no line.
+        OSError: where there is no `metadata.jsonl`.
     """
     questions: dict[Path, list[str]] = {}
-    for line in (folder / METADATA).read_text("utf-8").splitlines():
-        row = json.loads(line)
-        turns = [turn["value"] for turn in row.get("conversations", ()) if turn["from"] == "human"]
-        asked = [words.replace("<image>", "").strip() for words in turns or [row.get("query", "")]]
-        questions.setdefault(folder / row["file_name"], []).extend(filter(None, asked))
+    for number, line in enumerate((folder / METADATA).read_text("utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            turns = [turn["value"] for turn in row.get("conversations") or () if turn["from"] == "human"]
+            asked = [words.replace("<image>", "").strip() for words in turns or [row.get("query") or ""]]
+            file = folder / row["file_name"]
+            if not Path(os.path.normpath(file)).is_relative_to(os.path.normpath(folder)):  # links are the owner's
+                raise ValueError(f"{row['file_name']!r} lies outside the folder")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+            raise ValueError(
+                f"line {number} of {str(folder / METADATA)!r} is no JSON object with file_name and query: {error}"
+            ) from error
+        questions.setdefault(file, []).extend(filter(None, asked))
     if not questions:
         raise ValueError(f"{str(folder / METADATA)!r} has no line: each is a JSON object with file_name and query")
     return [Sample(file, tuple(words[:_SHOWN])) for file, words in questions.items()]
@@ -126,7 +136,7 @@ class Page:
         max_new_tokens: int = 256,
     ):
         self.pipeline, self.samples, self.title, self.about = pipeline, samples, title, about
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = check_whole("max_new_tokens", max_new_tokens, 256)
         self.answering: dict[str, threading.Event] = {}  # of a session: set to stop its answer
 
     # Showing

@@ -55,21 +55,23 @@ def pytest_configure(config):
 
 def pytest_terminal_summary(terminalreporter, config):
     """After `make soak` one table: a test says itself what it tried, in `record_property("soak", (kind of fault, how
-    many, what was lost, the longest in seconds))`, or its name and how long it took say it."""
+    many, what was lost, the longest in seconds))`, or its name and how long it took say it, and how many in
+    `record_property("tried", ...)`. What failed, broke, or did not run is there, too."""
     if config.option.markexpr != "soak":
         return
     terminalreporter.section("what was tried, and what it cost")
     terminalreporter.write_line("| kind | tried | lost | longest, s |\n|---|--:|---|--:|")
-    for outcome in ("passed", "failed"):
+    for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
+            said = dict(report.user_properties)
             title, _, parameter = report.nodeid.rpartition("::")[2].partition("[")
-            examples = parameter.rstrip("]")
-            words = title.removeprefix("test_").replace("_", " ") + (f" ({examples})" if examples else "")
-            if examples.isdigit():
-                words, examples = title.removeprefix("test_").replace("_", " "), int(examples)
-            known = (words, examples if isinstance(examples, int) else 1, "nothing", report.duration)
-            kind, tried, lost, seconds = dict(report.user_properties).get("soak", known)
-            lost = lost if outcome == "passed" else "**FAILED**"
+            words = title.removeprefix("test_").replace("_", " ")
+            if parameter and "tried" not in said:
+                words += f" ({parameter.rstrip(']')})"
+            known = (words, said.get("tried", 1), "nothing", said.get("longest", report.duration))
+            kind, tried, lost, seconds = said.get("soak", known)
+            if outcome != "passed":
+                lost = "not tried" if outcome == "skipped" else "**FAILED**"
             terminalreporter.write_line(f"| {kind} | {tried:,} | {lost} | {seconds:.1f} |")
 
 

@@ -96,7 +96,7 @@ def test_things_are_pointed_at_and_their_places_saved(folder, tmp_path, capsys, 
         (["--describe", "--save", "a.geojson"], "--describe finds no places"),
         (["--point", "cat", "--save", "a.csv"], "names that end in .pannellum.json"),
         (["--point", "cat", "--save", "a.geojson"], "no position and heading: hand it over"),
-        (["--describe", "0"], "directions must be at least 1, got 0"),
+        (["--describe", "0"], "directions must be positive, got 0"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(folder, capsys, arguments, message):

@@ -52,7 +52,6 @@ def test_what_is_wrong_is_found_on_construction(options, message):
     ("options", "message"),
     [
         ({"vision_stage_expected_views": 1}, "VICReg requires at least 2 views"),
-        ({"vicreg_loss_weight": 0.0}, "vision stage training will have no effect"),
         ({"vicreg_projector_dim": 48}, "vicreg_projector_dim=48 has no effect"),
         ({"view_strategy": "resize", "use_anyres_e2p_vicreg": True}, "falling back to sequential VICReg mode"),
     ],
@@ -60,6 +59,19 @@ def test_what_is_wrong_is_found_on_construction(options, message):
 def test_what_is_doubtful_is_warned_of(options, message):
     with pytest.warns(UserWarning, match=message):
         PanoramaConfig(**options)
+
+
+def test_a_vision_stage_without_a_loss_is_warned_of_where_it_is_set_and_not_where_labels_are_taught(make, recwarn):
+    """The configuration said so of stages that teach labels, and of those that come later."""
+    model, _ = make(vicreg_loss_weight=0.0)
+    model.set_stage("resampler")
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="vicreg_loss_weight is 0.0 and no token labels are taught: vision stage"):
+        model.set_stage("vision")
+    model.add_label_head({"thing": 3})
+    model.set_stage("vision")
+    make(vicreg_loss_weight=0.0, view_strategy="cubemap")  # whose faces have nothing in common
+    assert not [w for w in recwarn if "vision" in str(w.message)]
 
 
 def test_tokens_too_coarse_for_what_tiles_own_are_warned_of_and_refused_where_none_is_left():

@@ -2,14 +2,16 @@
 
 import copy
 import json
+import math
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 from panorama_vlm import PanoramaProcessor, PanoramaVLM
 from panorama_vlm.tests.conftest import LANGUAGE, TOWER
-from panorama_vlm.train.convert import convert, main, read_old
+from panorama_vlm.train.convert import Report, _options, _settings, convert, main, read_old
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
@@ -332,3 +334,57 @@ def test_options_beside_the_checkpoint(old, tmp_path):
     (tmp_path / "model_config.json").write_text(json.dumps(settings))
     convert(path, tmp_path / "new")
     assert PanoramaVLM.from_pretrained(tmp_path / "new").config.view_strategy == "cubemap"
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path):
+    """Wrong bytes of a pickle ended in the errors of its reader: IndexError, struct.error, AssertionError, ..."""
+    state = {"model.weight": torch.ones(3, 4), "b": torch.ones(2)}
+    whole = {"state_dict": state, "hyper_parameters": {"lr": 1e-3, "sizes": [1, 2]}}
+    for archive in (True, False):
+        torch.save(whole, tmp_path / "whole", _use_new_zipfile_serialization=archive)
+        data, read = (tmp_path / "whole").read_bytes(), 0
+        for case in range(400):
+            rng = np.random.default_rng(case)
+            damaged, place = bytearray(data), int(rng.integers(len(data)))
+            match case % 4:
+                case 0:
+                    damaged[place] = rng.integers(256)
+                case 1:
+                    damaged = damaged[: max(1, place)]
+                case 2:
+                    del damaged[place : place + int(rng.integers(1, 9))]
+                case 3:
+                    damaged[place:place] = damaged[place : place + 9]
+            (tmp_path / "old.ckpt").write_bytes(damaged)
+            try:
+                read_old(tmp_path / "old.ckpt")
+                read += 1
+            except ValueError as error:
+                assert "old.ckpt" in str(error)
+        assert 0 < read < 400
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"state_dict": 5}, "state_dict of .*old.ckpt.* must be a dict, got a int"),
+        ({"state_dict": {"a": torch.ones(1)}, "hyper_parameters": [1]}, "hyper_parameters of .* must be a dict"),
+        ({"a": torch.ones(1), "datamodule_hyper_parameters": "x"}, "datamodule_hyper_parameters of .* must be a dict"),
+        ({3: torch.ones(1)}, "must have names, got 3"),
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_refused(content, words, tmp_path):
+    torch.save(content, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match=words):
+        read_old(tmp_path / "old.ckpt")
+
+
+def test_options_of_v1_of_the_wrong_kind_are_refused_by_name(tmp_path):
+    """An image_size of "22" was two pixels."""
+    for size in ("22", "224", 224.5, True, [224, None], -1, math.nan):
+        with pytest.raises(ValueError, match="image_size of v1.0 must be"):
+            _options({"image_size": size}, Report())
+    assert _options({"image_size": 224.0, "crop_strategy": ["e2p"]}, Report())["image_size"] == 224
+    (tmp_path / "model_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="model_config.json' must be a JSON file of v1.0's options, and holds a list"):
+        _settings({}, None, tmp_path / "old.ckpt")

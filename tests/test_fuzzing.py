@@ -8,18 +8,32 @@ import signal
 import struct
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from panorama_vlm import train as train_package
 from panorama_vlm.data.collators import ConversationCollator
 from panorama_vlm.data.samples import open_data
 from panorama_vlm.data.sources import DataSource
-from panorama_vlm.reading_panorama import _FORMATS, read_panorama
+from panorama_vlm.exports_panorama import (
+    crop_place,
+    draw_places,
+    named,
+    to_coco,
+    to_geojson,
+    to_pannellum,
+    to_photo_sphere_viewer,
+    whole_sphere,
+)
+from panorama_vlm.pipeline_panorama import PanoramaPipeline
+from panorama_vlm.places_panorama import BFoV, NamedPlace
+from panorama_vlm.reading_panorama import _FORMATS, Layout, layout_of, read_panorama
 from panorama_vlm.tests.properties import few, holds
 from panorama_vlm.tests.test_reading import crop_values, encoded, photo_sphere
 from panorama_vlm.train.config import load_config
@@ -191,17 +205,16 @@ NAMES = st.sampled_from(
 )
 
 
-@few(400, 20_000)
-def test_absurd_photo_sphere_data_give_a_panorama_or_an_error_that_names_the_file(examples):
+@few(500, 20_000)
+def test_absurd_photo_sphere_data_give_a_panorama_or_an_error_that_names_the_file(examples, record_property):
     picture = Image.new("RGB", (96, 48), "red")
     plausible = crop_values((96, 48), (48, 24), 10, 20)
 
     def check(case):
         changed, as_elements, kind = case
         xmp = photo_sphere(as_elements, **{**plausible, **changed})
-        if len(xmp) > 60_000:  # of a JPEG
-            return
-        source = encoded(picture, kind, xmp=xmp) if kind != "PNG" else encoded(picture, kind)
+        assert len(xmp) < 60_000  # of a JPEG
+        source = encoded(picture, kind, xmp=xmp)
         with limited(str(changed)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -212,9 +225,16 @@ def test_absurd_photo_sphere_data_give_a_panorama_or_an_error_that_names_the_fil
         assert 0 < panorama.pixels.shape[0] * panorama.pixels.shape[1] <= MAX_PIXELS
         assert panorama.rotation is None or np.isfinite(panorama.rotation).all()
         assert panorama.covered is None or all(map(math.isfinite, panorama.covered))
+        layout = layout_of(source, align_heading=True)
+        json.dumps(vars(layout), allow_nan=False)
 
     kinds = st.sampled_from(["JPEG", "WEBP", "TIFF"] + ["AVIF"] * ("AVIF" in Image.SAVE))
-    holds(check, st.tuples(st.dictionaries(NAMES, ABSURD, min_size=1, max_size=4), st.booleans(), kinds), examples)
+    holds(
+        check,
+        st.tuples(st.dictionaries(NAMES, ABSURD, min_size=1, max_size=4), st.booleans(), kinds),
+        examples,
+        record_property,
+    )
 
 
 # Rows, options, conversations
@@ -247,7 +267,7 @@ ROW = st.fixed_dictionaries(
 
 
 @few(30, 1500)
-def test_odd_rows_are_trained_on_or_skipped_with_their_reason(make, panoramas, tmp_path, examples):
+def test_odd_rows_are_trained_on_or_skipped_with_their_reason(make, panoramas, tmp_path, examples, record_property):
     model, processor = make()
     collate = ConversationCollator(processor)
     panoramas[0].resize((64, 32)).save(tmp_path / "a.jpg")
@@ -276,7 +296,7 @@ def test_odd_rows_are_trained_on_or_skipped_with_their_reason(make, panoramas, t
         assert all(each["reason"].strip() and each["source"] for each in skipped)
 
     noise = st.lists(st.text(max_size=20).filter(lambda text: text.strip()), max_size=2)
-    holds(check, st.tuples(st.lists(ROW, min_size=1, max_size=4), noise), examples)
+    holds(check, st.tuples(st.lists(ROW, min_size=1, max_size=4), noise), examples, record_property)
 
 
 OPTIONS = ["compose", "options", "data", "vision", "resampler", "finetune", "num_workers", "save_every", "seed"]
@@ -293,7 +313,7 @@ VALUES = ["", "-1", "nan", ".inf", "[", "{a: 1}", "!!python/object:os.system {}"
 
 
 @few(30, 1000)
-def test_odd_options_are_taken_or_refused_in_a_sentence(tmp_path, examples):
+def test_odd_options_are_taken_or_refused_in_a_sentence(tmp_path, examples, record_property):
     tiny = (Path(train_package.__file__).parent / "configs/tiny.yaml").read_text()
     path = tmp_path / "odd.yaml"
 
@@ -310,7 +330,7 @@ def test_odd_options_are_taken_or_refused_in_a_sentence(tmp_path, examples):
 
     typed = st.text(max_size=6) | st.sampled_from(["\t", "- ", ": ", "&a [*a]", "!!python/name:os.system", "${", "\0"])
     option = st.tuples(st.sampled_from(OPTIONS), st.sampled_from(VALUES))
-    holds(check, st.tuples(st.integers(0, len(tiny)), st.integers(0, 40), typed, option), examples)
+    holds(check, st.tuples(st.integers(0, len(tiny)), st.integers(0, 40), typed, option), examples, record_property)
 
 
 PART = st.fixed_dictionaries(
@@ -336,7 +356,7 @@ MESSAGE = st.fixed_dictionaries(
 
 
 @few(150, 3000)
-def test_odd_messages_are_rendered_or_refused(make, examples):
+def test_odd_messages_are_rendered_or_refused(make, examples, record_property):
     _, processor = make()
 
     def check(messages):
@@ -351,4 +371,121 @@ def test_odd_messages_are_rendered_or_refused(make, examples):
                 except (ValueError, TypeError, OSError, TemplateError) as error:
                     assert str(error).strip()
 
-    holds(check, st.lists(MESSAGE | JSON, max_size=3), examples)
+    holds(check, st.lists(MESSAGE | JSON, max_size=3), examples, record_property)
+
+
+# Places in the forms of others
+
+NUMBERS_OF_A_PLACE = st.tuples(st.floats(-720, 720), st.floats(-90, 90), st.floats(1, 360), st.floats(1, 180))
+PLACES = st.lists(
+    st.builds(NamedPlace, st.text(max_size=9), st.builds(lambda each: BFoV(*each), NUMBERS_OF_A_PLACE), st.none()),
+    max_size=3,
+)
+WRONG = [
+    None,
+    "x",
+    "",
+    math.nan,
+    math.inf,
+    -math.inf,
+    1e308,
+    10**400,
+    -(10**400),
+    True,
+    [],
+    {},
+    (1,),
+    "1",
+    b"\0",
+    -1e-9,
+]
+LAYOUTS = [
+    Layout(64, 32, (32, 64), position=(1.0, 2.0), heading=3.0),
+    Layout(32, 16, (32, 64), 4, 10, heading=20.0, position=(-90.0, 180.0)),
+    Layout(64, 32, (32, 64), pitch=3.0, roll=-2.0, heading=1.0, position=(89.9, 179.99)),
+]
+
+
+@few(200, 20_000)
+def test_places_are_exported_or_the_value_that_is_wrong_is_named(examples, record_property):
+    """One thing is absurd in half of the cases, wherever it stands; NaN reached the JSON of every form."""
+    picture = Image.new("RGB", (64, 32), "red")
+    forms = {
+        "pannellum": lambda places, layout, _: to_pannellum(places, layout),
+        "photo_sphere_viewer": lambda places, layout, _: to_photo_sphere_viewer(places, layout),
+        "geojson": lambda places, layout, options: to_geojson(places, layout, **options),
+        "coco": lambda places, layout, _: to_coco([("file", replace(layout, pitch=0.0, roll=0.0), places)]),
+        "drawing": lambda places, *_: draw_places(picture, places),
+        "crops": lambda places, _, options: [
+            crop_place(picture, each.place, **{"size": 8, **options}) for each in named(places)
+        ],
+        "sphere": lambda _, __, options: whole_sphere(picture, **{"width": 8, **options}),
+    }
+    takes = {"geojson": ["position", "heading", "reach"], "crops": ["size", "margin"], "sphere": ["width"]}
+
+    def check(case):
+        places, layout, form, spoils, where, wrong = case
+        options, names = {}, []
+        if spoils and form in takes and where % 2:
+            name = takes[form][where % len(takes[form])]
+            options, names = {name: wrong}, [name]
+        elif spoils and places:
+            each = places[where % len(places)]
+            parts = [each.place._replace(**{part: wrong}) for part in BFoV._fields]
+            bad = [*(each._replace(place=place) for place in parts), each._replace(label=wrong), wrong][where % 6]
+            places, names = [*places[:-1], bad], ["a place must be", "pitch must be in", "label of a place"]
+        with limited(case), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                made = forms[form](places, layout, options)
+            except ValueError as error:
+                assert any(name in str(error) for name in names), error
+                return
+        if isinstance(made, dict):
+            json.dumps(made, allow_nan=False)
+
+    case = st.tuples(PLACES, st.sampled_from(LAYOUTS), st.sampled_from(sorted(forms)), st.booleans())
+    cases = st.tuples(case, st.integers(0, 60), st.sampled_from(WRONG)).map(lambda each: (*each[0], *each[1:]))
+    holds(check, cases, examples, record_property)
+
+
+# The pipeline
+
+
+@few(60, 1000)
+def test_the_pipeline_answers_or_names_the_value_that_is_wrong(make, panoramas, examples, record_property):
+    """One absurd argument at a time: "12" were two directions, 1.5 was to look twice, NaN tokens had no end."""
+    model, processor = make()
+    asked, picture = PanoramaPipeline(model, processor=processor), panoramas[0].resize((64, 32))
+    place = NamedPlace("a", BFoV(1.0, 2.0, 3.0, 4.0))
+    verbs = {
+        "question": lambda value: asked(picture, value, max_new_tokens=1),
+        "look_twice": lambda value: asked(picture, "x", look_twice=value, max_new_tokens=1),
+        "look_twice ": lambda value: list(asked.ask(picture, "x", look_twice=value, stream=True, max_new_tokens=1)),
+        "what": lambda value: asked.point(picture, value, max_new_tokens=1),
+        "what ": lambda value: asked.detect(picture, value, max_new_tokens=1),
+        "direction": lambda value: asked.describe(picture, value, max_new_tokens=1),
+        "prompt": lambda value: asked.describe(picture, 1, prompt=value, max_new_tokens=1),
+        "prompts": lambda value: PanoramaPipeline(model, processor=processor, prompts=value),
+        "prompts ": lambda value: PanoramaPipeline(model, processor=processor, prompts={"point": value}),
+        "max_new_tokens": lambda value: asked(picture, "x", max_new_tokens=value),
+        "temperature": lambda value: asked(picture, "x", max_new_tokens=1, temperature=value),
+        "name": lambda value: asked.export(picture, [place], "pannellum", value),
+        "places can be exported to": lambda value: asked.export(picture, [place], value),
+    }
+    absurd = st.sampled_from(
+        [*WRONG, "12", 1.5, -1, 0, 10**30, [None], [math.nan], ["a", 3], {"point": 3}, "{}", "{x}"]
+    )
+
+    def check(case):
+        name, value = case
+        is_many = isinstance(value, int | float) and 100 < value < math.inf
+        assume(name != "max_new_tokens" or not is_many)  # it would say so many
+        try:
+            with limited(case), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                verbs[name](value)
+        except ValueError as error:
+            assert name.strip() in str(error), f"{case}: {error}"
+
+    holds(check, st.tuples(st.sampled_from(sorted(verbs)), absurd | ABSURD | JSON), examples, record_property)

@@ -1,8 +1,10 @@
 """Thousands of steps and requests: what is held stays what it is."""
 
 import gc
+import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -11,6 +13,7 @@ from panorama_vlm.tests.launching import ENVIRONMENT, command, run_here
 from transformers import pipeline
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
+ROOT = Path(__file__).resolve().parent.parent
 GROWTH = 0.02  # of the memory held after warming up
 
 
@@ -66,15 +69,28 @@ def test_two_thousand_requests_hold_no_more_than_the_first(make, panoramas, samp
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_one_seed_gives_the_same_weights_in_a_fresh_process_and_home(tmp_path, processes):
-    """All three stages; what a machine has besides, its home, its hash seed and its place for files, is another."""
-    weights = []
-    for name in ("a", "b"):
-        home = tmp_path / name / "home"
+def test_one_seed_gives_the_same_weights_on_what_stands_for_another_machine(tmp_path, record_property, processes):
+    """All three stages, in a fresh process and home, from a copy of the code in another folder, begun elsewhere; hash
+    seed, time zone, language, permissions of new files and the number of data workers are others, too."""
+    begun, weights = time.monotonic(), []
+    own = [
+        {"PYTHONHASHSEED": "0", "TZ": "UTC", "LC_ALL": "C.UTF-8"},
+        {"PYTHONHASHSEED": "4242", "TZ": "Pacific/Chatham", "LC_ALL": "C", "PYTHONUTF8": "0", "LANGUAGE": "de"},
+    ]
+    for name, variables, umask, workers in zip("ab", own, (0o022, 0o077), (0, 2), strict=True):
+        home, place = tmp_path / name / "home", tmp_path / name / ("x" * len(weights) + "place of code")
         home.mkdir(parents=True)
-        own = {"HOME": str(home), "HF_HOME": str(home / "hf"), "TMPDIR": str(home), "PYTHONHASHSEED": str(len(weights))}
-        asked = command(processes, "tiny.yaml", "--output", tmp_path / name / "run")
-        subprocess.run(asked, check=True, capture_output=True, env={**ENVIRONMENT, **own})
+        shutil.copytree(ROOT, place / "panorama_vlm", ignore=shutil.ignore_patterns(".*", "build", "*.safetensors"))
+        variables |= {"HOME": str(home), "HF_HOME": str(home / "hf"), "TMPDIR": str(home), "PYTHONPATH": str(place)}
+        asked = command(processes, "tiny.yaml", "--output", tmp_path / name / "run", "--num_workers", workers)
+        asked += ["--validation_share", "0.2"]  # what it keeps followed from the folder of the data
+        asked.insert(1, "-P")
+        environment = {**ENVIRONMENT, "PYTHONCOERCECLOCALE": "0", **variables}
+        done = subprocess.run(asked, capture_output=True, text=True, env=environment, cwd=home, umask=umask)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert str(place) in (tmp_path / name / "run/vision/training.json").read_text()  # the code that was copied
         files = sorted((tmp_path / name / "run").glob("*/*.safetensors"))
         weights.append({file.parent.name + file.name: file.read_bytes() for file in files})
     assert len(weights[0]) >= 3 and weights[0] == weights[1]
+    kind = f"one seed on what stands for another machine, {processes} process{'es' * (processes > 1)}"
+    record_property("soak", (kind, 2, "nothing", time.monotonic() - begun))

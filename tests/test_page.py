@@ -532,3 +532,15 @@ def test_the_command_serves_this_machine_alone_and_refuses_what_is_large(pipelin
     finally:
         server.terminate()
         server.wait(30)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[]", "3", "{", "{}", '{"file_name": 3}', '{"file_name": "a.jpg", "query": 3}', '{"file_name": "../a.jpg"}']
+    + ['{"file_name": "/etc/passwd"}', '{"file_name": "a.jpg", "conversations": [3]}'],
+)
+def test_a_line_of_the_samples_that_is_none_is_named(line, tmp_path):
+    """And no file beside the folder is shown to visitors."""
+    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.jpg", "query": null}}\n{line}\n')
+    with pytest.raises(ValueError, match="line 2 of .*metadata.jsonl' is no JSON object with file_name and query"):
+        pages.read_samples(tmp_path)

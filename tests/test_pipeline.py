@@ -168,7 +168,7 @@ def test_what_cannot_be_asked_is_named(pipe, make, panoramas):
         pipe([{"role": "user", "content": "a"}], "b")
     with pytest.raises(ValueError, match="stream=True gives the pieces of one answer"):
         pipe.ask(panoramas[:2], "a", stream=True)
-    with pytest.raises(ValueError, match="directions must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="directions must be positive, got 0"):
         pipe.describe(panoramas[0], 0)
     with pytest.raises(ValueError, match="geojson, coco.*got 'csv'"):
         pipe.export(panoramas[0], [], "csv")

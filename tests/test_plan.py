@@ -2,11 +2,12 @@
 
 import gc
 import json
+import math
 
 import pytest
 import torch
 from panorama_vlm import PanoramaVLM
-from panorama_vlm.plan import Text, main, panorama_config, plan_stage, simulate
+from panorama_vlm.plan import Text, main, panorama_config, plan_run, plan_stage, simulate
 from panorama_vlm.train.build import checkpoint_activations, load_start
 from panorama_vlm.train.config import load_config
 from panorama_vlm.train.optimizers import make_optimizer
@@ -195,3 +196,40 @@ def test_what_cannot_be_found_is_named(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["tiny.yaml", *wrong])
         assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tiny.yaml", "--gpu-memory", "nan"], "gpu_memory must be a finite number, got nan"),
+        (["tiny.yaml", "--gpu-memory", "inf"], "gpu_memory must be a finite number, got inf"),
+        (["tiny.yaml", "--gpu-memory", "-1"], "gpu_memory must be positive, got -1.0"),
+        (["tiny.yaml", "--gpu-memory", "1e300"], "gpu_memory must be at most 1048576 GiB, got 1e+300"),
+        (["tiny.yaml", "--text-tokens", "100000000000000"], "100000000000000 tokens of text"),
+        (["tiny.yaml", "--vision.batch_size", "1000000000"], "1000000000 samples of 128 tokens of text (vision.batch"),
+        (["tiny.yaml", "--compose.vision", "5"], "compose.vision must be a Hub id, a folder, or a configuration"),
+        (["tiny.yaml", "--compose.vision", "{model_type: x}"], "compose.vision {'model_type': 'x'"),
+        (["tiny.yaml", "--compose.language", "{hidden_size: -1}"], "'hidden_size': -1"),
+        (["smolvlm_256m.yaml"], "compose.vlm: 'HuggingFaceTB/SmolVLM"),  # a ready file, and ended with a TypeError
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_a_sentence(arguments, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_not_planned_as_the_default_one(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path)])
+    assert ended.value.code == 2 and str(tmp_path) in capsys.readouterr().err
+
+
+def test_options_of_a_plan_are_checked_where_it_is_called_too():
+    for wrong in (-1, 0, 1.5, math.nan, "x", None):
+        with pytest.raises(ValueError, match="tokens of text must be"):
+            Text(tokens=wrong)
+    with pytest.raises(ValueError, match="tokens of an answer must be at most those of the text, 4, got 5"):
+        Text(4, 5)
+    with pytest.raises(ValueError, match="precision must be one of"):
+        plan_run(run_of(), precision="fp8")

@@ -145,11 +145,11 @@ def works(options):
 
 
 @few(10, 300)
-def test_an_accepted_configuration_trains_and_loads_and_a_refused_one_says_why(examples):
+def test_an_accepted_configuration_trains_and_loads_and_a_refused_one_says_why(examples, record_property):
     options = dict(RIGHT)
     if examples < 100:  # 10 s each, without the kernels of mamba
         options["resampler_type"] = st.sampled_from(sorted({*RESAMPLERS} - {"bimamba"}))
-    holds(works, st.fixed_dictionaries({}, optional=options), examples)
+    holds(works, st.fixed_dictionaries({}, optional=options), examples, record_property)
 
 
 def test_a_configuration_with_one_absurd_option_is_refused_by_its_name_or_works():
@@ -273,12 +273,12 @@ def belongs_once(plan, grid, rays):
 
 
 @few(40, 1500)
-def test_rays_are_unit_grids_invert_and_every_direction_has_one_owner(examples):
-    holds(is_geometry, st.tuples(PLANS, GRIDS), examples)
+def test_rays_are_unit_grids_invert_and_every_direction_has_one_owner(examples, record_property):
+    holds(is_geometry, st.tuples(PLANS, GRIDS), examples, record_property)
 
 
 @few(20, 500)
-def test_of_the_directions_that_tiles_see_each_has_one_nearest_tile_that_sees_it(examples):
+def test_of_the_directions_that_tiles_see_each_has_one_nearest_tile_that_sees_it(examples, record_property):
     rays = spread_evenly(2000)
 
     def check(case):
@@ -293,7 +293,7 @@ def test_of_the_directions_that_tiles_see_each_has_one_nearest_tile_that_sees_it
         if plan.views[plan.tiles[0]].kind == "erp":
             assert sees.any(0).all()
 
-    holds(check, PLANS, examples)
+    holds(check, PLANS, examples, record_property)
 
 
 # The processor
@@ -337,7 +337,7 @@ def expected_of(chat, prompt):
 
 
 @few(60, 3000)
-def test_placeholders_labels_and_padding_are_those_of_a_plain_rendering(make, examples):
+def test_placeholders_labels_and_padding_are_those_of_a_plain_rendering(make, examples, record_property):
     model, processor = make()
     picture = Image.new("RGB", (32, 16), "red")
     tokenizer, image, count = processor.tokenizer, processor.image_token_id, processor.num_image_tokens
@@ -395,4 +395,4 @@ def test_placeholders_labels_and_padding_are_those_of_a_plain_rendering(make, ex
             # What is taught is what is asked: a row begins with its prompt.
             assert ids[: len(prompt) - pads] == prompt[pads:]
 
-    holds(check, CHATS, examples)
+    holds(check, CHATS, examples, record_property)

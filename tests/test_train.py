@@ -229,7 +229,9 @@ def data_with_bad_rows(tmp_path, samples):
 @pytest.mark.slow
 @pytest.mark.soak
 @pytest.mark.parametrize("kills", [2, 10])
-def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_that_was_not(tmp_path, data_with_bad_rows, kills):
+def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_that_was_not(
+    tmp_path, data_with_bad_rows, kills, record_property
+):
     generator = random.Random(0)
     arguments = ["tiny.yaml", "--data", data_with_bad_rows, "--max_bad_share", 0.4, "--save_every", 2]
     arguments += ["--vision.epochs", 3, "--resampler.max_steps", 14, "--finetune.max_steps", 14]
@@ -259,6 +261,7 @@ def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_that_was_not(
         process.send_signal(how)
         ways.append(process.wait(60))
         assert ways[-1] in (-signal.SIGKILL, PREEMPTED), log.read_text()[-3000:]
+        record_property("tried", len(ways))
     assert ways.count(PREEMPTED) == (1 if kills < 8 else 2) == kills - ways.count(-signal.SIGKILL)
     last = subprocess.run([*command, str(killed)], capture_output=True, text=True, env=ENVIRONMENT)
     assert last.returncode == 0, last.stderr[-3000:]

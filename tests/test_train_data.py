@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -318,3 +319,14 @@ def test_tables_that_are_no_conversations_are_a_broken_row(tmp_path):
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
     train, _ = open_data([DataSource(str(tmp_path))], stage="finetune", seed=0)
     assert "'tables' must be a list of conversations" in train[0]["error"]
+
+
+@pytest.mark.parametrize("stage", ["vision", "finetune"])
+def test_the_panoramas_that_are_kept_do_not_depend_on_where_the_data_lie(stage, tmp_path):
+    """The same seed trained on other panoramas in another folder."""
+    kept = []
+    for name in ("a", "another/place", "z"):
+        shutil.copytree(SAMPLES, tmp_path / name)
+        train, validation = open_data([DataSource(str(tmp_path / name))], stage=stage, seed=3, validation_share=0.3)
+        kept.append([[sample["name"].rpartition(":")[2] for sample in each] for each in (train, validation)])
+    assert kept[0] == kept[1] == kept[2] and kept[0][1]

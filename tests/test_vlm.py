@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from panorama_vlm import PanoramaProcessor, PanoramaVLM
+from panorama_vlm.plan import panorama_config
 from panorama_vlm.tests.launching import SAMPLES
 from panorama_vlm.train.build import check_packing, check_parts, load_start
 from panorama_vlm.train.config import load_config
@@ -874,9 +876,15 @@ def folder(source, tmp_path):
 def test_a_folder_is_a_source_as_the_model_itself_is(family, reader, folder, question):
     path, theirs, processor = folder(family, reader)
     options = {"view_strategy": "cubemap"}
-    own = PanoramaProcessor.from_vlm_pretrained(str(path), **options)
-    model = PanoramaVLM.from_vlm_pretrained(str(path), vlm_kwargs={"dtype": torch.float32}, **options).eval()
+    own = PanoramaProcessor.from_vlm_pretrained(path, **options)
+    model = PanoramaVLM.from_vlm_pretrained(path, vlm_kwargs={"dtype": torch.float32}, **options).eval()
     assert (model.config.vlm_name, model.config.view_text) == (f"a-{family}", "{direction}: ")
+    for start in ("--compose.vlm", "--model"):  # the plan is of this, too
+        run = ["--data", str(SAMPLES), start, str(path), "--options.view_strategy", "cubemap"]
+        planned = panorama_config(load_config(run))
+        with torch.device("meta"):
+            named = PanoramaVLM(planned).named_parameters()
+        assert {name: p.shape for name, p in named} == {name: p.shape for name, p in model.named_parameters()}
     loaded, reads = ours(theirs, processor, **options, view_text="{direction}: ")
     inputs, expected = asked(own, question), asked(reads, question)
     assert torch.equal(inputs["input_ids"], expected["input_ids"])
@@ -907,3 +915,20 @@ def test_training_starts_from_one(folder, tmp_path):
         load_config([*start, "--compose.vision", "x", "--compose.language", "y"])
     with pytest.raises(ValueError, match="compose.vlm: 'nowhere' is no folder here"):
         check_parts(load_config(["--compose.vlm", "nowhere", *shared]))
+
+
+@pytest.mark.parametrize("vlm", [None, 5, [], {}, b"x", "", math.nan])
+def test_what_is_no_vision_language_model_is_refused(vlm):
+    for make in (PanoramaProcessor.from_vlm_pretrained, PanoramaVLM.from_vlm_pretrained):
+        with pytest.raises(ValueError, match="vlm must be a Hub id, a folder, or a model of transformers, got"):
+            make(vlm)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("model_type", [1]), ("mm_tokens_per_image", 0), ("vision_config", None), ("text_config", {})]
+)
+def test_a_configuration_that_its_family_does_not_have_is_refused(name, value, source):
+    theirs, processor = source("gemma3")
+    setattr(theirs.config, name, value)
+    with pytest.raises(ValueError, match="is not one of its family|is not known here|needs its 'model_type'"):
+        PanoramaProcessor.from_vlm_pretrained(theirs, processor)

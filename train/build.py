@@ -35,7 +35,7 @@ def check_parts(config: TrainConfig, start: str | None = None) -> None:
         ValueError: for a model, tower, language model or tokenizer that is not there, or options that do not fit.
     """
     model = start or config.model
-    if (vlm := _vlm(config, start)) is not None:
+    if (vlm := starting_vlm(config, start)) is not None:
         PanoramaProcessor.from_vlm_pretrained(vlm.vlm, vlm_kwargs=vlm.vlm_kwargs, **config.options)
         return
     if model is not None:
@@ -52,12 +52,32 @@ def check_parts(config: TrainConfig, start: str | None = None) -> None:
         configs[name] = (
             _found(f"compose.{name}", of_which, AutoConfig.from_pretrained, **kwargs)
             if isinstance(of_which, str)
-            else AutoConfig.for_model(**of_which)
+            else part_config(f"compose.{name}", of_which)
         )
     PanoramaConfig(configs["vision"], configs["language"], **config.options)
 
 
-def _vlm(config: TrainConfig, start: str | None) -> ComposeConfig | None:
+def part_config(option: str, written: Any) -> PretrainedConfig:
+    """The configuration of a tower or language model that is written down instead of named.
+
+    Args:
+        option: where, for the message.
+        written: a dict with its `model_type`.
+
+    Raises:
+        ValueError: for what is none, or holds what its family refuses.
+    """
+    if not isinstance(written, dict) or not isinstance(written.get("model_type"), str):
+        raise ValueError(
+            f"{option} must be a Hub id, a folder, or a configuration with its model_type, got {written!r}"
+        )
+    try:
+        return AutoConfig.for_model(**written)
+    except Exception as error:  # of whatever kind its family's checks raise
+        raise ValueError(f"{option} {written!r} is no configuration: {' '.join(str(error).split())[:400]}") from error
+
+
+def starting_vlm(config: TrainConfig, start: str | None) -> ComposeConfig | None:
     """The vision-language model that a run starts from, by `compose.vlm` or `--model`; none where it goes on from a
     folder of its own."""
     if start is not None:
@@ -65,6 +85,8 @@ def _vlm(config: TrainConfig, start: str | None) -> ComposeConfig | None:
     parts = config.compose
     if config.model is not None:
         found = _found("model", config.model, PretrainedConfig.get_config_dict)[0].get("model_type")
+        if found is None:
+            raise ValueError(f"model: {config.model!r} holds no config.json with a model_type")
         return ComposeConfig(vlm=config.model) if found != PanoramaConfig.model_type else None
     if parts.vlm is not None:
         _found("compose.vlm", parts.vlm, PretrainedConfig.get_config_dict)
@@ -87,7 +109,7 @@ def load_start(config: TrainConfig, model: str | None = None) -> tuple[PanoramaV
         config: of the run.
         model: folder of the stage before; without it what the configuration names.
     """
-    if (vlm := _vlm(config, model)) is not None:
+    if (vlm := starting_vlm(config, model)) is not None:
         return from_vlm(vlm, config.options)
     model = model or config.model
     if model is None:

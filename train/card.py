@@ -44,8 +44,8 @@ def write_model_card(folder: str | os.PathLike[str], *, config: PanoramaConfig, 
         run: what is known of the training; every key may be missing. `repo_id`, `license`, `origin` (words, where the
             weights come from elsewhere), `limits` (a list of words, beside those that follow from the rest), `stages`
             (a list of `name`, `steps`, `samples`, `seconds`, `hyperparameters`, `data` (a list of `path`, `samples`,
-            `weight`), `history` (a list of `step`, `loss`), `results` (name -> value) and `skipped`), `samples` (a list
-            of `image`, `question`, `answer`, `reference`) and `versions` (name -> version).
+            `weight`), `history` (a list of `step`, `loss`), `results` (name -> value), `skipped` and `skipped_steps`),
+            `samples` (a list of `image`, `question`, `answer`, `reference`) and `versions` (name -> version).
 
     Returns:
         The path of the card.
@@ -227,6 +227,7 @@ def _training(stages: list[dict[str, Any]]) -> str:
         ("steps", lambda stage: stage.get("steps")),
         ("samples seen", lambda stage: stage.get("samples")),
         ("skipped samples", lambda stage: stage.get("skipped") or None),
+        ("skipped steps", lambda stage: stage.get("skipped_steps") or None),
         ("time", lambda stage: _duration(stage.get("seconds"))),
     ]
     known = [(title, get) for title, get in columns if any(get(stage) is not None for stage in stages)]

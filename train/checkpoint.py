@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -139,7 +140,7 @@ class Checkpoints:
         if reader:
             (unfinished / self._reader_file).write_text(json.dumps(reader), encoding="utf-8")
         loss = progress["results"].get("eval_loss")
-        if loss is not None and (self.best is None or loss < self.best[0]):
+        if loss is not None and math.isfinite(loss) and (self.best is None or loss < self.best[0]):
             self.best = (loss, step)
         accelerator.wait_for_everyone()
         if self.stage.is_main:

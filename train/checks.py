@@ -45,9 +45,6 @@ def check_run(config: TrainConfig, accelerator: Accelerator) -> Plan:
         ValueError: for what cannot be, in a sentence that says what to do.
     """
     _check_launch(config, accelerator)
-    if config.vision.label_loss_weight > 0:  # stage vision has something to learn, then
-        for words in ("vicreg_loss_weight is 0.0", "stage 'vision' cannot train"):
-            warnings.filterwarnings("ignore", message=words)
     output, world = Path(config.output), accelerator.num_processes
     done, to_train = _check_output(config, output, world)
     checkpoint = _find_checkpoint(config, output)
@@ -84,6 +81,11 @@ def _check_launch(config: TrainConfig, accelerator: Accelerator) -> None:
         raise ValueError(
             f"gradient_accumulation_steps={accelerator.gradient_accumulation_steps} of accelerate launch would divide "
             "the gradients once more: leave it out, and use --STAGE.accumulation"
+        )
+    if config.max_skipped_steps and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"max_skipped_steps is {config.max_skipped_steps}, and DeepSpeed changes the weights before the loss is "
+            "known: leave it out, or use data parallel or FSDP2"
         )
     by_muon = [stage for stage in config.stages if config.stage_config(stage).optimizer == "muon"]
     if by_muon and accelerator.distributed_type == DistributedType.DEEPSPEED:

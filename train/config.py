@@ -22,6 +22,7 @@ from ..data.augmentation import Augmentation
 from ..data.files import package_path
 from ..data.sources import DataSource
 from ..geometry_panorama import ViewOptions
+from ..options_panorama import check_whole
 from ..stages_panorama import PARTS, STAGES
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -140,6 +141,11 @@ class TrainConfig:
         "keeps prepared views for later epochs; headings are then multiples of 45 degrees, not 1",
     )
     max_bad_share: float = _option(0.1, "the run fails when more samples than this share cannot be used")
+    max_skipped_steps: int = _option(
+        0,
+        "steps in a row that are skipped because the loss or the gradient is not finite: nothing changes but the data, "
+        "which goes on. One more ends the run; 0: the first does. Not with DeepSpeed",
+    )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = _option(
         "auto",
         "how attention is computed; auto: flash attention where it can be, else sdpa. On CPUs in bf16 eager is fast",
@@ -220,6 +226,7 @@ class TrainConfig:
                 raise ValueError(f"stage {stage!r} has no data: name some with --data PATH or in the YAML file")
         for name in ("save_every", "log_every", "eval_every", "eval_batches", "keep_checkpoints"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
+        check_whole("max_skipped_steps", self.max_skipped_steps, typical=3, least=0)
         for name in ("num_workers", "eval_samples", "hub_every"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("validation_share", "max_bad_share"):

@@ -31,7 +31,7 @@ from ..composing_panorama import language_parts, public_name
 from ..configuration_panorama import IMAGE_TOKEN
 from ..geometry_panorama import VIEW_STRATEGIES
 from ..modeling_panorama import PanoramaVLM
-from ..options_panorama import MAX_TEXT_LENGTH
+from ..options_panorama import MAX_TEXT_LENGTH, check_whole
 from ..processing_panorama import IMAGE_MEAN, IMAGE_STD, PanoramaProcessor
 from ..towers_panorama import new_tower, tower_of
 from .card import write_model_card
@@ -121,13 +121,19 @@ def read_old(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]]:
                 "came from: torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')"
             ) from error
         raise ValueError(f"{str(path)!r} is truncated or no checkpoint: {_first_line(error)}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of a damaged pickle whatever its reader stumbles over
         raise ValueError(f"{str(path)!r} is truncated or no checkpoint: {_first_line(error)}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{str(path)!r} must hold a checkpoint or a state dict, got a {type(content).__name__}")
-    state = content.get("state_dict", content)
-    settings = {**(content.get("datamodule_hyper_parameters") or {}), **(content.get("hyper_parameters") or {})}
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}, settings
+    parts = {name: content.get(name) or {} for name in ("datamodule_hyper_parameters", "hyper_parameters")}
+    parts["state_dict"] = state = content.get("state_dict", content)
+    for name, part in parts.items():
+        if not isinstance(part, Mapping):
+            raise ValueError(f"{name} of {str(path)!r} must be a dict, got a {type(part).__name__}")
+    weights = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if unnamed := [name for name in weights if not isinstance(name, str)]:
+        raise ValueError(f"the weights of {str(path)!r} must have names, got {unnamed[0]!r}")
+    return weights, {**parts["datamodule_hyper_parameters"], **parts["hyper_parameters"]}
 
 
 def convert(
@@ -237,6 +243,8 @@ def _settings(found: Mapping[str, Any], file: str | os.PathLike[str] | None, che
             said = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{str(path)!r} must be a JSON file of v1.0's options: {error}") from error
+        if not isinstance(said, dict):
+            raise ValueError(f"{str(path)!r} must be a JSON file of v1.0's options, and holds a {type(said).__name__}")
     flat: dict[str, Any] = {}
     for source in (said, found):
         for name, value in source.items():
@@ -273,18 +281,19 @@ def _options(old: Mapping[str, Any], report: Report) -> dict[str, Any]:
     if not options.get("vicreg_loss_weight", 1.0):  # v1.0 wrote the 0 of its later stages
         del options["vicreg_loss_weight"]
     if isinstance(length := old.get("max_text_length"), int):
-        options["max_text_length"] = max(length, MAX_TEXT_LENGTH)
+        options["max_text_length"] = max(check_whole("max_text_length", length, MAX_TEXT_LENGTH), MAX_TEXT_LENGTH)
     strategy = old.get("crop_strategy")
-    if strategy in VIEW_STRATEGIES:
+    if isinstance(strategy, str) and strategy in VIEW_STRATEGIES:
         options["view_strategy"] = strategy
         report.differences.append(f"views: {strategy} as it is here, which cuts other pixels than v1.0's of this name")
     else:
         said = f"crop_strategy {strategy!r} is not known here" if strategy else "the checkpoint names no crop_strategy"
         report.differences.append(f"views: {said}; they are those of `anyres_e2p` (option view_strategy)")
     size = old.get("image_size")
-    size = [size] * 2 if isinstance(size, int) else size
-    if size and len(size) == 2 and size[0] == size[1]:
-        options["image_size"] = int(size[0])
+    size = size if isinstance(size, list | tuple) else [] if size is None else [size] * 2
+    size = [check_whole("image_size of v1.0", side, 224) for side in size]
+    if len(size) == 2 and size[0] == size[1]:
+        options["image_size"] = size[0]
     elif size:
         report.differences.append(f"image_size: {list(size)} is no square; it is the vision tower's own")
     if old.get("use_projection_positional_encoding", True):

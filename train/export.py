@@ -57,7 +57,8 @@ class Exporter:
 
         Args:
             folder: to write into.
-            summary: of the stage for the card: `steps`, `samples`, `seconds`, `data`, `results`, `skipped`.
+            summary: of the stage for the card: `steps`, `samples`, `seconds`, `data`, `results`, `skipped`,
+                `skipped_steps`.
             gathered: the weights, where no process has all of them.
         """
         model = self.plain if gathered is None else self._gathered(gathered)

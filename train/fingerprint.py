@@ -27,7 +27,16 @@ FREE = (
         "eval_samples",
         "eval_batches",
     ),
-    *("trackers", "project", "push_to_hub", "hub_private", "hub_every", "num_workers", "max_bad_share"),
+    *(
+        "trackers",
+        "project",
+        "push_to_hub",
+        "hub_private",
+        "hub_every",
+        "num_workers",
+        "max_bad_share",
+        "max_skipped_steps",
+    ),
     *("gradient_checkpointing", "vision", "resampler", "finetune", "data", "cache_dir"),
 )
 

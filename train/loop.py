@@ -50,7 +50,8 @@ def train(config: TrainConfig) -> dict[str, list[float]]:
     Raises:
         ValueError: for data or options that are wrong as a whole.
         TooManyBadSamples: when more samples than `config.max_bad_share` cannot be used.
-        FloatingPointError: when the loss is not finite; the step is named.
+        FloatingPointError: when the loss, the gradient or what was learned is not finite, in more steps in a row than
+            `config.max_skipped_steps`; the step is named, and the last checkpoint is good.
         Preempted: after SIGTERM, when a checkpoint is written.
     """
     output = Path(config.output)
@@ -181,6 +182,7 @@ class _StageRun:
                 if stop and self.step < self.total:
                     logger.warning("Asked to stop: saved step %d of stage %s.", self.step, self.stage.name)
                     raise Preempted(f"stopped at step {self.step} of stage {self.stage.name}")
+        self.optimize.check_weights(self.step)
         self.exporter.finish(self._summary(), self.checkpoints.fingerprint)
         if is_main and (words := self.skipped.summary()):
             logger.warning("Stage %s: %s", self.stage.name, words)
@@ -191,6 +193,7 @@ class _StageRun:
         if resumed is not None:
             self.step, progress, readers = self.checkpoints.load(resumed)
             self.schedule.load_state_dict(progress["schedule"])
+            self.optimize.skipped_steps = dict(progress.get("skipped_steps", self.optimize.skipped_steps))
             self.seconds, self.results = progress["seconds"], progress["results"]
             self.feed.go_on(self.step, readers)
         self.skipped.rewind(self.step, self.feed.stream.seen_before(self.step))
@@ -213,11 +216,15 @@ class _StageRun:
         results, answers = self.evaluate()
         if results:
             self.results = results
+            if not all(map(math.isfinite, results.values())):
+                logger.warning("Step %d of stage %s: the evaluation is not finite.", self.step, self.stage.name)
             self.metrics.log_results(self.step, results)
         self.metrics.log_answers(self.step, answers)
 
     def _save(self) -> None:
+        self.optimize.check_weights(self.step)
         progress = {"seconds": self.seconds, "schedule": self.schedule.state_dict(), "results": self.results}
+        progress["skipped_steps"] = self.optimize.skipped_steps
         folder = self.checkpoints.save(self.step, progress, self.feed.stream.states, self._describe)
         if self.pusher is not None and self._is_push_due():
             pushed = self.stage.output / f".hub-{folder.name}"
@@ -246,6 +253,7 @@ class _StageRun:
             "data": self.feed.describe(),
             "results": self.results,
             "skipped": self.skipped.bad,
+            "skipped_steps": self.optimize.skipped_steps["total"],
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from .stage import Stage
 logger = logging.getLogger(__name__)
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-_SHOWN = ("loss", "grad_norm", "retrieval", "effective_rank", "panoramas_per_second", "waiting")
+_SHOWN = ("loss", "grad_norm", "retrieval", "effective_rank", "skipped_steps", "panoramas_per_second", "waiting")
 
 
 class Metrics:
@@ -63,7 +64,8 @@ class Metrics:
 
     def _write(self, step: int, line: dict[str, float], shown: dict[str, float]) -> None:
         if self.stage.is_main:
-            _append(self.stage.logs / METRICS, {"stage": self.stage.name, "step": step, **line})
+            written = {name: value if math.isfinite(value) else None for name, value in line.items()}  # JSON has no NaN
+            _append(self.stage.logs / METRICS, {"stage": self.stage.name, "step": step, **written})
             logger.info("step %d: %s", step, " ".join(f"{name}={value:.4g}" for name, value in shown.items()))
         if self.stage.config.trackers:
             named = {f"{self.stage.name}/{name}": value for name, value in line.items()}

@@ -124,13 +124,15 @@ def _is_pushed(path: str) -> bool:
 
 
 def _seconds_to_wait(headers: Any) -> float:
-    """From Retry-After (seconds or a date), or the Hub's RateLimit header (`"api";r=0;t=55`)."""
+    """From Retry-After (seconds or a date), or the Hub's RateLimit header (`"api";r=0;t=55`). A date is one of the
+    server's clock, which the answer tells (`Date`): this machine's may be wrong."""
     value = headers.get("Retry-After", "")
-    if value.isdigit():
+    if value.isdecimal():
         return float(value)
     if value:
         try:
-            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+            now = parsedate_to_datetime(headers["Date"]).timestamp() if "Date" in headers else time.time()
+            return max(0.0, parsedate_to_datetime(value).timestamp() - now)
         except ValueError:
             return 0.0
     limit = re.search(r"r=0\s*;\s*t=(\d+)", headers.get("RateLimit", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import nullcontext
 from typing import Any
@@ -16,7 +17,10 @@ from ..processing_panorama import IGNORE_INDEX, PanoramaProcessor
 from ..token_labels_panorama import count_labelled
 from .stage import Stage
 
+logger = logging.getLogger(__name__)
+
 Batch = dict[str, torch.Tensor]
+ADVICE = "Lower the learning rate, or use bf16 instead of fp16; the last checkpoint is whole"
 
 
 class OptimizerStep:
@@ -47,6 +51,10 @@ class OptimizerStep:
         self.joins = self.plain.overlap.joins_processes and compares
         self.wide = torch.float32 if self.accelerator.device.type == "mps" else torch.float64  # MPS has no float64
         self._filler: Batch | None = None
+        self.plain.overlap.checks_finite = False  # a process that raises by itself leaves the others waiting
+        self.skipped_steps = {"total": 0, "in a row": 0}
+        norms = (m for m in self.plain.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm))
+        self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
 
     def __call__(self, made: Step, log: bool, stop: bool) -> dict[str, float]:
         """One step.
@@ -57,23 +65,15 @@ class OptimizerStep:
             stop: whether this process was asked to stop.
 
         Returns:
-            The loss and its parts, means over all processes; `grad_norm`, `panoramas`, `tokens`; and `stop`, whether
-            any process was asked to.
+            The loss and its parts, means over all processes; `grad_norm`, `panoramas`, `tokens`; where steps may be
+            skipped, how many were so far (`skipped_steps`); and `stop`, whether any process was asked to.
 
         Raises:
-            FloatingPointError: when the loss or the gradient is not finite. The step, the samples of this process and
-                the module where it began are named, and no weight has changed.
+            FloatingPointError: when the loss or the gradient is not finite, in more steps in a row than
+                `max_skipped_steps`; else such a step is skipped, by every process: its loss is given, and neither
+                weights nor optimizer, schedule and statistics of BatchNorm change. The step, its samples and the
+                module where it began are named in both cases.
         """
-        try:
-            return self._step(made, log, stop)
-        except FloatingPointError as error:
-            where, names = self._where_not_finite(made), "; ".join(made.names) or "none"
-            raise FloatingPointError(
-                f"step {made.index + 1} of stage {self.stage.name!r}: {error}. {where} Samples of the step: {names}. "
-                "Lower the learning rate, or use bf16 instead of fp16; the last checkpoint is whole"
-            ) from error
-
-    def _step(self, made: Step, log: bool, stop: bool) -> dict[str, float]:
         batches: list[Batch] = [dict(batch) for batch in made.micro_batches]
         pairs = [self.pairs(batch) for batch in batches]
         labelled = [labelled_panoramas(batch) for batch in batches]
@@ -85,6 +85,7 @@ class OptimizerStep:
         labelled += [0] * (passes - len(labelled))
         label_shares = [own * self.accelerator.num_processes / max(all_labelled, 1) for own in labelled]
         totals: dict[str, torch.Tensor] = {}
+        statistics = [buffer.clone() for buffer in self._statistics]
         output, batch = None, None
         for number in range(passes):
             is_filler = number >= len(batches)
@@ -96,9 +97,16 @@ class OptimizerStep:
             for name, value in {"loss": loss, **parts}.items():
                 value = value.detach().to(self.wide) / self.accelerator.num_processes
                 totals[name] = totals[name] + value if name in totals else value
-        figures = self._update(totals)
-        if self.stage.name == "vision" and log and batches and passes == len(batches):
-            assert output is not None and batch is not None
+        figures, problem = self._update(totals)
+        if problem is not None:
+            self._skip(made, problem, statistics)
+            output = None
+        else:
+            self.skipped_steps["in a row"] = 0
+        if self.stage.config.max_skipped_steps:
+            figures["skipped_steps"] = float(self.skipped_steps["total"])
+        if output is not None and self.stage.name == "vision" and log and batches and passes == len(batches):
+            assert batch is not None
             if self.plain.config.vicreg_loss_weight > 0:
                 figures |= self.plain.overlap.metrics(output.hidden_states.detach(), batch.get("view_mask"))
         if log and output is not None and output.label_figures:
@@ -179,37 +187,77 @@ class OptimizerStep:
         parts["label_loss"] = output.label_loss * share
         return loss + self.stage.options.label_loss_weight * parts["label_loss"]
 
-    def _where_not_finite(self, made: Step) -> str:
-        """The module where the first value that is not finite came up, in a sentence."""
+    def check_weights(self, step: int) -> None:
+        """See that what trains is finite before it is written; on all processes.
+
+        Raises:
+            FloatingPointError: where it is not; a parameter is named.
+        """
+        named = [(name, p) for name, p in self.plain.named_parameters() if p.requires_grad]
+        spoilt = [name for name, p in named if not getattr(p, "_local_tensor", p).isfinite().all()]
+        count = torch.tensor([len(spoilt)], device=self.accelerator.device)
+        if int(self.accelerator.reduce(count, "sum")) > 0:
+            where = f", {spoilt[0]} among them" if spoilt else ""
+            raise FloatingPointError(
+                f"after step {step} of stage {self.stage.name!r} weights are not finite{where}; they are not written. "
+                f"{ADVICE}"
+            )
+
+    def _skip(self, made: Step, problem: str, statistics: list[torch.Tensor]) -> None:
+        """Leave everything as it was before a step, and say so; on all processes.
+
+        Raises:
+            FloatingPointError: where that is one step too many.
+        """
+        self.optimizer.zero_grad()
+        for buffer, before in zip(self._statistics, statistics, strict=True):
+            buffer.copy_(before)
+        of_each = gather_object([(*self._where_not_finite(made), made.names)])
+        of_each = [each for each in of_each if each[0]] or of_each  # who found it
+        where = " ".join(dict.fromkeys(words for _, words, _ in of_each if words))
+        names = "; ".join(name for _, _, names in of_each for name in names) or "none"
+        words = f"step {made.index + 1} of stage {self.stage.name!r}: {problem}. {where} Samples of the step: {names}. "
+        limit, run = self.stage.config.max_skipped_steps, self.skipped_steps["in a row"]
+        if run >= limit:
+            after = f"{run} steps before it were skipped (max_skipped_steps={limit}). " if limit else ""
+            also = "" if limit else ". --max_skipped_steps 3 skips such steps, up to three in a row"
+            raise FloatingPointError(f"{words}{after}{ADVICE}{also}")
+        self.skipped_steps = {"total": self.skipped_steps["total"] + 1, "in a row": run + 1}
+        if self.stage.is_main:
+            logger.warning("Skipped %sNothing has changed; %d in a row, max_skipped_steps=%d.", words, run + 1, limit)
+
+    def _where_not_finite(self, made: Step) -> tuple[bool, str]:
+        """Whether this process finds where the first value that is not finite came up, and that in a sentence."""
         if self.stage.is_sharded:  # no process can run it alone
-            return ""
+            return False, ""
         for name, parameter in self.plain.named_parameters():
             if not parameter.isfinite().all():
-                return f"Weights are not finite: {name}."
+                return True, f"Weights are not finite: {name}."
         for batch in made.micro_batches:
             batch = self.on_device(dict(batch))
             for name, value in batch.items():
-                if value.is_floating_point() and not value.isfinite().all():
-                    return f"Inputs are not finite: {name}."
+                if value.is_floating_point() and name != "further_views" and not value.isfinite().all():
+                    return True, f"Inputs are not finite: {name}."
             if (name := first_not_finite(self.plain, {**batch, "stage": self.stage.name})) is not None:
-                return f"It came up in the module {name}."
-        return "All modules gave finite values; it came up in the loss or on the way back."
+                return True, f"It came up in the module {name}."
+        return False, "All modules gave finite values; it came up in the loss or on the way back."
 
-    def _update(self, totals: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Change the weights; the sums over all processes, and the norm of the gradient."""
+    def _update(self, totals: dict[str, torch.Tensor]) -> tuple[dict[str, float], str | None]:
+        """Change the weights; the sums over all processes, the norm of the gradient, and why nothing was changed."""
         names = sorted(totals)
         reduced = self.accelerator.reduce(torch.stack([totals[name] for name in names]), "sum")
         figures = dict(zip(names, reduced.tolist(), strict=True))
         if not math.isfinite(figures["loss"]):
-            raise FloatingPointError(f"the loss is {figures['loss']}")
+            return figures, f"the loss is {figures['loss']}"
         norm = self.accelerator.clip_grad_norm_(self.trained, self.stage.options.max_grad_norm)
-        if norm is not None and not math.isfinite(norm) and self.accelerator.mixed_precision != "fp16":
-            raise FloatingPointError(f"the loss is {figures['loss']:.4g} and the norm of its gradient {float(norm)}")
+        figures["grad_norm"] = 0.0 if norm is None else float(norm)
+        if not math.isfinite(figures["grad_norm"]) and self.accelerator.mixed_precision != "fp16":
+            return figures, f"the loss is {figures['loss']:.4g} and the norm of its gradient {figures['grad_norm']}"
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
         self.optimizer.zero_grad()
-        return {**figures, "grad_norm": 0.0 if norm is None else float(norm)}
+        return figures, None
 
     def _stand_in(self) -> Batch:
         """A black panorama, for a process that has fewer micro-batches than the others: all must run forward and
@@ -233,8 +281,11 @@ class OptimizerStep:
 
 
 @torch.no_grad()
-def first_not_finite(model: torch.nn.Module, inputs: dict[str, Any]) -> str | None:
-    """The name of the first module of a model whose output is not finite for these inputs; `None` where none is."""
+def first_not_finite(model: PanoramaVLM, inputs: dict[str, Any]) -> str | None:
+    """The name of the first module of a model whose output is not finite for these inputs; `None` where none is.
+
+    The model runs alone, whatever other processes do, and draws no random numbers and keeps no statistics by it.
+    """
     found: list[str] = []
 
     def look(name: str, output: Any) -> None:
@@ -246,11 +297,18 @@ def first_not_finite(model: torch.nn.Module, inputs: dict[str, Any]) -> str | No
         module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
         for name, module in model.named_modules()
     ]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    joint, model.config.vicreg_use_ddp_gather = model.config.vicreg_use_ddp_gather, False
+    device = next(model.parameters()).device
     try:
-        model(**inputs)
-    except FloatingPointError:
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            model(**inputs)
+    except (FloatingPointError, ValueError):  # of panoramas that are nothing by themselves
         pass
     finally:
+        model.config.vicreg_use_ddp_gather = joint
+        for buffer, before in buffers:
+            buffer.copy_(before)
         for hook in hooks:
             hook.remove()
     return next(iter(found), None)
