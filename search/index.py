@@ -20,7 +20,7 @@ from ..geometry_panorama import Direction, View, ViewPlan, check_direction
 from ..options_panorama import check_whole
 from ..reading_panorama import read_panorama
 from ..sampling_panorama import erp_to_views, needed_width
-from .matching import TokenEncoder, Whitening, first_places, query_tokens, refined
+from .matching import Aligned, TokenEncoder, Whitening, first_places, query_tokens, refined
 
 INDEX, WHITENING, TABLE = "index.json", "whitening.safetensors", "tokens"
 _FORMAT = 1
@@ -259,9 +259,13 @@ class PanoramaIndex:
         tokens = query_tokens(self.encoder, self.whitening, pixels, fov)
         names = _voted(self.nearest(tokens, _NEIGHBOURS), _CANDIDATES)
         panoramas = self.tokens_of(names)
-        starts = first_places(self.encoder, self.whitening, pixels, fov, panoramas, _PLACES)
-        found = refined(self.encoder, self.whitening, pixels, fov, panoramas, starts)
-        return [Hit(names[each.panorama], each.yaw, each.pitch, each.score) for each in found[:count]]
+        likely = first_places(self.encoder, self.whitening, pixels, fov, panoramas)
+        exact = refined(self.encoder, self.whitening, pixels, fov, panoramas, likely[:_PLACES])
+        best: dict[int, Aligned] = {}
+        for each in (*exact, *likely):
+            best.setdefault(each.panorama, each)
+        found = sorted(best.values(), key=lambda each: -each.score)[:count]
+        return [Hit(names[each.panorama], each.yaw, each.pitch, each.score) for each in found]
 
     def query_like(self, panorama: Any, yaw: float, pitch: float, fov: float = 60.0, count: int = 10) -> list[Hit]:
         """As :meth:`query`, by what a panorama shows in a direction, in degrees; the file is read."""

@@ -19,17 +19,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from ..geometry_panorama import Direction, View, check_direction, direction_weights, plan_rays, ray_angles
+from ..geometry_panorama import Direction, View, check_direction, direction_weights, narrowest_cell, plan_rays, ray_angles
 from ..image_processing_panorama import READ_OPTIONS
 from ..options_panorama import check_one_of
 from ..reading_panorama import layout_of, read_photograph
 
 KINDS = ("tower", "resampled")
 
-_STEP = 10.0  # degrees between the directions that are tried first
+_STEP = 2 / 3  # of a token lie between the directions that are tried first: further apart, and none is near enough
 _HIGHEST = 60.0  # degrees of pitch, up and down, of these
 _LEAST = 0.35 # of an example's tokens that a view holds then
-_CLOSER = (5.0, 2.5, 1.2)  # steps in degrees that make the best ones exact
+_CLOSER = (3.0, 1.5, 0.75)  # steps in degrees that make the best ones exact
 _TRIED = (6, 3, 2)  # of these so many places are tried at each
 _AT_ONCE = 64  # views that the tower is shown
 _FLOOR = 1e-4  # of the largest variance, below which none is raised: noise would be
@@ -236,16 +236,17 @@ class Aligned(NamedTuple):
 
 
 def first_places(
-    encoder: TokenEncoder, whitening: Whitening, example: torch.Tensor, fov: float, panoramas: torch.Tensor, count: int
+    encoder: TokenEncoder, whitening: Whitening, example: torch.Tensor, fov: float, panoramas: torch.Tensor
 ) -> list[Aligned]:
-    """Likely places of an example in panoramas: it is painted in directions all around, and its tokens compared with
-    theirs; the best `count`, the three best of each panorama.
+    """Likely places of an example in panoramas: it is painted in directions all around, two thirds of a token apart, and its tokens compared with
+    theirs; the three best places in each panorama, the best first.
 
     Args:
         panoramas: tokens [C, T, D], zero where the camera did not look.
     """
-    pitches = np.arange(-_HIGHEST, _HIGHEST + 1, _STEP)
-    grid = [(float(yaw), float(pitch), fov) for pitch in pitches for yaw in np.arange(-180, 180, _STEP)]
+    around = math.ceil(360 / (_STEP * narrowest_cell(encoder.plan, encoder.grid)))
+    pitches = np.arange(-round(_HIGHEST * around / 360), round(_HIGHEST * around / 360) + 1) * 360 / around
+    grid = [(yaw, float(pitch), fov) for pitch in pitches for yaw in (np.arange(around) * 360 / around).tolist()]
     scores = torch.full((len(grid), len(panoramas)), -1.0)
     for at, painted in enumerate(encoder.painted(example, grid, _LEAST)):
         if len(painted.places):
@@ -254,11 +255,12 @@ def first_places(
     scores = scores.view(len(pitches), -1, len(panoramas)).permute(2, 0, 1)
     found = []
     for panorama, of_one in enumerate(scores):
-        around = F.pad(F.pad(of_one[None, None], (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1), value=-2.0)
-        peaks = torch.where(of_one >= F.max_pool2d(around, 3, 1)[0, 0], of_one, -2.0)
+        wide = F.pad(F.pad(of_one[None, None], (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1), value=-2.0)
+        peaks = torch.where(of_one >= F.max_pool2d(wide, 3, 1)[0, 0], of_one, -2.0)
         for score, index in zip(*(each.tolist() for each in peaks.flatten().topk(3)), strict=True):
-            found.append(Aligned(panorama, *grid[index][:2], score))
-    return sorted(found, key=lambda each: -each.score)[:count]
+            yaw, pitch, _ = grid[index]
+            found.append(Aligned(panorama, (yaw + 180) % 360 - 180, pitch, score))
+    return sorted(found, key=lambda each: -each.score)
 
 
 def refined(
