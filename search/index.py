@@ -82,7 +82,9 @@ class PanoramaIndex:
             raise FileNotFoundError(f"there is no index of panoramas in {str(folder)!r} ({INDEX} is missing)")
         then = mark_of(self.folder)
         now = encoder.mark()
-        changed = [f"{name} ({then.get(name)} then, {value} now)" for name, value in now.items() if then.get(name) != value]
+        changed = [
+            f"{name} ({then.get(name)} then, {value} now)" for name, value in now.items() if then.get(name) != value
+        ]
         if changed:
             raise ValueError(
                 f"{str(folder)!r} was made by another model; what differs: {'; '.join(changed)}. Name the model that "
@@ -140,7 +142,12 @@ class PanoramaIndex:
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         names = pa.array(list(panoramas), pa.string()).take(pa.array(panorama.numpy()))
         angles = directions_of(self.encoder.rays)[token]
-        arrays = [names, pa.array(token.numpy().astype(np.int32)), *(pa.array(each) for each in angles.numpy().T), column]
+        arrays = [
+            names,
+            pa.array(token.numpy().astype(np.int32)),
+            *(pa.array(each) for each in angles.numpy().T),
+            column,
+        ]
         self.table.add(pa.RecordBatch.from_arrays(arrays, schema=self.table.schema))
 
     def merge(self, other: str | os.PathLike[str]) -> int:

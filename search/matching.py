@@ -19,7 +19,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from ..geometry_panorama import Direction, View, check_direction, direction_weights, narrowest_cell, plan_rays, ray_angles
+from ..geometry_panorama import (
+    Direction,
+    View,
+    check_direction,
+    direction_weights,
+    narrowest_cell,
+    plan_rays,
+    ray_angles,
+)
 from ..image_processing_panorama import READ_OPTIONS
 from ..options_panorama import check_one_of
 from ..reading_panorama import layout_of, read_photograph
@@ -28,7 +36,7 @@ KINDS = ("tower", "resampled")
 
 _STEP = 2 / 3  # of a token lie between the directions that are tried first: further apart, and none is near enough
 _HIGHEST = 60.0  # degrees of pitch, up and down, of these
-_LEAST = 0.35 # of an example's tokens that a view holds then
+_LEAST = 0.35  # of an example's tokens that a view holds then
 _CLOSER = (3.0, 1.5, 0.75)  # steps in degrees that make the best ones exact
 _TRIED = (6, 3, 2)  # of these so many places are tried at each
 _AT_ONCE = 64  # views that the tower is shown
@@ -168,9 +176,7 @@ class TokenEncoder:
         mean, std = (torch.tensor(each).view(3, 1, 1) for each in (self.images.image_mean, self.images.image_std))
         return (levels - mean) / std
 
-    def painted(
-        self, example: torch.Tensor, directions: Sequence[Direction], least: float = 0.0
-    ) -> Iterator[Painted]:
+    def painted(self, example: torch.Tensor, directions: Sequence[Direction], least: float = 0.0) -> Iterator[Painted]:
         """The tokens of an example view [3, h, h] painted at each of these directions: those of the plan's tokens whose
         rays it holds. What lies beside it shows the colours of its border.
 
@@ -181,7 +187,9 @@ class TokenEncoder:
         held = [self.counted & each for each in inside]  # [V, S] each
         enough = [each.sum(1) >= max(1, least * each.sum()) for each in held]
         # A tile sees an example in the same way wherever it is as far to the left or right of it.
-        cuts = {self._cut_of(directions[at], v): (at, v) for at, each in enumerate(enough) for v in np.flatnonzero(each)}
+        cuts = {
+            self._cut_of(directions[at], v): (at, v) for at, each in enumerate(enough) for v in np.flatnonzero(each)
+        }
         seen: dict[Any, torch.Tensor] = {}
         for some in _batched(cuts, _AT_ONCE):
             views = torch.stack([self._cut(example, directions[at], view) for at, view in (cuts[cut] for cut in some)])
@@ -294,12 +302,16 @@ def refined(
     for step, count in zip(_CLOSER, _TRIED, strict=True):
         places = sorted(places, key=lambda each: -each.score)[:count]
         aside = [
-            place._replace(yaw=(place.yaw + a * step + 180) % 360 - 180, pitch=min(90.0, max(-90.0, place.pitch + b * step)))
+            place._replace(
+                yaw=(place.yaw + a * step + 180) % 360 - 180, pitch=min(90.0, max(-90.0, place.pitch + b * step))
+            )
             for place in places
             for a, b in ((-1, 0), (1, 0), (0, -1), (0, 1))
         ]
         others = judged(aside)
-        places = [max([place, *others[4 * at : 4 * at + 4]], key=lambda each: each.score) for at, place in enumerate(places)]
+        places = [
+            max([place, *others[4 * at : 4 * at + 4]], key=lambda each: each.score) for at, place in enumerate(places)
+        ]
     best: dict[int, Aligned] = {}
     for place in sorted(places, key=lambda each: -each.score):
         best.setdefault(place.panorama, place)

@@ -192,7 +192,9 @@ def test_a_killed_run_goes_on_with_nothing_twice_or_missing(encoder, folder, acc
 
 def same_rows(one, other):
     """Whether two indexes hold the same."""
-    tables = [index.table.to_arrow().sort_by([("panorama", "ascending"), ("token", "ascending")]) for index in (one, other)]
+    tables = [
+        index.table.to_arrow().sort_by([("panorama", "ascending"), ("token", "ascending")]) for index in (one, other)
+    ]
     assert tables[0].drop_columns("vector").equals(tables[1].drop_columns("vector"))
     first, second = (np.stack(table["vector"].to_pylist()).astype(np.float32) for table in tables)
     np.testing.assert_allclose(first, second, atol=2e-3)
@@ -232,7 +234,7 @@ def main_of(*arguments):
 
 
 def test_the_command_names_what_it_skips_and_finds_what_is_there(saved, tmp_path, capsys):
-    folder = tmp_path / "it's \"odd\" ü\n%20 {x}"
+    folder = tmp_path / 'it\'s "odd" ü\n%20 {x}'
     (folder / "deeper").mkdir(parents=True)
     noise(1).save(folder / "deeper/one 'a'.png")
     noise(2).save(folder / "two;DROP.png")
@@ -243,7 +245,9 @@ def test_the_command_names_what_it_skips_and_finds_what_is_there(saved, tmp_path
     assert main_of("index", str(folder), "--model", str(saved), "--output", index) == 1
     printed = capsys.readouterr()
     assert "2 panoramas, 2 of them new, 2 skipped" in printed.out
-    assert "broken.jpg: " in printed.err and "is no UTF-8: rename the file" in printed.err and "notes.txt" in printed.err
+    assert (
+        "broken.jpg: " in printed.err and "is no UTF-8: rename the file" in printed.err and "notes.txt" in printed.err
+    )
     one = str(folder / "deeper/one 'a'.png")
     assert main_of("query", index, "--like", one, "--yaw", "30", "--fov", "70", "--count", "1", "--json") == 0
     (hit,) = json.loads(capsys.readouterr().out)
@@ -306,3 +310,20 @@ def accelerator():
     from accelerate import Accelerator
 
     return Accelerator(cpu=True)
+
+
+def test_a_large_index_looks_neighbours_up(encoder, tmp_path, monkeypatch):
+    """The nearest token is found as by brute force, from an index that does not read all of them."""
+    monkeypatch.setattr("panorama_vlm.search.index._LARGE", 1000)
+    index, names, vectors = filled(encoder, tmp_path / "index")
+    index.finish()
+    assert any(each.columns == ["vector"] for each in index.table.list_indices())
+    sought = torch.nn.functional.normalize(vectors[:, :40].flatten(0, 1) + 0.02 * torch.randn(200, 32), dim=-1)
+    found = index.nearest(sought, 5)
+    exact = (sought @ vectors.flatten(0, 1).T).topk(5)
+    per = vectors.shape[1]
+    same = [
+        name[0] == names[row // per] for name, row in zip(found.panorama, exact.indices[:, 0].tolist(), strict=True)
+    ]
+    assert np.mean(same) > 0.95
+    torch.testing.assert_close(found.cosine[same, 0], exact.values[same, 0], atol=2e-3, rtol=0)
