@@ -2,9 +2,9 @@
 
 `python -m panorama_vlm.benchmarks.search [MODEL] [--scenes 500] [--queries 500]`, MODEL the one at the root of the
 repository. Fresh scenes, half of them around real panoramas, are indexed. An example is what one of them shows in a
-random direction (within 37 degrees of the horizon) and field of view (45 to 90 degrees), brighter or darker by up to 15 %,
-as a JPEG of 320 pixels and quality 75. Things fill at least 2 % of it: the same wall or sky is in many scenes. The peer are
-mean-pooled views: one vector for each tile (`direction_embeds`), and one for the example (`get_view_features`).
+random direction (within 37 degrees of the horizon) and field of view (45 to 90 degrees), brighter or darker by up to
+15 %, as a JPEG of 320 pixels and quality 75. Things fill at least 2 % of it: the same wall or sky is in many scenes.
+The peer are mean-pooled views: a vector for each tile (`direction_embeds`), one for the example (`get_view_features`).
 """
 
 from __future__ import annotations

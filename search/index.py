@@ -1,7 +1,7 @@
 """An index of ray tokens on disk: a LanceDB table with a row for each token of each panorama.
 
-A folder holds `index.json` (which model made it), `whitening.safetensors` and the table. Panoramas are added whole or not
-at all: LanceDB commits what one call adds by renaming one file.
+A folder holds `index.json` (which model made it), `whitening.safetensors` and the table. Panoramas are added whole or
+not at all: LanceDB commits what one call adds by renaming one file.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,7 +152,8 @@ class PanoramaIndex:
         self.table.add(pa.RecordBatch.from_arrays(arrays, schema=self.table.schema))
 
     def merge(self, other: str | os.PathLike[str]) -> int:
-        """Take over the panoramas of another index of the same model and whitening that are not in this one, all at once.
+        """Take over the panoramas of another index, of the same model and whitening, that are not in this one, all at
+        once.
 
         Returns:
             How many they were.
@@ -180,7 +182,7 @@ class PanoramaIndex:
         looked up approximately (IVF-PQ)."""
         from lancedb.index import BTree, IvfPq
 
-        self.table.optimize()
+        self.table.optimize(cleanup_older_than=timedelta(0))
         if not len(self):
             return
         self.table.create_index("panorama", config=BTree(), replace=True)
@@ -330,8 +332,8 @@ def name_of(path: str | os.PathLike[str]) -> str:
 
 
 def _voted(neighbours: Neighbours, count: int) -> list[str]:
-    """The panoramas with most votes: of each token the best of its neighbours there, by as much as it is nearer than the
-    farthest of all its neighbours (Hough voting over panoramas)."""
+    """The panoramas with most votes: of each token the best of its neighbours there, by as much as it is nearer than
+    the farthest of all its neighbours."""
     votes: dict[str, float] = {}
     for names, cosines in zip(neighbours.panorama, neighbours.cosine.tolist(), strict=True):
         best: dict[str, float] = {}

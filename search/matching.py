@@ -1,7 +1,8 @@
 """Tokens of panoramas and of example views, and which way an example looks in a panorama.
 
-An example view is painted onto the sphere where it may have looked, and the views of the model's own plan are cut out of
-that: at the right place its tokens are those of the panorama, of the same views at the same scale. Roll is taken to be 0.
+An example view is painted onto the sphere where it may have looked, and the views of the model's own plan are cut out
+of that: at the right place its tokens are those of the panorama, of the same views at the same scale. Roll is taken to
+be 0.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from ..reading_panorama import layout_of, read_photograph
 
 KINDS = ("tower", "resampled")
 
-_STEP = 2 / 3  # of a token lie between the directions that are tried first: further apart, and none is near enough
+_STEP = 2 / 3  # of a token lie between the directions that are tried first; with a whole one none is near enough
 _HIGHEST = 60.0  # degrees of pitch, up and down, of these
 _LEAST = 0.35  # of an example's tokens that a view holds then
 _CLOSER = (3.0, 1.5, 0.75)  # steps in degrees that make the best ones exact
@@ -196,7 +197,9 @@ class TokenEncoder:
             seen.update(zip(some, self.tokens(views), strict=True))
         number = np.cumsum(self.counted).reshape(self.counted.shape) - 1  # [V, S]
         for direction, of_each, views in zip(directions, held, enough, strict=True):
-            tokens = [seen[self._cut_of(direction, v)][torch.from_numpy(of_each[v])] for v in np.flatnonzero(views)]
+            tokens = [
+                seen[self._cut_of(direction, v)][torch.from_numpy(of_each[v])] for v in np.flatnonzero(views).tolist()
+            ]
             places = torch.from_numpy(number[of_each & views[:, None]])
             yield Painted(places, torch.cat(tokens) if tokens else torch.zeros(0, 1))
 

@@ -25,7 +25,6 @@ from panorama_vlm.search.__main__ import main  # noqa: E402
 from panorama_vlm.search.index import view_of  # noqa: E402
 from panorama_vlm.search.matching import TokenEncoder, Whitening  # noqa: E402
 
-
 VIEWS = {
     "vision": {**TOWER, "image_size": 128},
     "image_size": 128,
@@ -245,9 +244,7 @@ def test_the_command_names_what_it_skips_and_finds_what_is_there(saved, tmp_path
     assert main_of("index", str(folder), "--model", str(saved), "--output", index) == 1
     printed = capsys.readouterr()
     assert "2 panoramas, 2 of them new, 2 skipped" in printed.out
-    assert (
-        "broken.jpg: " in printed.err and "is no UTF-8: rename the file" in printed.err and "notes.txt" in printed.err
-    )
+    assert all(words in printed.err for words in ("broken.jpg: ", "is no UTF-8: rename the file", "notes.txt"))
     one = str(folder / "deeper/one 'a'.png")
     assert main_of("query", index, "--like", one, "--yaw", "30", "--fov", "70", "--count", "1", "--json") == 0
     (hit,) = json.loads(capsys.readouterr().out)
