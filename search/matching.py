@@ -249,8 +249,8 @@ class Aligned(NamedTuple):
 def first_places(
     encoder: TokenEncoder, whitening: Whitening, example: torch.Tensor, fov: float, panoramas: torch.Tensor
 ) -> list[Aligned]:
-    """Likely places of an example in panoramas: it is painted in directions all around, two thirds of a token apart, and its tokens compared with
-    theirs; the three best places in each panorama, the best first.
+    """Likely places of an example in panoramas: it is painted in directions all around, two thirds of a token apart,
+    and its tokens compared with theirs; the three best places in each panorama, the best of all first.
 
     Args:
         panoramas: tokens [C, T, D], zero where the camera did not look.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from panorama_vlm.search.__main__ import main  # noqa: E402
 from panorama_vlm.search.index import view_of  # noqa: E402
 from panorama_vlm.search.matching import TokenEncoder, Whitening  # noqa: E402
 
+PAGE = Path(__file__).resolve().parent.parent / "docs/search.md"
 VIEWS = {
     "vision": {**TOWER, "image_size": 128},
     "image_size": 128,
@@ -216,7 +219,7 @@ def test_two_shards_make_the_index_of_one_also_after_a_kill(encoder, saved, fold
     mark = json.loads((tmp_path / "two/index.json").read_text())
     assert mark == json.loads((tmp_path / "one/index.json").read_text())
     same_rows(PanoramaIndex(tmp_path / "one", encoder), PanoramaIndex(tmp_path / "two", encoder))
-    # A shard that was merged, and not yet removed when all was killed, and one of which nothing is there but its folder.
+    # Killed between merging a shard and removing it, and before another one held anything.
     index = PanoramaIndex(tmp_path / "two", encoder)
     shard = PanoramaIndex.create(tmp_path / "two/shards/00000-of-00002", encoder, index.whitening)
     shard.merge(tmp_path / "one")
@@ -324,3 +327,14 @@ def test_a_large_index_looks_neighbours_up(encoder, tmp_path, monkeypatch):
     ]
     assert np.mean(same) > 0.95
     torch.testing.assert_close(found.cosine[same, 0], exact.values[same, 0], atol=2e-3, rtol=0)
+
+
+def test_the_lines_of_the_page_find_a_view(saved, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for output in ("INDEX", "OTHER"):
+        assert main_of("index", str(folder), "--model", str(saved), "--output", output) == 0
+    Image.open(folder / "3.png").crop((192, 64, 320, 192)).save("view.jpg")
+    capsys.readouterr()
+    code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    exec(code.replace('"MODEL"', repr(str(saved))), {})
+    assert len(capsys.readouterr().out.splitlines()) == 3
