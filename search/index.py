@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -182,7 +183,9 @@ class PanoramaIndex:
         looked up approximately (IVF-PQ)."""
         from lancedb.index import BTree, IvfPq
 
-        self.table.optimize(cleanup_older_than=timedelta(0))
+        with warnings.catch_warnings():  # of readers of what was there before the last commit: they read again
+            warnings.filterwarnings("ignore", message="optimize")
+            self.table.optimize(cleanup_older_than=timedelta(0))
         if not len(self):
             return
         self.table.create_index("panorama", config=BTree(), replace=True)

@@ -188,9 +188,9 @@ class TokenEncoder:
         held = [self.counted & each for each in inside]  # [V, S] each
         enough = [each.sum(1) >= max(1, least * each.sum()) for each in held]
         # A tile sees an example in the same way wherever it is as far to the left or right of it.
-        cuts = {
-            self._cut_of(directions[at], v): (at, v) for at, each in enumerate(enough) for v in np.flatnonzero(each)
-        }
+        cuts: dict[Any, tuple[int, int]] = {}
+        for at, each in enumerate(enough):
+            cuts |= {self._cut_of(directions[at], view): (at, view) for view in np.flatnonzero(each).tolist()}
         seen: dict[Any, torch.Tensor] = {}
         for some in _batched(cuts, _AT_ONCE):
             views = torch.stack([self._cut(example, directions[at], view) for at, view in (cuts[cut] for cut in some)])

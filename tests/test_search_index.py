@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -176,7 +175,8 @@ def test_a_killed_run_goes_on_with_nothing_twice_or_missing(encoder, folder, acc
     build.index_folder(folder, encoder, whole, accelerator)
     monkeypatch.setattr(build, "_TOGETHER", 1)
     for at in (0, 1, 3):  # stopped before the first, after the first, later
-        output, calls, add = tmp_path / f"stopped-{at}", [], PanoramaIndex.add
+        output, add = tmp_path / f"stopped-{at}", PanoramaIndex.add
+        calls: list[list[str]] = []
 
         def stop(self, *given, at=at, calls=calls, add=add):
             if len(calls) == at:
@@ -302,7 +302,7 @@ def test_what_cannot_be_indexed_is_said(encoder, make, folder, accelerator, tmp_
         with pytest.raises(ValueError, match=f"made by another model; what differs: .*{word}"):
             PanoramaIndex(tmp_path / "index", changed)
     with pytest.raises(ValueError, match="kind must be"):
-        TokenEncoder(*make(), kind="words")
+        TokenEncoder(encoder.model, encoder.images, "words")
 
 
 @pytest.fixture
@@ -335,6 +335,6 @@ def test_the_lines_of_the_page_find_a_view(saved, folder, tmp_path, capsys, monk
         assert main_of("index", str(folder), "--model", str(saved), "--output", output) == 0
     Image.open(folder / "3.png").crop((192, 64, 320, 192)).save("view.jpg")
     capsys.readouterr()
-    code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    code = PAGE.read_text().partition("```python\n")[2].partition("```")[0]
     exec(code.replace('"MODEL"', repr(str(saved))), {})
     assert len(capsys.readouterr().out.splitlines()) == 3
