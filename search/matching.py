@@ -37,9 +37,9 @@ KINDS = ("tower", "resampled")
 
 _STEP = 2 / 3  # of a token lie between the directions that are tried first; with a whole one none is near enough
 _HIGHEST = 60.0  # degrees of pitch, up and down, of these
-_LEAST = 0.35  # of an example's tokens that a view holds then
+_LEAST = 0.2  # of an example's tokens that a view holds then
 _CLOSER = (3.0, 1.5, 0.75)  # steps in degrees that make the best ones exact
-_TRIED = (6, 3, 2)  # of these so many places are tried at each
+_TRIED = (24, 12, 6)  # of these so many places are tried at each
 _AT_ONCE = 64  # views that the tower is shown
 _FLOOR = 1e-4  # of the largest variance, below which none is raised: noise would be
 
@@ -50,10 +50,12 @@ class Painted(NamedTuple):
     Args:
         places: which of a panorama's T tokens they are, int64 [K].
         tokens: [K, D].
+        held: how many there are with those of the views that were left out.
     """
 
     places: torch.Tensor
     tokens: torch.Tensor
+    held: int
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ class TokenEncoder:
                 seen[self._cut_of(direction, v)][torch.from_numpy(of_each[v])] for v in np.flatnonzero(views).tolist()
             ]
             places = torch.from_numpy(number[of_each & views[:, None]])
-            yield Painted(places, torch.cat(tokens) if tokens else torch.zeros(0, 1))
+            yield Painted(places, torch.cat(tokens) if tokens else torch.zeros(0, 1), int(of_each.sum()))
 
     def _cut_of(self, direction: Direction, view: int) -> tuple[Any, ...]:
         tile = self.plan.views[view]
@@ -262,7 +264,8 @@ def first_places(
     for at, painted in enumerate(encoder.painted(example, grid, _LEAST)):
         if len(painted.places):
             own = whitening(painted.tokens).flatten()
-            scores[at] = panoramas[:, painted.places].flatten(1) @ own / len(painted.places)
+            # What is left out counts as unlike: a mean of few tokens is large by chance.
+            scores[at] = panoramas[:, painted.places].flatten(1) @ own / painted.held
     scores = scores.view(len(pitches), -1, len(panoramas)).permute(2, 0, 1)
     found = []
     for panorama, of_one in enumerate(scores):
