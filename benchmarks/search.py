@@ -137,7 +137,7 @@ def run(model: Any, processor: Any, folder: Path, options: argparse.Namespace) -
     right: dict[tuple[str, str], list[bool]] = {}
     aside: dict[str, list[float]] = {"ours": [], "peer": []}
     asked = np.linspace(0, options.scenes - 1, options.queries or options.scenes).round().astype(int)
-    for number in tqdm(asked.tolist(), "queries"):
+    for number in (progress := tqdm(asked.tolist(), "queries")):
         example = examples[number]
         hits = index.query(example.data, example.direction[2], 1)
         with torch.no_grad():
@@ -153,6 +153,7 @@ def run(model: Any, processor: Any, folder: Path, options: argparse.Namespace) -
             right.setdefault((who, example.around), []).append(is_right)
             if is_right:
                 aside[who].append(angle(places[0][1:], example.direction[:2]))
+        progress.set_postfix({who: len(degrees) for who, degrees in aside.items()})
     print(f"{'':<36}{'recall@1':>8}{'degrees off':>12}{'asked':>8}")
     for who, words in (("ours", f"index of {options.tokens} tokens"), ("peer", "mean-pooled views")):
         of_all = [each for (name, _), own in right.items() for each in own if name == who]

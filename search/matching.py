@@ -38,8 +38,8 @@ KINDS = ("tower", "resampled")
 _STEP = 2 / 3  # of a token lie between the directions that are tried first; with a whole one none is near enough
 _HIGHEST = 60.0  # degrees of pitch, up and down, of these
 _LEAST = 0.2  # of an example's tokens that a view holds then
-_CLOSER = (3.0, 1.5, 0.75)  # steps in degrees that make the best ones exact
-_TRIED = (24, 12, 6)  # of these so many places are tried at each
+_CLOSER = (3.0, 3.0, 1.5, 0.75)  # steps in degrees that make the best ones exact
+_TRIED = (48, 16, 8, 4)  # of these so many places are tried at each
 _AT_ONCE = 64  # views that the tower is shown
 _FLOOR = 1e-4  # of the largest variance, below which none is raised: noise would be
 
