@@ -180,7 +180,7 @@ def test_the_lines_of_the_page_find_a_photograph_and_say_which_way_to_look(make,
     seen = processor.image_processor(wall, further_views=[[(97.0, 0.0, 70.0)]], image_size=256, return_tensors="pt")
     photo = ((seen["pixel_values"][0, 9] * 0.5 + 0.5) * 255 * 0.9).byte().permute(1, 2, 0).numpy()
     Image.fromarray(photo).save(tmp_path / "photo.jpg")
-    code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    code = re.search(r"```python\n(.*?)```", PAGE.read_text().partition("## Vectors")[2], re.DOTALL)[1]
     for given, local in (("build/demo/model", "model"), ("samples", "samples"), ("photo.jpg", "photo.jpg")):
         assert f'"{given}"' in code
         code = code.replace(f'"{given}"', repr(str(tmp_path / local)))
