@@ -330,7 +330,7 @@ def named_vlm(vlm: Any) -> str | PreTrainedModel:
     if isinstance(vlm, PreTrainedModel):
         return vlm
     if not isinstance(vlm, str | os.PathLike) or not str(vlm):
-        raise ValueError(f"vlm must be a Hub id, a folder, or a model of transformers, got {vlm!r}")
+        raise ValueError(f"vlm must be a Hub id, a folder, or a model of transformers, got {vlm!r:.200}")
     return os.fspath(vlm)
 
 

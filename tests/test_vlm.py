@@ -20,7 +20,7 @@ from panorama_vlm.train.build import check_packing, check_parts, load_start
 from panorama_vlm.train.config import load_config
 from panorama_vlm.train.loop import train
 from panorama_vlm.vlm_panorama import FAMILIES, NEWLINE
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.gemma4.image_processing_pil_gemma4 import convert_image_to_patches
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -832,7 +832,13 @@ def test_views_may_have_another_size_where_the_tower_takes_it(source, panoramas)
 )
 def test_families_that_cannot_be_shown_views_are_refused_with_the_reason(family, words, source):
     _, processor = source("llava")
-    vlm = SimpleNamespace(config=AutoConfig.for_model(family))
+
+    class OfTheFamily(PreTrainedModel):
+        def __init__(self, config):
+            torch.nn.Module.__init__(self)
+            self.config = config
+
+    vlm = OfTheFamily(AutoConfig.for_model(family))
     with pytest.raises(ValueError, match=words):
         PanoramaProcessor.from_vlm_pretrained(vlm, processor)
 
