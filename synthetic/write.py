@@ -76,6 +76,8 @@ class World:
             raise ValueError(f"tables must be at least 0, got {self.tables}. Typical value: 4")
         read_weights(self.kinds, tuple(KINDS), "the kinds of questions")
         read_weights(self.table_kinds, tuple(TABLES), "the kinds of tables")
+        if self.vary_backgrounds and self.backgrounds is None:
+            raise ValueError("vary_backgrounds has nothing to vary without backgrounds: name some, or leave it out")
         _panoramas(self.backgrounds)
 
     @property
@@ -340,7 +342,9 @@ def _begin(out: Path, world: World) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if (out / SETTINGS).is_file():
         # What a folder from before an option does not name is what the option does not change.
-        then = {"tables": 0, "table_kinds": [], "steps": False} | json.loads((out / SETTINGS).read_text("utf-8"))
+        then = {"tables": 0, "table_kinds": [], "steps": False, "vary_backgrounds": False} | json.loads(
+            (out / SETTINGS).read_text("utf-8")
+        )
         differ = [name for name, value in settings.items() if then.get(name) != value]
         changed = [f"{name} was {then.get(name)} and is {settings[name]}" for name in differ]
         if changed:

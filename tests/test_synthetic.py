@@ -610,6 +610,20 @@ def test_varied_surroundings_differ_from_scene_to_scene_and_nothing_else_does():
     drawn = next(scene for scene in map(plain.scene, range(12)) if not scene.panorama)
     assert (np.asarray(plain.picture(drawn)) == np.asarray(other.picture(drawn))).all()
     assert parse_world("synthetic://?scenes=1&vary_backgrounds=true")[1].vary_backgrounds
+    with pytest.raises(ValueError, match="nothing to vary without backgrounds"):
+        World(vary_backgrounds=True)
+
+
+def test_a_folder_from_before_an_option_is_gone_on_with(tmp_path):
+    write_scenes(tmp_path, World(seed=3, width=64), 1, processes=1)
+    settings = json.loads((tmp_path / "synthetic.json").read_text())
+    for later in ("vary_backgrounds", "tables", "steps"):
+        del settings[later]
+    (tmp_path / "synthetic.json").write_text(json.dumps(settings))
+    write_scenes(tmp_path, World(seed=3, width=64), 2, processes=1)
+    assert len((tmp_path / "metadata.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(ValueError, match="steps was False and is True"):
+        write_scenes(tmp_path, World(seed=3, width=64, steps=True), 3, processes=1)
 
 
 def test_varied_surroundings_have_no_seam():
