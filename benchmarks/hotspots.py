@@ -57,19 +57,25 @@ def count(pipe: PanoramaPipeline, world: World, number: int) -> Counter[str]:
     return counts
 
 
+def pipeline_of(folder: Path) -> PanoramaPipeline | None:
+    """A model, ready to be asked; `None`, and a sentence, where a folder has none."""
+    if not (folder / "config.json").is_file():
+        print(f"There is no model in {folder}: name a folder.")
+        return None
+    logging.disable_progress_bar()
+    model = PanoramaVLM.from_checkpoint(folder, dtype=torch.float32).eval()
+    processor = PanoramaProcessor.from_pretrained(folder)
+    return PanoramaPipeline(model, processor=processor, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m panorama_vlm.benchmarks.hotspots", description=__doc__)
     parser.add_argument("model", nargs="?", type=Path, default=ROOT, help="folder (default: the repository)")
     parser.add_argument("--scenes", type=int, default=40, help="fresh ones (default: 40)")
     options = parser.parse_args(arguments)
-    if not (options.model / "config.json").is_file():
-        print(f"There is no model in {options.model}: name a folder.")
+    if (pipe := pipeline_of(options.model)) is None:
         return
-    logging.disable_progress_bar()
-    model = PanoramaVLM.from_checkpoint(options.model, dtype=torch.float32).eval()
-    processor = PanoramaProcessor.from_pretrained(options.model)
-    pipe = PanoramaPipeline(model, processor=processor, device="cuda" if torch.cuda.is_available() else "cpu")
     world = World(SEED, backgrounds=UNSEEN, kinds=("grounding",))
     counts: Counter[str] = Counter()
     for number in tqdm(range(options.scenes), "scenes"):

@@ -18,22 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers.utils import logging
 
 from ..geometry_panorama import Direction, View, ray_angles
-from ..modeling_panorama import PanoramaVLM
 from ..pictures import saliency
 from ..pipeline_panorama import PanoramaPipeline
 from ..places_panorama import BFoV, great_circle
-from ..processing_panorama import PanoramaProcessor
 from ..synthetic.questions import SEEN, Seen, _width, fits
-from ..synthetic.write import SAMPLES, World
+from ..synthetic.write import World
+from .hotspots import ROOT, UNSEEN, pipeline_of
 
-ROOT = Path(__file__).resolve().parent.parent
-UNSEEN = f"{SAMPLES}:lab,park,sunset"  # around no scene that default_model.yaml trains on
 SEED = 2026_25
 SMALL = (2.0, 6.0)  # degrees
 _ROWS = 90  # of the heat maps
@@ -88,13 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=60, help="(default: 60)")
     parser.add_argument("--fov", type=float, default=30.0, help="degrees of the views of an aim (default: 30)")
     options = parser.parse_args(arguments)
-    if not (options.model / "config.json").is_file():
-        print(f"There is no model in {options.model}: name a folder.")
+    if (pipe := pipeline_of(options.model)) is None:
         return
-    logging.disable_progress_bar()
-    model = PanoramaVLM.from_checkpoint(options.model, dtype=torch.float32).eval()
-    processor = PanoramaProcessor.from_pretrained(options.model)
-    pipe = PanoramaPipeline(model, processor=processor, device="cuda" if torch.cuda.is_available() else "cpu")
     random = np.random.default_rng(0)
     right: dict[str, list[bool]] = defaultdict(list)
     near: dict[str, list[bool]] = defaultdict(list)

@@ -26,18 +26,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import logging
 
 from ..geometry_panorama import View, ray_angles
-from ..modeling_panorama import PanoramaVLM
 from ..pictures import heat_map, hottest, saliency
 from ..pipeline_panorama import PanoramaPipeline
 from ..places_panorama import great_circle
-from ..processing_panorama import PanoramaProcessor
-from ..synthetic.write import SAMPLES, World
+from ..synthetic.write import World
+from .hotspots import ROOT, UNSEEN, pipeline_of
 
-ROOT = Path(__file__).resolve().parent.parent
-UNSEEN = f"{SAMPLES}:lab,park,sunset"  # around no scene that default_model.yaml trains on
 KINDS = ("colour", "shape", "size", "grounding", "direction", "what_is_in_direction")
 SEED = 2026_24
 _ROWS = 64  # of the heat maps
@@ -128,14 +124,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("model", nargs="?", type=Path, default=ROOT, help="folder (default: the repository)")
     parser.add_argument("--questions", type=int, default=30, help="(default: 30)")
     options = parser.parse_args(arguments)
-    if not (options.model / "config.json").is_file():
-        print(f"There is no model in {options.model}: name a folder.")
+    if (pipe := pipeline_of(options.model)) is None:
         return
-    logging.disable_progress_bar()
-    model = PanoramaVLM.from_checkpoint(options.model, dtype=torch.float32).eval()
-    processor = PanoramaProcessor.from_pretrained(options.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = PanoramaPipeline(model, processor=processor, device=device)
     world = World(SEED, questions=2, kinds=KINDS, backgrounds=UNSEEN)
     questions = ((world.picture(scene), each) for scene in map(world.scene, range(10**6)) for each in world.ask(scene))
     random = np.random.default_rng(0)
