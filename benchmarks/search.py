@@ -1,6 +1,6 @@
 """Does an example view find its panorama, and the way to look?
 
-`python -m panorama_vlm.benchmarks.search [MODEL] [--scenes 500] [--queries 500]`, MODEL the one at the root of the
+`python -m panorama_vlm.benchmarks.search [MODEL] [--scenes 500] [--queries 100]`, MODEL the one at the root of the
 repository. Fresh scenes, half of them around real panoramas, are indexed. An example is what one of them shows in a
 random direction (within 37 degrees of the horizon) and field of view (45 to 90 degrees), brighter or darker by up to
 15 %, as a JPEG of 320 pixels and quality 75. Things fill at least 2 % of it: the same wall or sky is in many scenes.
@@ -15,6 +15,7 @@ import math
 import shutil
 import tempfile
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,11 +108,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m panorama_vlm.benchmarks.search", description=__doc__)
     parser.add_argument("model", nargs="?", type=Path, default=ROOT, help="folder (default: the repository)")
     parser.add_argument("--scenes", type=int, default=500, help="fresh ones (default: 500)")
-    parser.add_argument("--queries", type=int, help="of them are asked about, evenly spread (default: all)")
+    parser.add_argument(
+        "--queries", type=int, default=100, help="of them are asked about, evenly spread (default: 100)"
+    )
     parser.add_argument("--tokens", choices=KINDS, default=KINDS[0], help="what is indexed (default: %(default)s)")
     options = parser.parse_args(arguments)
     if not (options.model / "config.json").is_file():
         print(f"There is no model in {options.model}: name a folder.")
+        return
+    if find_spec("lancedb") is None:
+        print("It needs LanceDB: pip install 'panorama-vlm[search]'")
         return
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="no equirectangular panorama")
@@ -136,7 +142,7 @@ def run(model: Any, processor: Any, folder: Path, options: argparse.Namespace) -
     vectors, directions = pooled(model, processor.image_processor, [each.file for each in examples])
     right: dict[tuple[str, str], list[bool]] = {}
     aside: dict[str, list[float]] = {"ours": [], "peer": []}
-    asked = np.linspace(0, options.scenes - 1, options.queries or options.scenes).round().astype(int)
+    asked = np.linspace(0, options.scenes - 1, options.queries).round().astype(int)
     for number in (progress := tqdm(asked.tolist(), "queries")):
         example = examples[number]
         hits = index.query(example.data, example.direction[2], 1)
