@@ -196,13 +196,13 @@ def distance_word(thing: Thing) -> str:
     return f"d{round(thing.distance * 4)}"
 
 
-def _listed(things: Sequence[Thing]) -> str:
+def listed(things: Sequence[Thing]) -> str:
     """Things with a running number and where they are: `1 h9 red ball 2 h50 dog`; `0` where there is none."""
     parts = [f"{number} h{heading(thing.yaw)} {full(thing)}" for number, thing in enumerate(things, 1)]
     return " ".join(parts) or "0"
 
 
-def _around(things: Sequence[Thing]) -> list[Thing]:
+def around(things: Sequence[Thing]) -> list[Thing]:
     """Things by their headings, from the front to the right."""
     return sorted(things, key=lambda thing: (heading(thing.yaw), thing.yaw))
 
@@ -364,8 +364,8 @@ def _count(seen: Seen) -> Question | None:
         return None
     form = seen.pick(("How many {} are there?", "Count the {} around you.", "How many {} can you see?"))
     words = seen.pick(fitting)
-    listed = _listed(_around([thing for thing in seen.there if fits(thing, words)]))
-    return Question("count", form.format(f"{words}s"), wanted, steps=listed)
+    steps = listed(around([thing for thing in seen.there if fits(thing, words)]))
+    return Question("count", form.format(f"{words}s"), wanted, steps=steps)
 
 
 # Directions
@@ -543,7 +543,7 @@ def _one_or_two(seen: Seen) -> Question | None:
         "Something is at the left edge of the picture and something at the right edge. Is that one thing or two?",
         "The picture is cut open behind you. Are the things at its two edges one thing or two?",
     )
-    return Question("one_or_two_at_seam", seen.pick(words), wanted, turns="no", steps=_listed(_around(at_edge)))
+    return Question("one_or_two_at_seam", seen.pick(words), wanted, turns="no", steps=listed(around(at_edge)))
 
 
 def _at_pole(seen: Seen) -> Question | None:
@@ -600,7 +600,7 @@ def _ground_all(seen: Seen) -> Question | None:
     places = [thing.place for thing in things if thing.place is not None]
     asked = f"List the places of all {words}s from left to right as [yaw, pitch, x_fov, y_fov] in degrees, [] if none."
     answer = "[" + ", ".join(write_places([place]) for place in places) + "]"
-    return Question("grounding_all", asked, answer, (), tuple(places), "place", _listed(things))
+    return Question("grounding_all", asked, answer, (), tuple(places), "place", listed(things))
 
 
 # Captions
@@ -616,7 +616,7 @@ def _caption(seen: Seen) -> Question | None:
     form = seen.pick(
         ("Describe what was put around you, from the front to the right.", "Name what was put around you.")
     )
-    return Question("caption_around", form, "; ".join(parts) + ".", turns="no", steps=_listed(things))
+    return Question("caption_around", form, "; ".join(parts) + ".", turns="no", steps=listed(things))
 
 
 def _caption_direction(seen: Seen) -> Question | None:
@@ -632,7 +632,7 @@ def _caption_direction(seen: Seen) -> Question | None:
     if any(b[0] - a[0] < 3 for a, b in zip(inside, inside[1:], strict=False)):
         return None
     answer = ", ".join(full(thing) for _, thing in inside) + "."
-    steps = _listed([thing for _, thing in inside])
+    steps = listed([thing for _, thing in inside])
     return Question(
         "caption_direction", f"What was put {name} of you, from left to right?", answer, turns="no", steps=steps
     )

@@ -24,6 +24,7 @@ from .questions import (
     STEEP,
     Seen,
     article,
+    around,
     difference,
     distance_word,
     fits,
@@ -31,6 +32,7 @@ from .questions import (
     heading,
     in_order,
     is_clear,
+    listed,
     pitch_word,
     read_weights,
     relation,
@@ -53,7 +55,8 @@ def tables(scene: Scene, count: int, kinds: Sequence[str] = (), steps: bool = Fa
         count: how many, at most.
         kinds: to choose from, with weights or without (`questions.read_weights`); all where none is named, arithmetic
             more rarely.
-        steps: whether answers that need steps (order, facing, after_turning) carry them, `<think>STEPS</think>ANSWER`.
+        steps: whether answers that need steps (count, order, facing, after_turning) carry them,
+            `<think>STEPS</think>ANSWER`.
 
     Returns:
         Of each table its turns: what the user says, and what the assistant answers.
@@ -145,7 +148,8 @@ def _count(seen: Seen) -> Table | None:
         for words in pool:
             things = [thing for thing in seen.there if fits(thing, words)]
             if len(things) < len(NUMBERS) and all(map(is_clear, things)):
-                entries.append((f"{words}s?".capitalize(), NUMBERS[len(things)]))
+                answer = _with_steps(seen, listed(around(things)), NUMBERS[len(things)])
+                entries.append((f"{words}s?".capitalize(), answer))
                 weights.append(RARE[f"count of {level}"][NUMBERS[len(things)]])
     forms = ("How many of these are there?", "Count these. Answer with a number each.")
     if not entries:

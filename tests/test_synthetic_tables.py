@@ -194,6 +194,20 @@ def test_entries_about_pairs_are_right_and_follow_from_their_steps(scenes):
     assert min(checked.values()) > 50
 
 
+def test_counts_follow_from_the_things_that_their_steps_list(scenes):
+    checked = 0
+    for scene in scenes:
+        table = TABLES["count"](Seen(scene, np.random.default_rng(scene.seed), steps=True))
+        for words, said in entries_of(table)[1] if table else ():
+            answer, steps = split_steps(said)
+            things = sorted(matching(scene, words.lower().removesuffix("s")), key=lambda t: (five(t.yaw), t.yaw % 360))
+            expected = [(str(i), str(five(t.yaw)), f"{t.colour} {t.name}") for i, t in enumerate(things, 1)]
+            assert re.findall(r"(\d+) h(\d+) (\w+ \w+)", steps) == expected
+            assert COUNTED[len(things)] == answer and (things or steps == "0")
+            checked += 1
+    assert checked > 50
+
+
 def test_arithmetic_needs_no_picture(scenes):
     for scene in scenes[:5]:
         _, entries = entries_of(TABLES["arithmetic"](Seen(scene, np.random.default_rng(0))))
