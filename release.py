@@ -41,7 +41,7 @@ ORIGIN = (
 LIMITS = [
     "It knows nothing of the real world: solids in eight colours and drawings of 84 things, in front of drawn or real "
     "surroundings. Of a photograph it takes everything for surroundings.",
-    "Before real surroundings that it does not know it lists and counts things that are not there.",
+    "Of long lists (captions of five things and more, counts) one thing in a list is often missing or wrong.",
 ]
 
 

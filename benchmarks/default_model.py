@@ -1,5 +1,5 @@
-"""Where are answers about rendered scenes right, and where not? What an evaluation found, split by surroundings, and
-by size, height and the seam of what a place is asked of.
+"""Where are answers about rendered scenes right, and where not? What an evaluation found, split by surroundings, by
+how much a caption names, and by size, height and the seam of what a place is asked of.
 
 `python -m panorama_vlm.benchmarks.default_model [fresh results]`, the folders that `docs/default_model.md` makes:
 scenes by `panorama_vlm.synthetic` and the results of `panorama_vlm.evaluation` on them. The peer of each row is the one
@@ -23,6 +23,7 @@ from ..synthetic.write import METADATA, SCENES
 
 LISTS = ("count", "grounding_all", "caption_around", "caption_direction")
 SMALL, STEEP = 10, 50  # degrees
+FEW = 4  # things of a caption
 PREDICTIONS = "predictions.jsonl"
 
 
@@ -47,6 +48,8 @@ def splits(data: Path, results: Path) -> dict[str, list[bool]]:
             found[f"{'lists' if kind in LISTS else 'all else'} before {around}"].append(right)
             if kind == "caption_around":
                 found[f"caption_around before {around}"].append(right)
+                things = row["conversations"][2 * place - 1]["value"].count(";") + 1
+                found[f"caption_around, {'up to' if things <= FEW else 'more than'} {FEW} things"].append(right)
             if kind in ("grounding", "what_is_at_place"):
                 bfov = BFoV(*places[0]) if places else read_places(words)[0].place
                 found["place across the seam" if _on_seam(bfov) else "place elsewhere"].append(right)
