@@ -26,9 +26,9 @@ from .matching import Aligned, TokenEncoder, Whitening, first_places, query_toke
 
 INDEX, WHITENING, TABLE = "index.json", "whitening.safetensors", "tokens"
 _FORMAT = 1
-_CANDIDATES = 64  # panoramas that an example is laid over
+_CANDIDATES = 128  # panoramas that an example is laid over
 _PLACES = 64  # likely places in them
-_NEIGHBOURS = 1024  # tokens of the index that vote, for each of the example
+_NEIGHBOURS = 256  # tokens of the index that vote, for each of the example
 _SCANNED = 65_536  # tokens at a time
 _LARGE = 2_000_000  # tokens from which neighbours are looked up in an approximate index
 _PROBED = 32  # of its lists
