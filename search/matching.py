@@ -36,7 +36,7 @@ from ..reading_panorama import layout_of, read_photograph
 KINDS = ("tower", "resampled")
 
 _PITCHES = (-40.0, -20.0, 0.0, 20.0, 40.0)  # at which tokens of an example look for their like: a tile bends what is aside
-_STEP = 2 / 3  # of a token lie between the directions that are tried first; with a whole one none is near enough
+_STEP = 0.4  # of a token lie between the directions that are tried first: half a token aside it is hardly alike
 _HIGHEST = 60.0  # degrees of pitch, up and down, of these
 _LEAST = 0.2  # of an example's tokens that a view holds then
 _CLOSER = (3.0, 3.0, 1.5, 0.75)  # steps in degrees that make the best ones exact
@@ -253,7 +253,7 @@ class Aligned(NamedTuple):
 def first_places(
     encoder: TokenEncoder, whitening: Whitening, example: torch.Tensor, fov: float, panoramas: torch.Tensor
 ) -> list[Aligned]:
-    """Likely places of an example in panoramas: it is painted in directions all around, two thirds of a token apart,
+    """Likely places of an example in panoramas: it is painted in directions all around, 0.4 of a token apart,
     and its tokens compared with theirs; the three best places in each panorama, the best of all first.
 
     Args:
