@@ -35,7 +35,7 @@ from ..reading_panorama import layout_of, read_photograph
 
 KINDS = ("tower", "resampled")
 
-_PITCHES = (-40.0, -20.0, 0.0, 20.0, 40.0)  # at which tokens of an example look for their like: a tile bends what is aside
+_PITCHES = (-40.0, -20.0, 0.0, 20.0, 40.0)  # where an example is painted to vote: a tile bends what is aside
 _STEP = 0.4  # of a token lie between the directions that are tried first: half a token aside it is hardly alike
 _HIGHEST = 60.0  # degrees of pitch, up and down, of these
 _LEAST = 0.2  # of an example's tokens that a view holds then
@@ -228,12 +228,10 @@ def _batched(values: Iterable[Any], count: int) -> Iterator[tuple[Any, ...]]:
 
 
 def seeds(encoder: TokenEncoder, fov: float) -> list[Direction]:
-    """Where an example is painted before anything is known, so that whichever way it looked some of its tokens lie as
-    they lie in the panorama: ahead of a tile that looks ahead, at five pitches, moved by fractions of a token."""
+    """Where an example is painted before anything is known, so that however high it looked some of its tokens lie as
+    they lie in the panorama: in the middle of a tile that looks ahead, above and below it."""
     tile = min((view for view in encoder.plan.views), key=lambda view: abs(view.pitch) + abs(view.yaw) + view.is_global)
-    step = min(tile.fov, 120.0) / encoder.grid[1] / 2
-    pitches = [max(-90.0, min(90.0, tile.pitch + pitch + b * step)) for pitch in _PITCHES for b in (0, 1)]
-    return [(tile.yaw + a * step, pitch, fov) for pitch in pitches for a in (0, 1)]
+    return [(tile.yaw, max(-90.0, min(90.0, tile.pitch + pitch)), fov) for pitch in _PITCHES]
 
 
 def query_tokens(encoder: TokenEncoder, whitening: Whitening, example: torch.Tensor, fov: float) -> torch.Tensor:
