@@ -3,7 +3,10 @@ meant."""
 
 import difflib
 import math
+import os
+import tempfile
 from collections.abc import Iterable, Sequence
+from multiprocessing.connection import Listener
 from numbers import Integral, Real
 from typing import Any
 
@@ -44,6 +47,24 @@ def check_whole(name: str, value: Any, typical: int, least: int = 1) -> int:
         allowed = _at_least(None if least == 1 else least)
         raise ValueError(f"{name} must be {allowed}, got {value}. Typical value: {typical}")
     return int(number)
+
+
+def check_workers(name: str, count: int) -> None:
+    """Whether so many data workers could hand over what they read. They do by sockets in the temporary folder; where
+    its path is too long for one, each batch is dropped with a traceback, and who waits for it waits forever.
+
+    Raises:
+        ValueError: where there are workers, and they could not.
+    """
+    if not count or os.name != "posix":
+        return
+    try:
+        Listener(family="AF_UNIX").close()
+    except OSError as error:
+        raise ValueError(
+            f"{name} is {count}, but data workers could not hand over what they read, by sockets in "
+            f"{tempfile.gettempdir()!r}: {error}. Set TMPDIR to a shorter path (75 bytes), or {name} to 0"
+        ) from error
 
 
 def _at_least(least: float | None) -> str:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..data.files import panoramas_in, said_of
 from ..evaluation.asking import UNREADABLE
+from ..options_panorama import check_workers
 from .index import INDEX, PanoramaIndex, name_of
 from .matching import TokenEncoder, Whitening
 
@@ -84,6 +85,7 @@ def index_folder(
     Raises:
         ValueError: where there is nothing to index, and for the index of another model.
     """
+    check_workers("workers", workers)
     path = Path(source)
     if not path.exists():
         raise ValueError(f"there is no {str(source)!r}")

@@ -69,7 +69,9 @@ def test_two_thousand_requests_hold_no_more_than_the_first(make, panoramas, samp
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_one_seed_gives_the_same_weights_on_what_stands_for_another_machine(tmp_path, record_property, processes):
+def test_one_seed_gives_the_same_weights_on_what_stands_for_another_machine(
+    tmp_path, tmp_path_factory, record_property, processes
+):
     """All three stages, in a fresh process and home, from a copy of the code in another folder, begun elsewhere; hash
     seed, time zone, language, permissions of new files and the number of data workers are others, too."""
     begun, weights = time.monotonic(), []
@@ -80,8 +82,9 @@ def test_one_seed_gives_the_same_weights_on_what_stands_for_another_machine(tmp_
     for name, variables, umask, workers in zip("ab", own, (0o022, 0o077), (0, 2), strict=True):
         home, place = tmp_path / name / "home", tmp_path / name / ("x" * len(weights) + "place of code")
         home.mkdir(parents=True)
+        short = tmp_path_factory.mktemp(name)  # sockets of data workers lie in it
         shutil.copytree(ROOT, place / "panorama_vlm", ignore=shutil.ignore_patterns(".*", "build", "*.safetensors"))
-        variables |= {"HOME": str(home), "HF_HOME": str(home / "hf"), "TMPDIR": str(home), "PYTHONPATH": str(place)}
+        variables |= {"HOME": str(home), "HF_HOME": str(home / "hf"), "TMPDIR": str(short), "PYTHONPATH": str(place)}
         asked = command(processes, "tiny.yaml", "--output", tmp_path / name / "run", "--num_workers", workers)
         asked += ["--validation_share", "0.2"]  # what it keeps followed from the folder of the data
         asked.insert(1, "-P")

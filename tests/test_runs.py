@@ -271,6 +271,21 @@ def test_what_is_wrong_with_any_stage_is_said_in_a_sentence_before_the_first_ste
     assert not (tmp_path / "run/logs").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_temporary_folder_that_data_workers_cannot_use_is_no_run_that_waits_forever(tmp_path, workers):
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    environment = {**ENVIRONMENT, "TMPDIR": str(folder)}
+    options = ["--num_workers", str(workers), "--stage", "vision", "--vision.max_steps", "1"]
+    command = [sys.executable, "-m", "panorama_vlm.train", "tiny.yaml", "--output", str(tmp_path / "run"), *options]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    if workers:
+        assert run.returncode == 2 and "Traceback" not in run.stderr
+        assert "num_workers is 1" in run.stderr and "Set TMPDIR to a shorter path" in run.stderr
+    else:
+        assert run.returncode == 0, run.stderr[-2000:]
+
+
 # 5: skipped data
 
 

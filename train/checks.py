@@ -14,6 +14,7 @@ from accelerate.tracking import get_available_trackers
 from ..checkpoint_panorama import read_state
 from ..data.augmentation import missing_knowledge
 from ..data.samples import Samples, open_data
+from ..options_panorama import check_workers
 from ..stages_panorama import STAGES
 from .build import check_parts
 from .checkpoint import newest_checkpoint
@@ -82,6 +83,7 @@ def _check_launch(config: TrainConfig, accelerator: Accelerator) -> None:
             f"gradient_accumulation_steps={accelerator.gradient_accumulation_steps} of accelerate launch would divide "
             "the gradients once more: leave it out, and use --STAGE.accumulation"
         )
+    check_workers("num_workers", config.num_workers)
     if config.max_skipped_steps and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
             f"max_skipped_steps is {config.max_skipped_steps}, and DeepSpeed changes the weights before the loss is "
