@@ -63,12 +63,12 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line("| kind | tried | lost | longest, s |\n|---|--:|---|--:|")
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
-            said = dict(report.user_properties)
+            said = dict(getattr(report, "user_properties", ()))  # a file that is skipped or broken as a whole has none
             title, _, parameter = report.nodeid.rpartition("::")[2].partition("[")
             words = title.removeprefix("test_").replace("_", " ")
             if parameter and "tried" not in said:
                 words += f" ({parameter.rstrip(']')})"
-            known = (words, said.get("tried", 1), "nothing", said.get("longest", report.duration))
+            known = (words, said.get("tried", 1), "nothing", said.get("longest", getattr(report, "duration", 0.0)))
             kind, tried, lost, seconds = said.get("soak", known)
             if outcome != "passed":
                 lost = "not tried" if outcome == "skipped" else "**FAILED**"
