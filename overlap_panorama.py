@@ -122,6 +122,8 @@ class OverlapLoss:
             panoramas, views: B and V of the batch.
             view_mask: [B, V], false for views that show nothing.
         """
+        if views < 2:
+            return 0
         by_rays = self.config.use_anyres_e2p_vicreg and self._has_rays(views)
         pairs = tuple(self.config.overlap_pairs) if by_rays else None
         groups = token_pairs(self.plan, self.grid, pairs, self.config.overlap_ratio, views, torch.device("cpu"))

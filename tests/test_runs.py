@@ -156,8 +156,9 @@ def test_labels_packed_questions_and_closer_looks_go_on_to_the_bit(tmp_path, mon
         run_here(tmp_path / "stopped", "--stage", "resampler", *changed)
 
 
-def test_labels_alone_train_views_that_have_nothing_in_common_and_their_head_goes_on(tmp_path, recwarn):
-    options = ["--data", SCENES, "--options.view_strategy", "cubemap", "--options.vicreg_loss_weight", 0.0]
+@pytest.mark.parametrize("strategy", ["cubemap", "resize"])  # views that meet at their edges; a single one
+def test_labels_alone_train_views_that_have_nothing_in_common_and_their_head_goes_on(tmp_path, recwarn, strategy):
+    options = ["--data", SCENES, "--options.view_strategy", strategy, "--options.vicreg_loss_weight", 0.0]
     options += ["--options.overlap_loss_weight_finetune", 0.0, "--options.vision_trainable_blocks", "all"]
     options += [
         "--options.max_text_length",
