@@ -34,10 +34,9 @@ from ..search import PanoramaIndex
 from ..search.build import index_folder
 from ..search.index import name_of
 from ..search.matching import KINDS, TokenEncoder
-from ..synthetic.write import SAMPLES, World
+from ..synthetic.write import World
+from .hotspots import ROOT, UNSEEN
 
-ROOT = Path(__file__).resolve().parent.parent
-UNSEEN = f"{SAMPLES}:lab,park,sunset"  # around no scene that default_model.yaml trains on
 SEED = 2026_18_3
 FOVS, HIGHEST, LEAST = (45.0, 90.0), 0.6, 0.02
 SIZE, QUALITY, LIGHT = 320, 75, 0.15
@@ -109,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("model", nargs="?", type=Path, default=ROOT, help="folder (default: the repository)")
     parser.add_argument("--scenes", type=int, default=500, help="fresh ones (default: 500)")
     parser.add_argument(
-        "--queries", type=int, default=100, help="of them are asked about, evenly spread (default: 100)"
+        "--queries", type=int, default=100, help="of them are asked about, evenly spread, at most all (default: 100)"
     )
     parser.add_argument("--tokens", choices=KINDS, default=KINDS[0], help="what is indexed (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -142,7 +141,7 @@ def run(model: Any, processor: Any, folder: Path, options: argparse.Namespace) -
     vectors, directions = pooled(model, processor.image_processor, [each.file for each in examples])
     right: dict[tuple[str, str], list[bool]] = {}
     aside: dict[str, list[float]] = {"ours": [], "peer": []}
-    asked = np.linspace(0, options.scenes - 1, options.queries).round().astype(int)
+    asked = np.linspace(0, options.scenes - 1, min(options.queries, options.scenes)).round().astype(int)
     for number in (progress := tqdm(asked.tolist(), "queries")):
         example = examples[number]
         hits = index.query(example.data, example.direction[2], 1)

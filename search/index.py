@@ -256,7 +256,7 @@ class PanoramaIndex:
             example: a photograph (see :func:`read_photograph`), of which the middle square is looked for. It is taken
                 to be upright.
             fov: the field of view of its shorter side in degrees; of a phone's main camera about 50.
-            count: at most so many hits, one a panorama; no more than 64.
+            count: at most so many hits, one a panorama; no more than 128.
 
         Returns:
             The best first.

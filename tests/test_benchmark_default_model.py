@@ -8,24 +8,32 @@ from panorama_vlm.benchmarks.default_model import main, splits
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two scenes, and answers to their questions: 80 % of the first place are right, two thirds of the other."""
+    """Two scenes, and answers to their questions."""
     data, results = tmp_path / "fresh", tmp_path / "results"
     data.mkdir()
     results.mkdir()
     rows = [
         {
-            "kinds": ["grounding", "count", "what_is_at_place"],
-            "questions": ["Where is the red cube?", "How many balls?", "What is at [179, 0, 20, 20]?"],
-            "places": [[[0, 0, 20, 20]], None, None],
+            "kinds": ["grounding", "count", "what_is_at_place", "caption_around"],
+            "questions": ["Where is the red cube?", "How many balls?", "What is at [179, 0, 20, 20]?", "Name them."],
+            "places": [[[0, 0, 20, 20]], None, None, None],
+            "conversations": [{}] * 7 + [{"value": "front: a; right: b; back: c; left: d."}],
         },
-        {"kinds": ["grounding"], "questions": ["Where is the dog?"], "places": [[[90, 60, 12, 9]]]},
+        {
+            "kinds": ["grounding", "caption_around"],
+            "questions": ["Where is the dog?", "Name them."],
+            "places": [[[90, 60, 12, 9]], None],
+            "conversations": [{}] * 3 + [{"value": "front: a; right: b; right: c; back: d; left: e."}],
+        },
     ]
     scenes = [{"panorama": None}, {"panorama": "lab.jpg"}]
     answers = [
         {"id": "row-1.1", "kind": "grounding", "right": True, "answer": "[0, 0, 20, 16]"},
         {"id": "row-1.2", "kind": "count", "right": False, "answer": "two"},
         {"id": "row-1.3", "kind": "what_is_at_place", "right": True, "answer": "dog"},
+        {"id": "row-1.4", "kind": "caption_around", "right": True, "answer": ""},
         {"id": "row-2.1", "kind": "grounding", "right": True, "answer": "[90, 60, 8, 9]"},
+        {"id": "row-2.2", "kind": "caption_around", "right": False, "answer": ""},
     ]
     files = ((data / "metadata.jsonl", rows), (data / "scenes.jsonl", scenes), (results / "predictions.jsonl", answers))
     for path, lines in files:
@@ -37,6 +45,10 @@ def test_answers_are_counted_where_they_belong(folders, capsys):
     assert splits(*folders) == {
         "all else before drawn": [True, True],
         "all else before lab.jpg": [True],
+        "caption_around before drawn": [True],
+        "caption_around before lab.jpg": [False],
+        "caption_around, more than 4 things": [False],
+        "caption_around, up to 4 things": [True],
         "grounding, IoU at least 0.75": [True, False],
         "grounding, beyond 50 degrees": [True],
         "grounding, from 10 degrees": [True],
@@ -44,7 +56,8 @@ def test_answers_are_counted_where_they_belong(folders, capsys):
         "grounding, solids": [True],
         "grounding, under 10 degrees": [True],
         "grounding, up to 50 degrees": [True],
-        "lists before drawn": [False],
+        "lists before drawn": [False, True],
+        "lists before lab.jpg": [False],
         "place across the seam": [True],
         "place elsewhere": [True, True],
     }
