@@ -1,22 +1,25 @@
 """What is each part of the design worth? The same data, budget and language model, one part changed at a time.
 
-`python -m panorama_vlm.benchmarks.ablation [--panoramas 12000 --seeds 0 1 2 --variants ...] --output build/ablation`
-trains each variant from random weights by the trainer (`default_model.yaml`'s model, two stages: `vision` on a third of
-the panoramas, `finetune` on the rest, on everything at once), asks it about scenes that no run trains on (the real
-panoramas around them neither), and prints accuracy by kind, image tokens, and the time of tower and language model a
-panorama. What is done is not done again: `--output` holds a folder a run, and the trainer goes on where it was stopped.
+`python -m panorama_vlm.benchmarks.ablation [--panoramas 6000 --seeds 0 1 2 --variants ...] --output build/ablation`
+trains each variant from random weights by the trainer (`default_model.yaml` with a smaller language model, two stages:
+`vision` on a third of the panoramas, `finetune` on the rest), asks it about scenes that no run trains on, and prints
+accuracy by kind, image tokens, and the time of tower and language model a panorama. To fit a laptop, the scenes hold
+solids alone and nothing real around them, and of all kinds of question those are asked that such a budget can teach.
+What is done is not done again: `--output` holds a folder a run, and the trainer goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,20 @@ import yaml
 
 from ..modeling_panorama import PanoramaVLM
 from ..processing_panorama import PanoramaProcessor
-from ..synthetic.questions import KINDS
-from ..synthetic.write import METADATA, SAMPLES, World, row_of
+from ..synthetic.cutouts import VARIABLE
+from ..synthetic.write import METADATA, World, row_of
 from ..train.config import CONFIGS
 
-BATCH = 16  # panoramas a step
+BATCH = 4  # panoramas a step
 _SEED = 31_337  # of the scenes that are asked about
-_ASKED_AROUND = "lab,park,sunset"  # samples that default_model.yaml keeps for asking
 _NO_OVERLAP = {"vicreg_loss_weight": 0.0}  # there is nothing to compare: labels alone
+_LANGUAGE = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+}
 
 Change = dict[str, Any]
 # Of each variant what differs from the design: options of the model; `optimizer`, those of both stages; `from_random`,
@@ -55,35 +64,49 @@ VARIANTS: dict[str, Change] = {
     "AdamW": {"optimizer": {"optimizer": "adamw", "learning_rate": 5e-4, "learning_rates": {}}},
 }
 GROUPS = {
-    "what is there": ("existence", "colour", "shape", "size", "count", "shape_at_pole"),
-    "where": ("direction", "what_is_in_direction", "what_is_at_place", "higher_or_lower"),
-    "seam": ("adjacent_across_seam", "one_or_two_at_seam"),
-    "frame of reference": ("order", "after_turning", "facing", "relation_3d", "nearest_of_four"),
-    "places": ("grounding", "grounding_all"),
-    "captions": ("caption_around", "caption_direction"),
+    "what is there": ("existence", "colour", "shape", "size"),
+    "where": ("direction", "what_is_in_direction", "what_is_at_place"),
+    "seam": ("adjacent_across_seam",),
+    "frame of reference": ("order", "after_turning", "facing"),
+    "places": ("grounding",),
 }
+KINDS = tuple(kind for group in GROUPS.values() for kind in group)
+_RARE = "adjacent_across_seam"  # one scene in ten has something to ask about the seam
+TABLES = (
+    *("existence", "colour", "shape", "size", "direction", "heading", "what_is_in_direction", "what_is_at_place"),
+    *("grounding", "order", "facing", "after_turning"),
+)
+DATA = (
+    "synthetic://?scenes=1000000&seed=8&width=512&backgrounds=&steps=true&questions=6&tables=3"
+    f"&kinds=all,{_RARE}:5".replace("all", ",".join(kind for kind in KINDS if kind != _RARE))
+    + f"&table_kinds={','.join(TABLES)}"
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(prog="python -m panorama_vlm.benchmarks.ablation", description=__doc__)
-    parser.add_argument(
-        "--panoramas", type=int, default=12_000, help="that each variant is trained on (default: 12000)"
-    )
+    parser.add_argument("--panoramas", type=int, default=6000, help="that each variant is trained on (default: 6000)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each (default: 0)")
     parser.add_argument("--variants", nargs="+", default=[*VARIANTS], choices=[*VARIANTS], metavar="NAME")
     parser.add_argument("--scenes", type=int, default=100, help="that are asked about (default: 100)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that draw scenes (default: 2)")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
+    parser.add_argument("--workers", type=int, default=0, help="processes a run that draw scenes (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("build/ablation"))
     options = parser.parse_args(arguments)
     if options.panoramas < 3 * BATCH:
         parser.error(f"--panoramas must be at least {3 * BATCH}, got {options.panoramas}")
+    if not 1 <= options.parallel <= (os.cpu_count() or 1):
+        parser.error(f"--parallel must be from 1 to {os.cpu_count()}, the cores there are, got {options.parallel}")
+    os.environ[VARIABLE] = ""  # solids alone, here and in what is started
     scenes = write_scenes(options.output, options.scenes)
+    wanted = [(name, seed) for name in options.variants for seed in options.seeds]
+    with ThreadPoolExecutor(options.parallel) as runs:
+        found = dict(zip(wanted, runs.map(lambda each: run(*each, options, scenes), wanted), strict=True))
     rows = {}
     for name in options.variants:
-        runs = [run(name, seed, options, scenes) for seed in options.seeds]
-        rows[name] = {key: [each[key] for each in runs] for key in runs[0]}
-        print(line(name, rows[name]), flush=True)
+        own = [found[name, seed] | costs(folder_of(name, options.seeds[0], options), scenes) for seed in options.seeds]
+        rows[name] = {key: [each[key] for each in own] for key in own[0]}
     (options.output / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     draw(rows, options.output / "ablation.png")
     print(f"\n{header()}\n" + "\n".join(line(name, row) for name, row in rows.items()))
@@ -93,17 +116,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write_scenes(output: Path, count: int) -> Path:
-    """The scenes with questions of every kind, written once."""
+    """The scenes with questions of every kind, written once; as many again that are asked about the seam."""
     folder = output / f"scenes-{count}"
     if (folder / METADATA).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    world = World(_SEED, width=512, questions=len(KINDS), backgrounds=f"{SAMPLES}:{_ASKED_AROUND}")
+    rest = tuple(kind for kind in KINDS if kind != _RARE)
     rows = []
-    for number in range(count):
-        scene = world.scene(number)
-        world.picture(scene).save(folder / f"{number}.png")
-        rows.append(json.dumps(row_of(scene, world.ask(scene), f"{number}.png")))
+    for world in (World(_SEED, 512, len(KINDS), rest), World(_SEED + 1, 512, 1, (_RARE,))):
+        for number in range(count):
+            scene = world.scene(number)
+            file = f"{world.seed}-{number}.png"
+            world.picture(scene).save(folder / file)
+            rows.append(json.dumps(row_of(scene, world.ask(scene), file)))
     (folder / METADATA).write_text("\n".join(rows) + "\n", encoding="utf-8")
     return folder
 
@@ -114,30 +139,40 @@ def configuration(name: str, seed: int, panoramas: int, workers: int) -> tuple[d
     change = dict(VARIANTS[name])
     optimizer, from_random = change.pop("optimizer", {}), change.pop("from_random", False)
     config["options"] |= change
-    config["data"] = config["finetune"].pop("data")
-    del config["vision"]["data"], config["resampler"]
-    steps = {"vision": panoramas // 3 // BATCH, "finetune": panoramas * 2 // 3 // BATCH}
+    config["compose"]["language"] |= _LANGUAGE
+    config["data"] = [{"path": DATA}]
+    del config["vision"]["data"], config["resampler"], config["finetune"]["data"]
+    first = 0 if from_random else panoramas // 3
+    steps = {"vision": max(1, first // BATCH), "finetune": (panoramas - first) // BATCH}
     for stage, count in steps.items():
         config[stage] |= {"max_steps": count, "batch_size": BATCH, **optimizer}
     config |= {"seed": seed, "num_workers": workers, "log_every": 25, "save_every": 250, "keep_checkpoints": 1}
     return config, ["finetune"] if from_random else ["vision", "finetune"]
 
 
+def folder_of(name: str, seed: int, options: argparse.Namespace) -> Path:
+    """Where a run has its models and results."""
+    return Path(options.output, f"{_plain(name)}-{options.panoramas}-{seed}")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\W+", "-", name)
+
+
 def run(name: str, seed: int, options: argparse.Namespace, scenes: Path) -> dict[str, Any]:
     """Train and ask one variant; what is worth to know of it."""
-    plain = re.sub(r"\W+", "-", name)
-    folder = options.output / f"{plain}-{options.panoramas}-{seed}"
+    folder = folder_of(name, seed, options)
     folder.mkdir(parents=True, exist_ok=True)
     config, stages = configuration(name, seed, options.panoramas, options.workers)
     file = folder / "ablation.yaml"
     file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     for stage in stages:  # each from the one before, which the trainer finds
         if not (folder / stage / "config.json").is_file():
-            _call("panorama_vlm.train", str(file), "--stage", stage, "--output", str(folder))
+            _call(options, "panorama_vlm.train", str(file), "--stage", stage, "--output", str(folder))
     model, results = folder / "finetune", folder / f"results-{options.scenes}"
     if not (results / "metrics.json").is_file():
-        longest = ["--max-new-tokens", "192", "--batch-size", "16"]
-        _call("panorama_vlm.evaluation", str(model), str(scenes), "--output", str(results), *longest)
+        longest = ["--max-new-tokens", "48", "--batch-size", "32"]
+        _call(options, "panorama_vlm.evaluation", str(model), str(scenes), "--output", str(results), *longest)
     metrics = json.loads((results / "metrics.json").read_text(encoding="utf-8"))
     kinds = {kind: metrics["kinds"][kind]["accuracy"] for kind in KINDS if kind in metrics["kinds"]}
     shares = {}
@@ -146,19 +181,28 @@ def run(name: str, seed: int, options: argparse.Namespace, scenes: Path) -> dict
         if not asked:
             raise ValueError(f"of {', '.join(own)} nothing was asked in {options.scenes} scenes: use more --scenes")
         shares[group] = statistics.mean(asked)
-    return {"mean": statistics.mean(kinds.values()), **shares, **costs(model, scenes), "kinds": kinds}
+    found = {"mean": statistics.mean(kinds.values()), **shares, "kinds": kinds}
+    print(name, seed, *(f"{key} {100 * share:.1f}" for key, share in list(found.items())[:-1]), sep=", ", flush=True)
+    return found
 
 
-def _call(module: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", module, *arguments], check=True)
+def _call(options: argparse.Namespace, module: str, *arguments: str) -> None:
+    threads = str((os.cpu_count() or 1) // options.parallel)
+    subprocess.run(
+        [sys.executable, "-m", module, *arguments], check=True, env=os.environ | {"OMP_NUM_THREADS": threads}
+    )
 
 
-def costs(folder: Path, scenes: Path) -> dict[str, Any]:
+def costs(run_folder: Path, scenes: Path) -> dict[str, Any]:
     """Image tokens, and milliseconds of the tower (with resampler and projection) and of the language model's first
     pass for one panorama and a short question."""
+    folder = run_folder / "finetune"
     model = PanoramaVLM.from_checkpoint(folder, dtype=torch.float32).eval()
     processor = PanoramaProcessor.from_pretrained(folder)
-    content = [{"type": "image", "path": str(scenes / "0.png")}, {"type": "text", "text": "Can you see a red ball?"}]
+    content = [
+        {"type": "image", "path": str(scenes / f"{_SEED}-0.png")},
+        {"type": "text", "text": "Can you see a red ball?"},
+    ]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         **{"tokenize": True, "return_dict": True, "add_generation_prompt": True, "return_tensors": "pt"},

@@ -1,7 +1,8 @@
 """Everyday things as cut-outs: pictures of a colour font, by the names that people give them.
 
 The pictures are those of Noto Color Emoji (SIL Open Font License 1.1), read from the font where it is installed
-(`apt install fonts-noto-color-emoji`, or any path in `PANORAMA_VLM_EMOJI_FONT`); they are not part of this repository.
+(`apt install fonts-noto-color-emoji`, or any path in `PANORAMA_VLM_EMOJI_FONT`; set to nothing, it leaves them out);
+they are not part of this repository.
 """
 
 from __future__ import annotations
@@ -60,13 +61,20 @@ def names(unknown: bool = False) -> tuple[str, ...]:
     return tuple(name for name in _all() if (name in UNKNOWN) == unknown)
 
 
+def is_left_out() -> bool:
+    """Whether the variable is set to nothing: solids alone."""
+    return os.environ.get(VARIABLE) == ""
+
+
 @lru_cache(maxsize=1)
 def find_font() -> str | None:
-    """The font that is installed, if it is.
+    """The font that is installed, if it is, and is not left out by a variable that is set to nothing.
 
     Raises:
         ValueError: where the variable names a file that is not there.
     """
+    if is_left_out():
+        return None
     if named := os.environ.get(VARIABLE):
         if not Path(named).is_file():
             raise ValueError(f"{VARIABLE}={named!r} is no file; it must name {FILE}")

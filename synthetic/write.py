@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..options_panorama import check_option_names
 from ..token_labels_panorama import LabelMaps
-from .cutouts import LICENCE, available
+from .cutouts import LICENCE, available, is_left_out
 from .questions import KINDS, Question, ask, read_weights
 from .render import look, render_erp
 from .scenes import COLOURS, SHAPES, SIZES, Scene, make_scene, seed_of
@@ -323,8 +323,8 @@ def write_scenes(
 
 
 def warn_without_cutouts() -> None:
-    """Say that a world has solids only, where the font with pictures of things is missing."""
-    if not available():
+    """Say that a world has solids only, where the font with pictures of things is missing and nobody left it out."""
+    if not available() and not is_left_out():
         logger.warning("No font with pictures of things was found: there are solids only. See synthetic/cutouts.py.")
 
 
