@@ -597,6 +597,17 @@ def test_without_the_font_there_are_solids_only_and_that_is_said(tmp_path, monke
     assert Path(tmp_path / "a/000000.jpg").is_file()
 
 
+def test_a_font_that_is_left_out_leaves_solids_and_no_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cutouts, "find_font", cutouts.find_font.__wrapped__)
+    monkeypatch.setenv(cutouts.VARIABLE, "")
+    write_scenes(tmp_path / "a", World(seed=1, width=64), 2, processes=1)
+    assert "solids only" not in caplog.text
+    assert json.loads((tmp_path / "a/synthetic.json").read_text())["things"] == []
+    monkeypatch.setenv(cutouts.VARIABLE, "missing.ttf")
+    with pytest.raises(ValueError, match=r"missing\.ttf.* is no file"):
+        cutouts.available()
+
+
 def test_varied_surroundings_differ_from_scene_to_scene_and_nothing_else_does():
     plain = World(seed=6, width=256, backgrounds=f"{SAMPLES}:park,lab")
     other = replace(plain, vary_backgrounds=True)
