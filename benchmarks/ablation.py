@@ -1,11 +1,17 @@
 """What is each part of the design worth? The same data, budget and language model, one part changed at a time.
 
-`python -m panorama_vlm.benchmarks.ablation [--panoramas 6000 --seeds 0 1 2 --variants ...] --output build/ablation`
-trains each variant from random weights by the trainer (`default_model.yaml` with a smaller language model, two stages:
-`vision` on a third of the panoramas, `finetune` on the rest), asks it about scenes that no run trains on, and prints
-accuracy by kind, image tokens, and the time of tower and language model a panorama. To fit a laptop, the scenes hold
-solids alone and nothing real around them, and of all kinds of question those are asked that such a budget can teach.
-What is done is not done again: `--output` holds a folder a run, and the trainer goes on where it was stopped.
+`python -m panorama_vlm.benchmarks.ablation --model . [--panoramas 1200 --seeds 0 1 2 --variants ...] [--parallel 2]`
+moves a trained model to other views and tokens: each variant is asked as it is, trained on for some panoramas by the
+trainer, and asked again; minutes a variant on a laptop. The model learned by the design, so what others lose is at most
+what is shown.
+
+Without `--model` each variant is trained from random weights, in two stages: `vision` on a third of the panoramas,
+`finetune` on the rest. That asks more (also what stage 1 and the optimizer are worth), and needs a GPU: after 4,500
+panoramas, twenty minutes of a core, every variant still answers by chance.
+
+The scenes hold solids alone and nothing real around them, and no run trains on those that are asked about. Printed are
+accuracy by kind, image tokens, and the time of tower and language model a panorama. What is done is not done again:
+`--output` holds a folder a run, and the trainer goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -30,19 +36,12 @@ from ..modeling_panorama import PanoramaVLM
 from ..processing_panorama import PanoramaProcessor
 from ..synthetic.cutouts import VARIABLE
 from ..synthetic.write import METADATA, World, row_of
-from ..train.config import CONFIGS
+from ..train.build import load_start
+from ..train.config import CONFIGS, load_config
 
-BATCH = 4  # panoramas a step
+BATCH, BATCH_ON = 16, 4  # panoramas a step, from random weights and from a model
 _SEED = 31_337  # of the scenes that are asked about
 _NO_OVERLAP = {"vicreg_loss_weight": 0.0}  # there is nothing to compare: labels alone
-_LANGUAGE = {
-    "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 3,
-}
-
 Change = dict[str, Any]
 # Of each variant what differs from the design: options of the model; `optimizer`, those of both stages; `from_random`,
 # whether there is no stage `vision`.
@@ -70,6 +69,9 @@ GROUPS = {
     "frame of reference": ("order", "after_turning", "facing"),
     "places": ("grounding",),
 }
+# What a model that has learned can be moved to: its stage 1 is over.
+LAYOUTS = [*VARIANTS][:7] + ["no views up and down"]
+_GENTLY = {"learning_rate": 5e-4, "learning_rates": {"vision_tower": 1.5e-4}}
 KINDS = tuple(kind for group in GROUPS.values() for kind in group)
 _RARE = "adjacent_across_seam"  # one scene in ten has something to ask about the seam
 TABLES = (
@@ -86,14 +88,22 @@ DATA = (
 def main(arguments: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(prog="python -m panorama_vlm.benchmarks.ablation", description=__doc__)
-    parser.add_argument("--panoramas", type=int, default=6000, help="that each variant is trained on (default: 6000)")
+    parser.add_argument("--model", help="folder or Hub id that every variant starts from (default: random weights)")
+    parser.add_argument(
+        "--panoramas", type=int, help="that each variant is trained on (default: 12000; with --model 1200)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each (default: 0)")
-    parser.add_argument("--variants", nargs="+", default=[*VARIANTS], choices=[*VARIANTS], metavar="NAME")
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS], metavar="NAME", help="(default: all)")
     parser.add_argument("--scenes", type=int, default=100, help="that are asked about (default: 100)")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
     parser.add_argument("--workers", type=int, default=0, help="processes a run that draw scenes (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("build/ablation"))
     options = parser.parse_args(arguments)
+    possible = [*VARIANTS] if options.model is None else LAYOUTS
+    options.variants = options.variants or possible
+    if wrong := [name for name in options.variants if name not in possible]:
+        parser.error(f"--variants {wrong} are not for a model that has learned: with --model there are {possible}")
+    options.panoramas = options.panoramas or (12_000 if options.model is None else 1200)
     if options.panoramas < 3 * BATCH:
         parser.error(f"--panoramas must be at least {3 * BATCH}, got {options.panoramas}")
     if not 1 <= options.parallel <= (os.cpu_count() or 1):
@@ -102,14 +112,16 @@ def main(arguments: list[str] | None = None) -> None:
     scenes = write_scenes(options.output, options.scenes)
     wanted = [(name, seed) for name in options.variants for seed in options.seeds]
     with ThreadPoolExecutor(options.parallel) as runs:
-        found = dict(zip(wanted, runs.map(lambda each: run(*each, options, scenes), wanted), strict=True))
+        done = runs.map(lambda each: run(each[0], each[1], options, scenes), wanted)
+        found = dict(zip(wanted, done, strict=True))
     rows = {}
     for name in options.variants:
-        own = [found[name, seed] | costs(folder_of(name, options.seeds[0], options), scenes) for seed in options.seeds]
+        spent = costs(folder_of(name, options.seeds[0], options) / "finetune", scenes)
+        own = [found[name, seed] | spent for seed in options.seeds]
         rows[name] = {key: [each[key] for each in own] for key in own[0]}
     (options.output / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     draw(rows, options.output / "ablation.png")
-    print(f"\n{header()}\n" + "\n".join(line(name, row) for name, row in rows.items()))
+    print(f"\n{header(next(iter(rows.values())))}\n" + "\n".join(line(name, row) for name, row in rows.items()))
     print(
         f"Mean (and range) of {len(options.seeds)} seeds, {options.panoramas:,} panoramas, {options.scenes} asked about"
     )
@@ -133,57 +145,69 @@ def write_scenes(output: Path, count: int) -> Path:
     return folder
 
 
-def configuration(name: str, seed: int, panoramas: int, workers: int) -> tuple[dict[str, Any], list[str]]:
+def configuration(
+    name: str, seed: int, panoramas: int, workers: int = 0, model: str | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """What the trainer is given, and the stages to train, in order."""
     config = yaml.safe_load((CONFIGS / "default_model.yaml").read_text(encoding="utf-8"))
     change = dict(VARIANTS[name])
     optimizer, from_random = change.pop("optimizer", {}), change.pop("from_random", False)
-    config["options"] |= change
-    config["compose"]["language"] |= _LANGUAGE
-    config["data"] = [{"path": DATA}]
     del config["vision"]["data"], config["resampler"], config["finetune"]["data"]
-    first = 0 if from_random else panoramas // 3
-    steps = {"vision": max(1, first // BATCH), "finetune": (panoramas - first) // BATCH}
+    config["data"] = [{"path": DATA}]
+    if model is None:
+        config["options"] |= change
+        first, batch = 0 if from_random else panoramas // 3, BATCH
+    else:
+        del config["compose"]
+        config |= {"model": model, "options": change}
+        first, batch, optimizer = 0, BATCH_ON, _GENTLY
+    steps = {"vision": max(1, first // batch), "finetune": (panoramas - first) // batch}
     for stage, count in steps.items():
-        config[stage] |= {"max_steps": count, "batch_size": BATCH, **optimizer}
+        config[stage] |= {"max_steps": count, "batch_size": batch, **optimizer}
     config |= {"seed": seed, "num_workers": workers, "log_every": 25, "save_every": 250, "keep_checkpoints": 1}
-    return config, ["finetune"] if from_random else ["vision", "finetune"]
+    return config, ["vision", "finetune"] if first else ["finetune"]
 
 
 def folder_of(name: str, seed: int, options: argparse.Namespace) -> Path:
     """Where a run has its models and results."""
-    return Path(options.output, f"{_plain(name)}-{options.panoramas}-{seed}")
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"\W+", "-", name)
+    plain = re.sub(r"\W+", "-", name)
+    return Path(options.output, f"{plain}-{options.panoramas}-{seed}")
 
 
 def run(name: str, seed: int, options: argparse.Namespace, scenes: Path) -> dict[str, Any]:
-    """Train and ask one variant; what is worth to know of it."""
+    """Train and ask one variant, a model that has learned before, too; what is worth to know of it."""
     folder = folder_of(name, seed, options)
     folder.mkdir(parents=True, exist_ok=True)
-    config, stages = configuration(name, seed, options.panoramas, options.workers)
+    written, stages = configuration(name, seed, options.panoramas, options.workers, options.model)
     file = folder / "ablation.yaml"
-    file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    file.write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
+    found: dict[str, Any] = {}
+    if options.model is not None:
+        if not (folder / "moved" / "processor_config.json").is_file():
+            for part in load_start(load_config([str(file)])):
+                part.save_pretrained(folder / "moved")
+        found["as it is"] = accuracies(folder / "moved", folder, options, scenes)["mean"]
     for stage in stages:  # each from the one before, which the trainer finds
         if not (folder / stage / "config.json").is_file():
             _call(options, "panorama_vlm.train", str(file), "--stage", stage, "--output", str(folder))
-    model, results = folder / "finetune", folder / f"results-{options.scenes}"
+    found |= accuracies(folder / "finetune", folder, options, scenes)
+    shown = [f"{key} {100 * share:.1f}" for key, share in found.items() if key != "kinds"]
+    print(name, f"seed {seed}", *shown, sep=", ", flush=True)
+    return found
+
+
+def accuracies(model: Path, folder: Path, options: argparse.Namespace, scenes: Path) -> dict[str, Any]:
+    """Ask a model; the share of right answers by kind, the means of groups of them, and that of all kinds."""
+    results = folder / f"{model.name}-results-{options.scenes}"
     if not (results / "metrics.json").is_file():
-        longest = ["--max-new-tokens", "48", "--batch-size", "32"]
+        longest = ["--max-new-tokens", "48", "--batch-size", "32", "--metrics", "accuracy", "places"]
         _call(options, "panorama_vlm.evaluation", str(model), str(scenes), "--output", str(results), *longest)
     metrics = json.loads((results / "metrics.json").read_text(encoding="utf-8"))
     kinds = {kind: metrics["kinds"][kind]["accuracy"] for kind in KINDS if kind in metrics["kinds"]}
-    shares = {}
-    for group, own in GROUPS.items():
-        asked = [kinds[kind] for kind in own if kind in kinds]
-        if not asked:
-            raise ValueError(f"of {', '.join(own)} nothing was asked in {options.scenes} scenes: use more --scenes")
-        shares[group] = statistics.mean(asked)
-    found = {"mean": statistics.mean(kinds.values()), **shares, "kinds": kinds}
-    print(name, seed, *(f"{key} {100 * share:.1f}" for key, share in list(found.items())[:-1]), sep=", ", flush=True)
-    return found
+    if missing := [kind for kind in KINDS if kind not in kinds]:
+        raise ValueError(f"of {', '.join(missing)} nothing was asked in {options.scenes} scenes: use more --scenes")
+    groups = {group: statistics.mean(kinds[kind] for kind in own) for group, own in GROUPS.items()}
+    return {"mean": statistics.mean(kinds.values()), **groups, "kinds": kinds}
 
 
 def _call(options: argparse.Namespace, module: str, *arguments: str) -> None:
@@ -193,10 +217,9 @@ def _call(options: argparse.Namespace, module: str, *arguments: str) -> None:
     )
 
 
-def costs(run_folder: Path, scenes: Path) -> dict[str, Any]:
+def costs(folder: Path, scenes: Path) -> dict[str, Any]:
     """Image tokens, and milliseconds of the tower (with resampler and projection) and of the language model's first
     pass for one panorama and a short question."""
-    folder = run_folder / "finetune"
     model = PanoramaVLM.from_checkpoint(folder, dtype=torch.float32).eval()
     processor = PanoramaProcessor.from_pretrained(folder)
     content = [
@@ -223,21 +246,23 @@ def _milliseconds(call: Callable[[], Any], times: int = 9) -> float:
     return 1e3 * statistics.median(took)
 
 
-_COLUMNS = ("mean", *GROUPS, "image tokens", "tower ms", "language model ms")
+_SHARES = ("as it is", "mean", *GROUPS)
+_COLUMNS = (*_SHARES, "image tokens", "tower ms", "language model ms")
 
 
-def header() -> str:
+def header(row: dict[str, list[Any]]) -> str:
     """The head of the table, in Markdown."""
-    return "| | " + " | ".join(_COLUMNS) + " |\n|" + "---|" * (len(_COLUMNS) + 1)
+    columns = [column for column in _COLUMNS if column in row]
+    return "| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1)
 
 
 def line(name: str, row: dict[str, list[Any]]) -> str:
     """A line of the table: accuracies in percent, means of the seeds with their range where there are several."""
-    return f"| {name} | " + " | ".join(_cell(column, row[column]) for column in _COLUMNS) + " |"
+    return f"| {name} | " + " | ".join(_cell(column, row[column]) for column in _COLUMNS if column in row) + " |"
 
 
 def _cell(column: str, values: Sequence[float]) -> str:
-    share = column == "mean" or column in GROUPS
+    share = column in _SHARES
     shown = [100 * value if share else value for value in values]
     words = f"{statistics.mean(shown):.{1 if share else 0}f}"
     return words + (f" ({min(shown):.1f} to {max(shown):.1f})" if share and len(shown) > 1 else "")
