@@ -21,7 +21,7 @@ def test_each_variant_composes_with_the_same_budget(name, tmp_path):
 
 def test_each_kind_that_is_asked_is_taught():
     assert len(set(KINDS)) == sum(map(len, GROUPS.values())) and set(KINDS) <= set(questions.KINDS)
-    _, world = parse_world(DATA)
+    _, world = parse_world(DATA.format(tables=1))
     assert set(questions.read_weights(world.kinds, tuple(questions.KINDS), "kinds")) == set(KINDS)
 
 
