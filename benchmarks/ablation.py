@@ -110,6 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ[VARIABLE] = ""  # solids alone, here and in what is started
     scenes = write_scenes(options.output, options.scenes)
     wanted = [(name, seed) for name in options.variants for seed in options.seeds]
+    for name, seed in wanted:
+        prepare(name, seed, options)
     with ThreadPoolExecutor(options.parallel) as runs:
         done = runs.map(lambda each: run(each[0], each[1], options, scenes), wanted)
         found = dict(zip(wanted, done, strict=True))
@@ -173,18 +175,25 @@ def folder_of(name: str, seed: int, options: argparse.Namespace) -> Path:
     return Path(options.output, f"{plain}-{options.panoramas}-{seed}")
 
 
+def prepare(name: str, seed: int, options: argparse.Namespace) -> None:
+    """Write what a run is given: its configuration, and the model that it starts from at other views and tokens."""
+    folder = folder_of(name, seed, options)
+    folder.mkdir(parents=True, exist_ok=True)
+    written, _ = configuration(name, seed, options.panoramas, options.workers, options.model)
+    file = folder / "ablation.yaml"
+    file.write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
+    if options.model is not None and not (folder / "moved" / "processor_config.json").is_file():
+        for part in load_start(load_config([str(file)])):
+            part.save_pretrained(folder / "moved")
+
+
 def run(name: str, seed: int, options: argparse.Namespace, scenes: Path) -> dict[str, Any]:
     """Train and ask one variant, a model that has learned before, too; what is worth to know of it."""
     folder = folder_of(name, seed, options)
-    folder.mkdir(parents=True, exist_ok=True)
-    written, stages = configuration(name, seed, options.panoramas, options.workers, options.model)
+    _, stages = configuration(name, seed, options.panoramas, options.workers, options.model)
     file = folder / "ablation.yaml"
-    file.write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
     found: dict[str, Any] = {}
     if options.model is not None:
-        if not (folder / "moved" / "processor_config.json").is_file():
-            for part in load_start(load_config([str(file)])):
-                part.save_pretrained(folder / "moved")
         found["as it is"] = accuracies(folder / "moved", folder, options, scenes)["mean"]
     for stage in stages:  # each from the one before, which the trainer finds
         if not (folder / stage / "config.json").is_file():
