@@ -69,8 +69,11 @@ GROUPS = {
     "frame of reference": ("order", "after_turning", "facing"),
     "places": ("grounding",),
 }
-# What a model that has learned can be moved to: its stage 1 is over.
-LAYOUTS = [*VARIANTS][:7] + ["no views up and down"]
+# What a model that has learned can be moved to: its stage 1 is over, and it has weights for its position code.
+LAYOUTS = (
+    *("the design", "one squeezed image", "cubemap", "four tiles that touch", "with a global view", "all tokens"),
+    "no views up and down",
+)
 _GENTLY = {"learning_rate": 5e-4, "learning_rates": {"vision_tower": 1.5e-4}}
 KINDS = tuple(kind for group in GROUPS.values() for kind in group)
 _RARE = "adjacent_across_seam"  # one scene in ten has something to ask about the seam
@@ -98,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes a run that draw scenes (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("build/ablation"))
     options = parser.parse_args(arguments)
-    possible = [*VARIANTS] if options.model is None else LAYOUTS
+    possible = [*(VARIANTS if options.model is None else LAYOUTS)]
     options.variants = options.variants or possible
     if wrong := [name for name in options.variants if name not in possible]:
         parser.error(f"--variants {wrong} are not for a model that has learned: with --model there are {possible}")
