@@ -115,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--look-twice", nargs="?", const=True, default=False, metavar="THING", help="look closer (there), then answer"
     )
+    parser.add_argument("--headings", type=int, default=1, metavar="N", help="ask at N headings, most answers win (1)")
+    parser.add_argument(
+        "--turn-words",
+        action=argparse.BooleanOptionalAction,
+        help="with --headings: whether words of direction in answers are seen from the front, and turn",
+    )
     parser.add_argument("--save", nargs="+", default=[], metavar="FILE", help=f"places found, into {' '.join(ENDINGS)}")
     parser.add_argument("--position", nargs=2, type=float, metavar=("LAT", "LON"), help="of the camera, for .geojson")
     parser.add_argument("--heading", type=float, metavar="DEG", help="compass direction of the front, for .geojson")
@@ -133,8 +139,8 @@ def main(arguments: list[str] | None = None) -> None:
     verb = options.point or options.detect or options.describe
     if bool(options.question) == (verb is not None):
         parser.error("ask a question, or one of --point, --detect and --describe")
-    if options.describe is not None and (options.save or options.look_twice):
-        parser.error("--describe finds no places: --save and --look-twice belong to the others")
+    if options.describe is not None and (options.save or options.look_twice or options.headings != 1):
+        parser.error("--describe finds no places: --save, --look-twice and --headings belong to the others")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)
@@ -164,10 +170,13 @@ def _answered(pipe: PanoramaPipeline, options: argparse.Namespace) -> tuple[list
     }
     if options.describe is not None:
         return [str(each) for each in pipe.describe(options.panorama, options.describe, **own)], []
-    own["look_twice"] = options.look_twice
+    own |= {"look_twice": options.look_twice, "headings": options.headings, "turn_words": options.turn_words}
     if options.question:
         said = pipe(options.panorama, " ".join(options.question), **own)
-        return [said["answer"]], said["places"]
+        agreed = (
+            f" ({round(said['agreement'] * options.headings)} of {options.headings})" if options.headings > 1 else ""
+        )
+        return [said["answer"] + agreed], said["places"]
     find = pipe.point if options.point else pipe.detect
     places = find(options.panorama, options.point or options.detect, **own)
     return [f"{each.label}: {write_places([each])}" for each in places] or ["[]"], places

@@ -33,6 +33,7 @@ from .exports_panorama import (
     view_around,
     whole_sphere,
 )
+from .headings_panorama import check_headings, elect, turned_back, turned_chat
 from .image_processing_panorama import READ_OPTIONS, join_views
 from .options_panorama import check_number, check_option_names, check_text, check_whole
 from .places_panorama import SECTORS, NamedPlace, read_places, wrap
@@ -125,6 +126,8 @@ class PanoramaPipeline(Pipeline):
         question: str | Sequence[str] | None = None,
         *,
         look_twice: bool | str = False,
+        headings: int = 1,
+        turn_words: bool | None = None,
         **options: Any,
     ) -> Any:
         """Ask.
@@ -136,20 +139,33 @@ class PanoramaPipeline(Pipeline):
             look_twice: ask first where to look, cut narrower views there, and answer with them beside the others.
                 `True` asks for the place of what the question is about, and not where the question names places
                 itself; a text such as `"red cube"` asks for that.
+            headings: ask so often, the panorama turned a little further each time, and take the answer that is given
+                at most of them, with its places turned back. Not for questions about what is in a direction: the words
+                of the question stay as they are (`describe` is for those).
+            turn_words: with headings, whether words of direction in answers ("front-left") are seen from the front of
+                the panorama, and turn back too; it must be said.
             options: see the class.
 
         Returns:
             Of each `{"answer": str, "steps": str, "places": list[NamedPlace], "cut_off": bool,
             "looked_at": [(yaw, pitch, fov), ...]}`: what was said, the steps before it, the places that it names,
-            whether it ended with `max_new_tokens` and not by itself, and the further views that were seen.
+            whether it ended with `max_new_tokens` and not by itself, and the further views that were seen. With
+            headings also `"agreement"`, the share of them at which it was given, `"heading"`, degrees to the right: the
+            first such one, at which the steps were said, and `"votes"`, the answers at all of them, turned back (`None`
+            where a place is written so that it cannot be turned).
 
         Raises:
             ValueError: for a panorama that cannot be read, and for as many questions as there are not panoramas.
         """
         inputs = _paired(inputs, question)
         _check_look_twice(look_twice)
+        yaws = check_headings(headings, turn_words)
+        if len(yaws) > 1 and look_twice:
+            raise ValueError("headings and look_twice do not go together: leave one of them out")
         if isinstance(inputs, list) and not inputs:
             return []
+        if len(yaws) > 1:
+            return self._voted(inputs, yaws, bool(turn_words), options)
         if look_twice:
             inputs = self._looking(inputs, look_twice, options)
         return super().__call__(inputs, **options)
@@ -161,12 +177,14 @@ class PanoramaPipeline(Pipeline):
         *,
         look_twice: bool | str = False,
         stream: bool = False,
+        headings: int = 1,
+        turn_words: bool | None = None,
         **options: Any,
     ) -> Any:
         """The answer in words.
 
         Args:
-            panorama, question, look_twice, options: as of :meth:`__call__`.
+            panorama, question, look_twice, headings, turn_words, options: as of :meth:`__call__`.
             stream: give the answer piece by piece while it is said, of one question; the pieces joined are the answer,
                 and steps before it are left out. Closing the iterator stops the model.
 
@@ -176,10 +194,15 @@ class PanoramaPipeline(Pipeline):
         if stream:
             inputs = _paired(panorama, question)
             _check_look_twice(look_twice)
+            if len(check_headings(headings, turn_words)) > 1:
+                raise ValueError(
+                    "stream=True gives an answer while it is said, before headings can vote: leave one out"
+                )
             if _is_many(inputs):
                 raise ValueError("stream=True gives the pieces of one answer: ask one question about one panorama")
             return self._streamed(self._looking(inputs, look_twice, options) if look_twice else inputs, options)
-        said = self(panorama, question, look_twice=look_twice, **options)
+        own: dict[str, Any] = {"look_twice": look_twice, "headings": headings, "turn_words": turn_words}
+        said = self(panorama, question, **own, **options)
         if isinstance(said, dict):
             return said["answer"]
         return [each["answer"] for each in said] if isinstance(said, list) else (each["answer"] for each in said)
@@ -217,8 +240,10 @@ class PanoramaPipeline(Pipeline):
             A list of :class:`Described`.
 
         Raises:
-            ValueError: for what is no number of directions (at most 360), nor a list of angles.
+            ValueError: for what is no number of directions (at most 360), nor a list of angles; with `headings`.
         """
+        if options.get("headings", 1) != 1:
+            raise ValueError("describe turns the panorama to each direction itself: leave headings out")
         if isinstance(directions, np.ndarray | torch.Tensor):
             directions = directions.tolist()
         if isinstance(directions, Sequence) and not isinstance(directions, str | bytes):
@@ -274,6 +299,22 @@ class PanoramaPipeline(Pipeline):
         said = iter(self((one for questions, _ in first for one in questions), **options))
         results = (read(list(islice(said, len(questions)))) for questions, read in second)
         return list(results) if isinstance(panoramas, list | tuple) else results
+
+    def _voted(self, inputs: Any, yaws: list[float], turn_words: bool, options: dict[str, Any]) -> Any:
+        """The answers that are given at most headings."""
+
+        def asked(each: Any) -> tuple[list[Any], Reader]:
+            messages = _messages(each)
+            return [{"messages": turned_chat(messages, yaw)} for yaw in yaws], read
+
+        def read(said: list[Any]) -> dict[str, Any]:
+            answers = [turned_back(one["answer"], yaw, turn_words) for one, yaw in zip(said, yaws, strict=True)]
+            number, agreement = elect(answers)
+            answer = answers[number] or ""
+            found = {**said[number], "answer": answer, "places": read_places(answer)}
+            return {**found, "agreement": agreement, "heading": yaws[number], "votes": answers}
+
+        return self._of_each(inputs, asked, options)
 
     # Looking twice
 

@@ -340,15 +340,13 @@ def moved_places(text: str, heading: float = 0.0, mirrored: bool = False) -> str
     before: list[BFoV] = []
     moved: list[tuple[BFoV, str]] = []
     for match in found:
-        numbers = match[1].split(",")
-        place = _as_place(numbers)
+        place = _as_place(match[1].split(","))
         if place is None:
             return None
         before.append(place)
         place = place.turned(heading)
         place = place.mirrored() if mirrored else place
-        yaw = re.sub(_SPACED, f"{place.yaw:g}", numbers[0], count=1)
-        moved.append((place, match[0].replace(match[1], ",".join([yaw, *numbers[1:]]))))
+        moved.append((place, _with_yaw(match, place.yaw)))
     if len(moved) > 1:
         moved = moved[::-1] if mirrored else moved
         starts = [i for i, (place, _) in enumerate(moved) if moved[i - 1][0].yaw > place.yaw]
@@ -359,6 +357,31 @@ def moved_places(text: str, heading: float = 0.0, mirrored: bool = False) -> str
         moved = moved[start:] + moved[:start]
     written = iter(moved)
     return _LIST.sub(lambda _: next(written)[1], text)
+
+
+def turned_places(text: str, heading: float) -> str | None:
+    """A text whose places are those for an observer who has turned to the right, each where it stands.
+
+    Args:
+        text: with places as `[yaw, pitch, x_fov, y_fov]`, any number of them.
+        heading: degrees.
+
+    Returns:
+        The text; `None` for places that are written in another way.
+    """
+    places = [(match, _as_place(match[1].split(","))) for match in _LIST.finditer(text)]
+    if sum(place is not None for _, place in places) != len(read_places(text)):
+        return None
+    written = iter(
+        [match[0] if place is None else _with_yaw(match, place.turned(heading).yaw) for match, place in places]
+    )
+    return _LIST.sub(lambda _: next(written), text)
+
+
+def _with_yaw(match: re.Match[str], yaw: float) -> str:
+    """A place as it was written, at another yaw."""
+    numbers = match[1].split(",")
+    return match[0].replace(match[1], ",".join([re.sub(_SPACED, f"{yaw:g}", numbers[0], count=1), *numbers[1:]]))
 
 
 def _is_on_seam(place: BFoV) -> bool:

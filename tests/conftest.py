@@ -3,7 +3,9 @@
 import copy
 import json
 import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from panorama_vlm import PanoramaConfig, PanoramaProcessor, PanoramaVLM
+from panorama_vlm.pipeline_panorama import PanoramaPipeline
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -176,3 +179,30 @@ def psnr(a, b, peak: float = 1.0) -> float:
 @pytest.fixture(name="psnr")
 def psnr_fixture():
     return psnr
+
+
+@pytest.fixture
+def pipe(make, language):
+    """The pipeline of a random model that does not only say again what it said."""
+    model, processor = make(language={**language, "tie_word_embeddings": False})
+    return PanoramaPipeline(model, processor=processor, device="cpu")
+
+
+@pytest.fixture
+def said(pipe, monkeypatch):
+    """`said(answer)`: the model answers what `answer(prompt)` says; what it was asked is in `said.asked`."""
+
+    class Said:
+        def __init__(self):
+            self.asked = []
+
+        def __call__(self, answer):
+            def generate(input_ids, **inputs):
+                prompts = pipe.processor.tokenizer.batch_decode(input_ids, skip_special_tokens=False)
+                prompts = [re.sub(r"(<image>)+|(<\|pad\|>)+", "", prompt) for prompt in prompts]
+                self.asked += [SimpleNamespace(prompt=prompt, **inputs) for prompt in prompts]
+                return SimpleNamespace(text=[answer(prompt) for prompt in prompts], generated_ids=input_ids[:, :2])
+
+            monkeypatch.setattr(pipe.model, "generate", generate)
+
+    return Said()

@@ -28,33 +28,6 @@ SHORT = {"max_new_tokens": 6}
 PLACE = "[30, -10, 20, 12]"
 
 
-@pytest.fixture
-def pipe(make, language):
-    """A random model that does not only say again what it said."""
-    model, processor = make(language={**language, "tie_word_embeddings": False})
-    return PanoramaPipeline(model, processor=processor, device="cpu")
-
-
-@pytest.fixture
-def said(pipe, monkeypatch):
-    """`said(answer)`: the model answers what `answer(prompt)` says; what it was asked is in `said.asked`."""
-
-    class Said:
-        def __init__(self):
-            self.asked = []
-
-        def __call__(self, answer):
-            def generate(input_ids, **inputs):
-                prompts = pipe.processor.tokenizer.batch_decode(input_ids, skip_special_tokens=False)
-                prompts = [re.sub(r"(<image>)+|(<\|pad\|>)+", "", prompt) for prompt in prompts]
-                self.asked += [SimpleNamespace(prompt=prompt, **inputs) for prompt in prompts]
-                return SimpleNamespace(text=[answer(prompt) for prompt in prompts], generated_ids=input_ids[:, :2])
-
-            monkeypatch.setattr(pipe.model, "generate", generate)
-
-    return Said()
-
-
 def half_of(panorama):
     """The 180 degrees around the front, as a file that says so."""
     part = panorama.crop((128, 0, 384, 256))
