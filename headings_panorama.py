@@ -37,7 +37,7 @@ def check_headings(headings: Any, turn_words: Any) -> list[float]:
     count = check_whole("headings", headings, 4)
     if count > _MOST:
         raise ValueError(f"headings must be at most {_MOST}, got {count}. Typical value: 4")
-    if count > 1 and not isinstance(turn_words, bool):
+    if not isinstance(turn_words, bool) and (count > 1 or turn_words is not None):
         raise ValueError(
             "with headings, turn_words must be given: True where words such as 'front-left' in answers are seen from "
             f"the front of the panorama, False where they are not or do not occur. Got {turn_words!r}"

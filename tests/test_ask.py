@@ -82,6 +82,8 @@ def test_things_are_pointed_at_and_their_places_saved(folder, tmp_path, capsys, 
     run(folder, park, "Where", "is", "it?", "--save", files[0])
     assert capsys.readouterr().out == "[30, -10, 20, 12]\n"
     assert json.loads(Path(files[0]).read_text())["hotSpots"][0]["pitch"] == -10
+    run(folder, park, "What", "is", "it?", "--headings", 4, "--no-turn-words")
+    assert capsys.readouterr().out == "a tree (4 of 4)\n"
     answers["Where"] = "nowhere"
     run(folder, park, "--point", "dog")
     assert capsys.readouterr().out == "[]\n"
@@ -97,6 +99,8 @@ def test_things_are_pointed_at_and_their_places_saved(folder, tmp_path, capsys, 
         (["--point", "cat", "--save", "a.csv"], "names that end in .pannellum.json"),
         (["--point", "cat", "--save", "a.geojson"], "no position and heading: hand it over"),
         (["--describe", "0"], "directions must be positive, got 0"),
+        (["--describe", "--headings", "2"], "--describe finds no places"),
+        (["Who?", "--headings", "4"], "turn_words must be given"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(folder, capsys, arguments, message):
