@@ -67,6 +67,7 @@ def _turned_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str, s
     if turn := metrics.get("turn"):
         count = str(turn["count"])
         rows += [(f"turned by {name}°", percent(value), "", "", count) for name, value in turn["accuracy"].items()]
+        rows.append(("the answer of most headings", percent(turn.get("vote")), "", "", count))
         rows.append(("spread over headings", percent(turn["spread"]), "", "", count))
         rows.append(("answers that turn along", percent(turn["consistency"]), "", "", str(turn["pairs"])))
         rows += [(f"left out: {why}", "", "", "", str(number)) for why, number in turn["left_out"].items()]

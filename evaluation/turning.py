@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..headings_panorama import elect, turned_back
 from ..places_panorama import turned_words, wrap
 from .answers import compare_places, normalise, places_of
 from .items import Item
@@ -121,8 +122,9 @@ def turn_report(
 
     Returns:
         `turn`: accuracy at each heading over the questions that were asked at all of them, the `spread` between the
-        best and the worst, `consistency` (the share of answers at other headings that turned as the panorama did), and
-        how many questions were `left_out`; `tilt`: accuracy by tilt, and as given.
+        best and the worst, `vote` (accuracy of the answers that most headings give), `consistency` (the share of
+        answers at other headings that turned as the panorama did), and how many questions were `left_out`; `tilt`:
+        accuracy by tilt, and as given.
     """
     turns = [variant for variant in variants if not (variant.pitch or variant.roll)]
     tilts = [variant for variant in variants if variant.pitch or variant.roll]
@@ -150,12 +152,27 @@ def _turning(
     known = [value for value in accuracy.values() if value is not None]
     return {
         "accuracy": accuracy,
+        "vote": sum(_elected(item, judged, turns)["right"] for item in asked) / len(asked) if asked else None,
         "spread": max(known) - min(known) if known else None,
         "consistency": sum(pairs) / len(pairs) if pairs else None,
         "pairs": len(pairs),
         "count": len(asked),
         "left_out": {"does not turn": stay, "between the eight directions": len(items) - len(asked) - stay},
     }
+
+
+def _elected(item: Item, judged: dict[tuple[str, str], dict[str, Any]], turns: Sequence[Variant]) -> dict[str, Any]:
+    """The judged answer that most headings give; that at the front to what asks for a heading in numbers."""
+    rows = [judged[item.id, variant.name] for variant in turns]
+    if "target_yaw" in item.more and not item.options:
+        return rows[0]
+    said = [row["read"] if item.options else row["answer"] for row in rows]
+    turn_words = item.more.get("turns") == "direction"
+    votes = [
+        None if row.get("error") else turned_back(text, variant.heading, turn_words)
+        for row, text, variant in zip(rows, said, turns, strict=True)
+    ]
+    return rows[elect(votes)[0]]
 
 
 def _share(items: Sequence[Item], judged: dict[tuple[str, str], dict[str, Any]], name: str) -> float | None:

@@ -275,6 +275,35 @@ def test_turn_report_by_hand():
     assert report["tilt"]["accuracy"]["pitch 5"] == pytest.approx(2 / 3) and report["tilt"]["count"] == 3
 
 
+def test_the_answer_of_most_headings_is_counted():
+    """Right at the front or not; turned along or not; elected by counting."""
+    made = [
+        item(id="words", references=["front-right"], more={"turns": "direction"}),
+        item(id="place", places=[BFoV(30, 0, 20, 20)], references=["[30, 0, 20, 20]"]),
+        item(id="letter", options=[("A", "front"), ("B", "left")], key="B", more={"turns": "direction"}),
+        item(id="tie", references=["two"]),
+        item(id="broken", references=["two"]),
+    ]
+    says = {
+        "words": ["left", "front-left", "back-left", "right"],  # right at 90 and 180
+        "place": ["[30, 0, 20, 20]", "[0, 0, 20, 20]", "[10, 0, 20, 20]", "[-60, 0, 20, 20]"],  # at the front alone
+        "letter": ["A", "B", "B", "B"],
+        "tie": ["three", "two", "two", "three"],
+        "broken": ["", "two", "", ""],
+    }
+    judged = {}
+    for each in made:
+        for number, variant in enumerate(variants_of(4)):
+            row = judge(turned_item(each, variant.heading), says[each.id][number])
+            judged[each.id, variant.name] = row | ({"error": "gone"} if each.id == "broken" and number != 1 else {})
+    turn = {each.id: turn_report([each], judged, variants_of(4))["turn"] for each in made}
+    assert {name: each["vote"] for name, each in turn.items()} == {
+        **{"words": 1.0, "letter": 1.0, "broken": 1.0},  # left is another direction at each heading
+        **{"place": 1.0, "tie": 0.0},  # as many votes: what is said at the front
+    }
+    assert turn_report(made, judged, variants_of(4))["turn"]["vote"] == pytest.approx(4 / 5)
+
+
 def _brightest(pixels):
     """Yaw and pitch of the brightest pixel."""
     height, width = pixels.shape[:2]
