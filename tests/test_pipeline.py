@@ -483,12 +483,13 @@ def test_the_page_of_places_does_what_it_says(pipe, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(PanoramaVLM, "generate", generate)
     names: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(block, names)
     out = capsys.readouterr().out
     assert "front-right (45°): a tree" in out and '"yaw": 30' in out
     assert names["found"]["looked_at"] == [(30, -10, 30)]
+    assert names["voted"]["votes"] == ["a tree"] * 8 and names["voted"]["agreement"] == 1
     assert names["bearings"]["features"][0]["properties"]["bearing"] == 150
     made = {path.name for path in tmp_path.glob("park*")}
     assert made == {"park-places.jpg", "park-0.jpg"}
