@@ -2,7 +2,8 @@
 
 `python -m panorama_vlm.benchmarks.headings [fresh --model . --kinds count caption_around --limit 100]`: questions about
 rendered scenes, a folder by `panorama_vlm.synthetic`, asked at 8 headings each by `pipe(..., headings=8)`. The votes of
-4 and 8 of them stand beside the answer at the front alone, with the time a question takes; the peer is asking once.
+4 and 8 of them stand beside the answer at the front alone, with the time a question takes; the peer is asking once. A
+second table has how often the answer of 8 is right, by how many of them agree.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..synthetic.write import METADATA
 
 KINDS = {"count": False, "grounding_all": False, "caption_around": True}  # and whether words of direction turn
 HEADINGS, VOTES = 8, (1, 4, 8)
+AGREE = (("7 or 8", 7, 8), ("5 or 6", 5, 6), ("fewer", 1, 4))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,11 +46,20 @@ def main(arguments: list[str] | None = None) -> None:
     pipe = PanoramaPipeline(model, processor=PanoramaProcessor.from_pretrained(options.model), device="cpu")
     print("| kind | asked once | 4 headings | 8 headings | right at one of 8 | questions | ms once | ms at 8 |")
     print("|---|---|---|---|---|---|---|---|")
+    agreed = []
     for kind in options.kinds:
         asked = questions(options.data, kind)[: options.limit]
         if not asked:
             parser.error(f"there is no question of kind {kind} in {options.data}")
-        print(line(kind, [each["file"] for each in asked], *ask(pipe, asked, KINDS[kind])), flush=True)
+        right, agreeing, *seconds = ask(pipe, asked, KINDS[kind])
+        print(line(kind, [each["file"] for each in asked], right, *seconds), flush=True)
+        agreed.append(agreement_line(kind, [row[-2] for row in right], agreeing))
+    print(
+        f"\n| right where so many of {HEADINGS} agree | "
+        + " | ".join(name for name, *_ in AGREE)
+        + " |\n|---|---|---|---|"
+    )
+    print("\n".join(agreed))
 
 
 def questions(data: Path, kind: str) -> list[dict[str, Any]]:
@@ -67,24 +78,25 @@ def questions(data: Path, kind: str) -> list[dict[str, Any]]:
 
 def ask(
     pipe: PanoramaPipeline, asked: Sequence[dict[str, Any]], turn_words: bool
-) -> tuple[list[list[bool]], list[float], float]:
-    """Of each question, whether it is right asked once, by 4 and 8 votes, and at one of 8 at least; the seconds it
-    takes; and those of asking once, of a tenth of them."""
+) -> tuple[list[list[bool]], list[int], float, float]:
+    """Of each question, whether it is right asked once, by 4 and 8 votes, and at one of 8 at least, and how many of 8
+    agree; the seconds that one takes, and those of asking once, of a tenth of them."""
     own: dict[str, Any] = {"max_new_tokens": 192, "batch_size": HEADINGS}
-    right, seconds = [], []
+    right, agreeing = [], []
+    begin = time.perf_counter()
     for each in asked:
-        begin = time.perf_counter()
-        votes = pipe(each["file"], each["words"], headings=HEADINGS, turn_words=turn_words, **own)["votes"]
-        seconds.append(time.perf_counter() - begin)
+        said = pipe(each["file"], each["words"], headings=HEADINGS, turn_words=turn_words, **own)
+        votes = said["votes"]
+        agreeing.append(round(HEADINGS * said["agreement"]))
         elected = [votes[:: HEADINGS // count] for count in VOTES]
         chosen = [some[elect(some)[0]] or "" for some in elected]
         row = [is_right(answer, each) for answer in chosen]
         right.append([*row, any(is_right(answer or "", each) for answer in votes)])
-    begin = time.perf_counter()
+    middle = time.perf_counter()
     once = asked[::10]
     for each in once:
         pipe(each["file"], each["words"], **own)
-    return right, seconds, (time.perf_counter() - begin) / len(once)
+    return right, agreeing, (middle - begin) / len(asked), (time.perf_counter() - middle) / len(once)
 
 
 def is_right(answer: str, expected: dict[str, Any]) -> bool:
@@ -95,7 +107,7 @@ def is_right(answer: str, expected: dict[str, Any]) -> bool:
     return bool(answer.strip() and compare_places(places, [each.place for each in read_places(answer)])["right"])
 
 
-def line(kind: str, files: Sequence[str], right: list[list[bool]], seconds: list[float], once: float) -> str:
+def line(kind: str, files: Sequence[str], right: list[list[bool]], voted: float, once: float) -> str:
     """A line of the table: percent right, with 95 % intervals by bootstrap over panoramas of the first and the last."""
     shares = [100 * sum(row[number] for row in right) / len(right) for number in range(1 + len(VOTES))]
     cells = [f"{share:.1f}" for share in shares]
@@ -103,8 +115,16 @@ def line(kind: str, files: Sequence[str], right: list[list[bool]], seconds: list
         sums, counts, _ = by_panorama([float(row[number]) for row in right], files, [kind] * len(right))
         low, high = interval(drawn_means(sums, counts)) or (0.0, 1.0)
         cells[number] += f" ({100 * low:.0f} to {100 * high:.0f})"
-    time_of_all = 1e3 * sum(seconds) / len(seconds)
-    return f"| `{kind}` | " + " | ".join([*cells, str(len(right)), f"{1e3 * once:.0f}", f"{time_of_all:.0f}"]) + " |"
+    return f"| `{kind}` | " + " | ".join([*cells, str(len(right)), f"{1e3 * once:.0f}", f"{1e3 * voted:.0f}"]) + " |"
+
+
+def agreement_line(kind: str, right: Sequence[bool], agreeing: Sequence[int]) -> str:
+    """A line of the second table: percent right of how many answers, by how many headings agree."""
+    cells = []
+    for _, least, most in AGREE:
+        own = [each for each, votes in zip(right, agreeing, strict=True) if least <= votes <= most]
+        cells.append(f"{100 * sum(own) / len(own):.0f} % of {len(own)}" if own else "none")
+    return f"| `{kind}` | " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 from panorama_vlm.benchmarks import headings
 from panorama_vlm.synthetic.write import World, write_scenes
@@ -25,18 +23,19 @@ def test_votes_are_those_of_the_headings_that_are_counted(scenes, capsys):
     right = iter(each["answer"] for each in asked)
 
     def pipe(file, words, headings=1, turn_words=None, **_):
-        answer = "two" if headings == 1 else next(right)
-        return (
-            SimpleNamespace()
-            if headings == 1
-            else {"votes": ["wrong", answer, "wrong", answer, answer, answer, "", answer]}
-        )
+        if headings == 1:
+            return {"answer": "wrong"}
+        answer = next(right)
+        votes = ["wrong", answer, "wrong", answer, answer, answer, "", answer]
+        return {"votes": votes, "agreement": 5 / 8}
 
-    found, seconds, once = headings.ask(pipe, asked, False)
+    found, agreeing, voted, once = headings.ask(pipe, asked, False)
     assert found == [[False, False, True, True]] * len(asked)  # of 0, 90, 180 and 270 degrees two are wrong alike
-    assert len(seconds) == len(asked) and once >= 0
-    line = headings.line("count", [each["file"] for each in asked], found, [0.5] * len(asked), 0.1)
+    assert agreeing == [5] * len(asked) and voted >= 0 and once >= 0
+    line = headings.line("count", [each["file"] for each in asked], found, 0.5, 0.1)
     assert line == f"| `count` | 0.0 (0 to 0) | 0.0 | 100.0 (100 to 100) | 100.0 | {len(asked)} | 100 | 500 |"
+    line = headings.agreement_line("count", [True, False, True, True], [5, 8, 7, 6])
+    assert line == "| `count` | 50 % of 2 | 100 % of 2 | none |"
 
 
 def test_a_folder_without_such_questions_is_named(tmp_path, capsys):
