@@ -367,15 +367,20 @@ def turned_places(text: str, heading: float) -> str | None:
         heading: degrees.
 
     Returns:
-        The text; `None` for places that are written in another way.
+        The text, whole degrees rounded to such again; `None` for places that are written in another way.
     """
-    places = [(match, _as_place(match[1].split(","))) for match in _LIST.finditer(text)]
-    if sum(place is not None for _, place in places) != len(read_places(text)):
+
+    def turn(match: re.Match[str]) -> str:
+        place = _as_place(match[1].split(","))
+        if place is None:
+            return match[0]
+        yaw = place.turned(heading).yaw
+        return _with_yaw(match, yaw if "." in match[1] else wrap(round(yaw)))
+
+    places = [_as_place(match[1].split(",")) for match in _LIST.finditer(text)]
+    if sum(place is not None for place in places) != len(read_places(text)):
         return None
-    written = iter(
-        [match[0] if place is None else _with_yaw(match, place.turned(heading).yaw) for match, place in places]
-    )
-    return _LIST.sub(lambda _: next(written), text)
+    return _LIST.sub(turn, text)
 
 
 def _with_yaw(match: re.Match[str], yaw: float) -> str:

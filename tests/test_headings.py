@@ -84,6 +84,8 @@ def test_turning_and_turning_back_is_nothing():
         places = [[draw.randrange(-180, 180), draw.randrange(-60, 60), 20, 10] for _ in range(draw.randrange(4))]
         text, heading = f"They are at {places}.", draw.randrange(360)
         assert turned_places(turned_places(text, heading), -heading) == text
+    assert turned_places("[20, 0, 9, 9], [20.0, 0, 9, 9]", 360 / 7) == "[-31, 0, 9, 9], [-31.4286, 0, 9, 9]"
+    assert turned_places("[-179, 0, 9, 9]", 0.6) == "[-180, 0, 9, 9]"
     assert turned_places("yaw 10, pitch 3, x_fov 20, y_fov 10", 30) is None
     no_places = "[0, 1, 2, 300], [1, 2, 3], [0, 100, 2, 3] and [1, 2, 3, 4, 5]"
     assert turned_places(no_places, 30) == no_places
