@@ -41,7 +41,11 @@ ORIGIN = (
 LIMITS = [
     "It knows nothing of the real world: solids in eight colours and drawings of 84 things, in front of drawn or real "
     "surroundings. Of a photograph it takes everything for surroundings.",
-    "Of long lists (captions of five things and more, counts) one thing in a list is often missing or wrong.",
+    "Of long lists (captions of five things and more, counts) one thing in a list is often missing or wrong; asked at "
+    "eight headings (`headings=8`) counts are right in 88 % instead of 80, captions in 79 instead of 69.",
+    "Its options of views and tokens are those it learned by. Moved to others it has to learn: with all tokens it is "
+    "right in 95.7 % instead of 98.3, as a cubemap in 94.2, with a global view in 96.3, as four tiles in 84.2, as one "
+    "squeezed image in 61.7; after 1,200 panoramas more in 96.4, 95.6, 96.4, 87.7 and 93.1, as it is in 97.5.",
 ]
 
 
