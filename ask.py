@@ -141,6 +141,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("ask a question, or one of --point, --detect and --describe")
     if options.describe is not None and (options.save or options.look_twice or options.headings != 1):
         parser.error("--describe finds no places: --save, --look-twice and --headings belong to the others")
+    if options.headings == 1 and options.turn_words is not None:
+        parser.error("--turn-words says what becomes of answers at several headings: give --headings, too")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)

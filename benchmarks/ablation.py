@@ -7,7 +7,8 @@ is at most what is shown.
 
 `--from-random` trains each variant from random weights instead, in two stages: `vision` on a third of the panoramas,
 `finetune` on the rest. That asks more (what stage 1, the position code and the optimizer are worth, too), and needs a
-GPU: after 4,500 panoramas, twenty minutes of a core, the design still answers by chance (19 %, chance is 21).
+GPU: after 4,500 panoramas, twenty minutes of a core, the design with a language model of a third of the size still
+answered by chance (19 %, chance is 21).
 
 The scenes hold solids alone and nothing real around them, and no run trains on those that are asked about. Printed are
 accuracy by kind, image tokens, and the time of tower and language model a panorama. What is done is not done again:

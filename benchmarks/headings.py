@@ -113,8 +113,8 @@ def line(kind: str, files: Sequence[str], right: list[list[bool]], voted: float,
     cells = [f"{share:.1f}" for share in shares]
     for number in (0, len(VOTES) - 1):
         sums, counts, _ = by_panorama([float(row[number]) for row in right], files, [kind] * len(right))
-        low, high = interval(drawn_means(sums, counts)) or (0.0, 1.0)
-        cells[number] += f" ({100 * low:.0f} to {100 * high:.0f})"
+        edges = interval(drawn_means(sums, counts))
+        cells[number] += "" if edges is None else f" ({100 * edges[0]:.0f} to {100 * edges[1]:.0f})"
     return f"| `{kind}` | " + " | ".join([*cells, str(len(right)), f"{1e3 * once:.0f}", f"{1e3 * voted:.0f}"]) + " |"
 
 

@@ -66,16 +66,20 @@ def is_left_out() -> bool:
     return os.environ.get(VARIABLE) == ""
 
 
-@lru_cache(maxsize=1)
 def find_font() -> str | None:
     """The font that is installed, if it is, and is not left out by a variable that is set to nothing.
 
     Raises:
         ValueError: where the variable names a file that is not there.
     """
-    if is_left_out():
+    return _font(os.environ.get(VARIABLE))
+
+
+@lru_cache(maxsize=4)
+def _font(named: str | None) -> str | None:
+    if named == "":
         return None
-    if named := os.environ.get(VARIABLE):
+    if named is not None:
         if not Path(named).is_file():
             raise ValueError(f"{VARIABLE}={named!r} is no file; it must name {FILE}")
         return named

@@ -101,6 +101,8 @@ def test_things_are_pointed_at_and_their_places_saved(folder, tmp_path, capsys, 
         (["--describe", "0"], "directions must be positive, got 0"),
         (["--describe", "--headings", "2"], "--describe finds no places"),
         (["Who?", "--headings", "4"], "turn_words must be given"),
+        (["Who?", "--turn-words"], "give --headings, too"),
+        (["--describe", "--no-turn-words"], "give --headings, too"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(folder, capsys, arguments, message):

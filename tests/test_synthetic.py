@@ -598,7 +598,8 @@ def test_without_the_font_there_are_solids_only_and_that_is_said(tmp_path, monke
 
 
 def test_a_font_that_is_left_out_leaves_solids_and_no_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(cutouts, "find_font", cutouts.find_font.__wrapped__)
+    monkeypatch.delenv(cutouts.VARIABLE, raising=False)
+    before = cutouts.available()
     monkeypatch.setenv(cutouts.VARIABLE, "")
     write_scenes(tmp_path / "a", World(seed=1, width=64), 2, processes=1)
     assert "solids only" not in caplog.text
@@ -606,6 +607,8 @@ def test_a_font_that_is_left_out_leaves_solids_and_no_warning(tmp_path, monkeypa
     monkeypatch.setenv(cutouts.VARIABLE, "missing.ttf")
     with pytest.raises(ValueError, match=r"missing\.ttf.* is no file"):
         cutouts.available()
+    monkeypatch.delenv(cutouts.VARIABLE)
+    assert cutouts.available() == before  # nothing of it is remembered
 
 
 def test_varied_surroundings_differ_from_scene_to_scene_and_nothing_else_does():
