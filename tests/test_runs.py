@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from panorama_vlm import PanoramaVLM
 from panorama_vlm.data.collators import ConversationCollator
 from panorama_vlm.data.samples import open_data
@@ -19,7 +20,7 @@ from panorama_vlm.data.stream import BatchStream, Step
 from panorama_vlm.tests.launching import ENVIRONMENT, SAMPLES, command, launch, metrics, run_here
 from panorama_vlm.tests.test_reading import crop_values, photo_sphere
 from panorama_vlm.train.checkpoint import newest_checkpoint
-from panorama_vlm.train.config import load_config
+from panorama_vlm.train.config import CONFIGS, load_config
 from panorama_vlm.train.loop import train
 from PIL import Image
 
@@ -207,6 +208,27 @@ def test_a_stage_that_starts_from_one_composed_otherwise_is_refused(tmp_path):
     with pytest.raises(ValueError, match="compose.language.hidden_size was 48 and is 96"):
         run_here(tmp_path, "--stage", "resampler", "--compose.language.hidden_size", 96)
     run_here(tmp_path, "--stage", "resampler", "--vision.learning_rate", 0.5)  # of a stage that is not this run's
+
+
+def test_stages_that_start_from_a_model_chain_one_at_a_time_too(tmp_path):
+    run_here(tmp_path / "made", "--stage", "vision")
+    plain = yaml.safe_load((CONFIGS / "tiny.yaml").read_text())
+    del plain["compose"], plain["options"]
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(plain))
+
+    def run(output, *arguments):
+        return train(load_config([str(tmp_path / "plain.yaml"), "--output", str(tmp_path / output), *arguments]))
+
+    start = str(tmp_path / "made/vision")
+    run("whole", "--model", start)
+    for stage in ("vision", "resampler", "finetune"):
+        run("parts", "--model", start, "--stage", stage)
+        files = [tmp_path / output / stage / "model.safetensors" for output in ("whole", "parts")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    shutil.copytree(start, tmp_path / "other")
+    shutil.rmtree(tmp_path / "parts/finetune")
+    with pytest.raises(ValueError, match="model was .*made/vision and is .*other"):
+        run("parts", "--model", str(tmp_path / "other"), "--stage", "finetune")
 
 
 # 3: Ctrl-C

@@ -128,15 +128,10 @@ def _start_before(config: TrainConfig, output: Path, world: int) -> str | None:
     """Where the first stage of a run starts, if stages are trained one at a time: the one before, in `output`.
 
     Raises:
-        ValueError: where that was composed otherwise than this run says.
+        ValueError: where that started from something else than this run says.
     """
     before = [output / stage for stage in STAGES[: STAGES.index(config.stages[0])]]
     found = [str(folder) for folder in before if (folder / FILE).is_file()]
-    if found and config.model is not None:
-        raise ValueError(
-            f"--model {config.model!r} and the trained stage {found[-1]!r} both say what to start from: leave out "
-            "--model, or choose another --output"
-        )
     if not found:
         return None
     before_it = Path(found[-1])
