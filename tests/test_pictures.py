@@ -12,7 +12,6 @@ from panorama_vlm import pictures
 from panorama_vlm.evaluation.bootstrap import SEED
 from panorama_vlm.geometry_panorama import View, ViewOptions, owned_tokens, plan_rays, ray_angles
 from panorama_vlm.pictures import (
-    STYLES,
     Features,
     Saliency,
     accuracy_by_direction,
@@ -24,7 +23,6 @@ from panorama_vlm.pictures import (
     draw_views,
     heat_map,
     hottest,
-    main,
     new_figure,
     outline,
     paint_tokens,
@@ -34,6 +32,8 @@ from panorama_vlm.pictures import (
     to_image,
     token_features,
 )
+from panorama_vlm.pictures.__main__ import main, make_parser
+from panorama_vlm.pictures.runs import STYLES
 from panorama_vlm.pipeline_panorama import PanoramaPipeline
 from panorama_vlm.places_panorama import SECTORS
 from panorama_vlm.train.card import COLOURS, smooth
@@ -274,7 +274,7 @@ def test_the_scores_are_gradients_of_the_whole_model_which_stays_as_it_was(make,
         held["scores"] = scores
         return heat_map(model, scores, given, height)
 
-    monkeypatch.setattr("panorama_vlm.pictures.heat_map", watched)
+    monkeypatch.setattr("panorama_vlm.pictures.heat.heat_map", watched)
     with torch.inference_mode():
         found = saliency(pipe, asked(panoramas[0]), "a long road", height=16)
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
@@ -424,7 +424,7 @@ def test_the_page_has_each_command_and_its_pictures_are_there_and_small():
     text = (ROOT / "docs" / "pictures.md").read_text(encoding="utf-8")
     commands = [line.split(None, 3)[3] for line in text.splitlines() if line.startswith("python -m panorama_vlm.pict")]
     for command in commands:
-        pictures._parser().parse_args(shlex.split(command))
+        make_parser().parse_args(shlex.split(command))
     listed = re.findall(r"^\| `(\w+)` \| `draw_\w+` \|", text, re.M)
     assert {command.split()[0] for command in commands} == {*listed} and len(listed) == 6
     assert all(hasattr(pictures, f"draw_{name}") for name in listed)
