@@ -46,7 +46,7 @@ from .geometry_panorama import View, check_view_text, view_words
 from .image_processing_panorama import PanoramaImageProcessor, PanoramaImageProcessorKwargs, flatten_images
 from .options_panorama import DEFAULT_PROMPT, IMAGE_MEAN, IMAGE_STD, MAX_TEXT_LENGTH, check_resembling_names
 from .places_panorama import NamedPlace, read_places
-from .reading_panorama import covered_by_size
+from .placing_panorama import covered_by_size
 from .sampling_panorama import view_mask
 from .vlm_panorama import vlm_reading
 

@@ -14,9 +14,10 @@ from datasets import Dataset
 from PIL import ExifTags
 from PIL import Image as PILImage
 
+from ..placing_panorama import covered_by_size
 from ..processing_panorama import IMAGE_TOKEN
 from ..projections_panorama import Projection
-from ..reading_panorama import covered_by_size, open_image, read_photo_sphere, shape_of
+from ..reading_panorama import open_image, read_photo_sphere, shape_of
 from .collators import BAD_INPUT, images_of, where_it_lies
 from .files import panoramas_in, said_of
 from .rows import BadSample, RawSample, check_said

@@ -40,8 +40,9 @@ from ..options_panorama import check_whole
 from ..pictures import draw_saliency, draw_views, saliency, to_image
 from ..pipeline_panorama import PanoramaPipeline
 from ..places_panorama import check_bfov, read_places
+from ..placing_panorama import seen_everywhere
 from ..processing_panorama import PanoramaProcessor
-from ..reading_panorama import read_panorama, seen_everywhere
+from ..reading_panorama import read_panorama
 from ..synthetic.write import METADATA, SAMPLES, World, write_scenes
 
 logger = logging.getLogger(__name__)

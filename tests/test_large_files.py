@@ -141,7 +141,7 @@ def test_pixels_are_laid_out_by_exact_areas(monkeypatch, scale):
     """A crop at an odd place of a sphere of 30 x 60, on 8 x 16 cells of 3.75 pixels."""
     rng = np.random.default_rng(0)
     part = rng.integers(0, 256, (11, 17, 3)).repeat(scale, 0).repeat(scale, 1)[:21, :33].astype(np.uint8)
-    from panorama_vlm.reading_panorama import _laid
+    from panorama_vlm.placing_panorama import _laid
 
     reduced = torch.tensor(np.ascontiguousarray(part[::scale, ::scale]))
     neutral = torch.tensor([51, 102, 153], dtype=torch.uint8)
@@ -154,7 +154,8 @@ def test_pixels_are_laid_out_by_exact_areas(monkeypatch, scale):
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
 def test_a_large_file_of_any_size_looks_where_it_should(monkeypatch, format):
     """Each pixel is the colour of its direction; a file counts as large from a few pixels on."""
-    monkeypatch.setattr("panorama_vlm.reading_panorama._LARGE", 1000)
+    for room in ("reading", "placing"):
+        monkeypatch.setattr(f"panorama_vlm.{room}_panorama.LARGE", 1000)
     for width, height, top, left in ((1999, 1000, 0, 0), (801, 401, 203, 1003), (2000, 999, 0, 0)):
         full_width, full_height = (width, height) if top == 0 else (2001, 1001)
         yaw = (np.arange(width) + left + 0.5) / full_width

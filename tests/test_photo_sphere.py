@@ -16,7 +16,8 @@ import pytest
 import torch
 from panorama_vlm import PanoramaImageProcessor
 from panorama_vlm.geometry_panorama import View
-from panorama_vlm.reading_panorama import Panorama, PhotoSphere, read_panorama, read_photo_sphere
+from panorama_vlm.placing_panorama import Panorama
+from panorama_vlm.reading_panorama import PhotoSphere, read_panorama, read_photo_sphere
 from panorama_vlm.sampling_panorama import rotated_pixels
 from panorama_vlm.tests.test_reading import XMP, crop_values, encoded, photo_sphere
 from PIL import Image, TiffImagePlugin
@@ -342,7 +343,8 @@ def test_a_cylinder_of_which_no_place_is_known_is_a_whole_turn_with_a_warning():
 
 @pytest.mark.parametrize("large", [1000, 2**23])
 def test_a_cylinder_that_is_reduced_by_what_divides_no_side_lies_where_it_should(monkeypatch, large):
-    monkeypatch.setattr("panorama_vlm.reading_panorama._LARGE", large)
+    for room in ("reading", "placing"):
+        monkeypatch.setattr(f"panorama_vlm.{room}_panorama.LARGE", large)
     for full, columns, height, horizon, left in ((1021, 1021, 403, 201.5, 0), (1023, 487, 301, 101, 211)):
         image = cylinder(full, height, horizon, left, columns)
         packet = cylindrical((full, full), (columns, height), round(full / 2 - horizon), left)
@@ -407,7 +409,8 @@ def see_through(mode):
 @pytest.mark.parametrize("large", [1000, 2**23])
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
 def test_transparency_is_seen_however_a_file_says_it_and_when_it_is_reduced(monkeypatch, mode, large):
-    monkeypatch.setattr("panorama_vlm.reading_panorama._LARGE", large)
+    for room in ("reading", "placing"):
+        monkeypatch.setattr(f"panorama_vlm.{room}_panorama.LARGE", large)
     data, seen = see_through(mode)
     panorama = read_panorama(data, 64)
     k = 4 if large == 1000 else 1
