@@ -1,14 +1,10 @@
 """What is each part of the design worth? The same data, budget and language model, one part changed at a time.
 
 `python -m panorama_vlm.benchmarks.ablation [--model . --panoramas 1200 --seeds 0 1 2 --variants ... --parallel 2]`
-moves a trained model to other views and tokens: each variant is asked as it is, trained on for some panoramas by the
-trainer, and asked again; a quarter of an hour a variant and core. The model learned by the design, so what others lose
-is at most what is shown.
-
-`--from-random` trains each variant from random weights instead, in two stages: `vision` on a third of the panoramas,
-`finetune` on the rest. That asks more (what stage 1, the position code and the optimizer are worth, too), and needs a
-GPU: after 4,500 panoramas, twenty minutes of a core, the design with a language model of a third of the size still
-answered by chance (19 %, chance is 21).
+changes a trained model: other views and tokens, or parts that start anew and are taught by another stage 1, position
+code or optimizer. Each variant is trained on for some panoramas by the trainer and asked; those of which nothing starts
+anew are asked before, too. It takes 15 to 25 minutes a variant and core. The model learned by the design, so what
+others lose is at most what is shown; parts that start anew are equal among themselves.
 
 The scenes hold solids alone and nothing real around them, and no run trains on those that are asked about. Printed are
 accuracy by kind, image tokens, and the time of tower and language model a panorama. What is done is not done again:
@@ -27,41 +23,68 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from ..configuration_panorama import PanoramaConfig
 from ..modeling_panorama import PanoramaVLM
 from ..processing_panorama import PanoramaProcessor
 from ..synthetic.cutouts import VARIABLE
 from ..synthetic.write import METADATA, World, row_of
 from ..train.build import load_start
-from ..train.config import CONFIGS, load_config
+from ..train.config import CONFIGS, TrainConfig
 
-BATCH, BATCH_ON = 16, 4  # panoramas a step, from random weights and from a model
+BATCH = 4  # panoramas a step
 _SEED = 31_337  # of the scenes that are asked about
-_NO_OVERLAP = {"vicreg_loss_weight": 0.0}  # there is nothing to compare: labels alone
-Change = dict[str, Any]
-# Of each variant what differs from the design: options of the model; `optimizer`, those of both stages; `from_random`,
-# whether there is no stage `vision`.
-VARIANTS: dict[str, Change] = {
-    "the design": {},
-    "one squeezed image": {"view_strategy": "resize", "pole_caps": False, "image_size": 288, **_NO_OVERLAP},
-    "cubemap": {"view_strategy": "cubemap", "pole_caps": False, **_NO_OVERLAP},
-    "four tiles that touch": {"view_strategy": "tiles", "pole_caps": False, **_NO_OVERLAP},
-    "with a global view": {"view_strategy": "anyres_e2p"},
-    "all tokens": {"token_selection": "all"},
-    "no position code": {"position_encoding": "none"},
-    "no stage 1": {"from_random": True},
-    "stage 1: labels alone": {"vicreg_loss_weight": 0.0},
-    "no views up and down": {"pole_caps": False},
-    "the same, stage 1: strips": {
-        "use_anyres_e2p_vicreg": False,
-        "pole_caps": False,
-    },  # strips know rows of views alone
-    "AdamW": {"optimizer": {"optimizer": "adamw", "learning_rate": 5e-4, "learning_rates": {}}},
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the design.
+
+    Attributes:
+        options: of the model.
+        anew: parts of the model that start as if they had learned nothing.
+        stage_1: options of stage `vision`, which a quarter of the panoramas is for; without it there is none.
+        optimizer: options of both stages.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    anew: tuple[str, ...] = ()
+    stage_1: dict[str, Any] | None = None
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def learns_to_look(self) -> bool:
+        """Whether the language model has to find its way in the image tokens anew."""
+        return bool(self.anew) or "position_encoding" in self.options
+
+
+_CODE, _RESAMPLER = ("projection.ray",), ("resampler",)
+_ROWS = {"pole_caps": False}  # strips know rows of views alone
+_TAUGHT = {"label_loss_weight": 1.0, "learning_rate": 1.2e-3, "learning_rates": {"vision_tower": 1.5e-4}}
+VARIANTS = {
+    "the design": Variant(),
+    "one squeezed image": Variant({"view_strategy": "resize", "pole_caps": False, "image_size": 288}),
+    "cubemap": Variant({"view_strategy": "cubemap", "pole_caps": False}),
+    "four tiles that touch": Variant({"view_strategy": "tiles", "pole_caps": False}),
+    "with a global view": Variant({"view_strategy": "anyres_e2p"}),
+    "all tokens": Variant({"token_selection": "all"}),
+    "no views up and down": Variant({"pole_caps": False}),
+    "no position code": Variant({"position_encoding": "none"}),
+    "position code anew": Variant(anew=_CODE),
+    "position code anew, AdamW": Variant(anew=_CODE, optimizer={"optimizer": "adamw"}),
+    "resampler anew": Variant(anew=_RESAMPLER),
+    "resampler anew, stage 1: labels alone": Variant({"vicreg_loss_weight": 0.0}, _RESAMPLER, _TAUGHT),
+    "resampler anew, stage 1: labels and rays": Variant({}, _RESAMPLER, _TAUGHT),
+    "resampler anew, stage 1: rays, no views up and down": Variant(_ROWS, _RESAMPLER, _TAUGHT),
+    "resampler anew, stage 1: strips, no views up and down": Variant(
+        _ROWS | {"use_anyres_e2p_vicreg": False}, _RESAMPLER, _TAUGHT
+    ),
 }
 GROUPS = {
     "what is there": ("existence", "colour", "shape", "size"),
@@ -70,19 +93,15 @@ GROUPS = {
     "frame of reference": ("order", "after_turning", "facing"),
     "places": ("grounding",),
 }
-# What a model that has learned can be moved to: its stage 1 is over, and it has weights for its position code.
-LAYOUTS = (
-    *("the design", "one squeezed image", "cubemap", "four tiles that touch", "with a global view", "all tokens"),
-    "no views up and down",
-)
-_GENTLY = {"learning_rate": 5e-4, "learning_rates": {"vision_tower": 1.5e-4}}
+_GENTLY = {"learning_rate": 5e-4, "learning_rates": {"vision_tower": 1.5e-4}}  # a model that has learned
+_BOLDLY = {"learning_rate": 1e-3, "learning_rates": {"vision_tower": 5e-4}}  # one that has to learn to look again
 KINDS = tuple(kind for group in GROUPS.values() for kind in group)
 _RARE = "adjacent_across_seam"  # one scene in ten has something to ask about the seam
 TABLES = (
     *("existence", "colour", "shape", "size", "direction", "heading", "what_is_in_direction", "what_is_at_place"),
     *("grounding", "order", "facing", "after_turning"),
 )
-DATA = (  # who has learned to look needs fewer tables, and gets more panoramas for the same time
+DATA = (  # a model that has learned to look needs fewer tables, and gets more panoramas for the same time
     "synthetic://?scenes=1000000&seed=8&width=512&backgrounds=&steps=true&questions=6&tables={tables}"
     f"&kinds={','.join(kind for kind in KINDS if kind != _RARE)},{_RARE}:5&table_kinds={','.join(TABLES)}"
 )
@@ -92,10 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(prog="python -m panorama_vlm.benchmarks.ablation", description=__doc__)
     parser.add_argument("--model", default=".", help="folder or Hub id that every variant starts from (default: .)")
-    parser.add_argument("--from-random", action="store_true", help="start from random weights instead")
-    parser.add_argument(
-        "--panoramas", type=int, help="that each variant is trained on (default: 1200, from random 12000)"
-    )
+    parser.add_argument("--panoramas", type=int, default=1200, help="that each variant is trained on (default: 1200)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each (default: 0)")
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS], metavar="NAME", help="(default: all)")
     parser.add_argument("--scenes", type=int, default=100, help="that are asked about (default: 100)")
@@ -103,16 +119,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes a run that draw scenes (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("build/ablation"))
     options = parser.parse_args(arguments)
-    options.model = None if options.from_random else options.model
-    possible = [*(VARIANTS if options.model is None else LAYOUTS)]
-    options.variants = options.variants or possible
-    if wrong := [name for name in options.variants if name not in possible]:
-        parser.error(
-            f"--variants {wrong} are for --from-random alone: of a model that has learned there are {possible}"
-        )
-    options.panoramas = options.panoramas or (12_000 if options.model is None else 1200)
-    if options.panoramas < 3 * BATCH:
-        parser.error(f"--panoramas must be at least {3 * BATCH}, got {options.panoramas}")
+    options.variants = options.variants or [*VARIANTS]
+    if options.panoramas < 8 * BATCH:
+        parser.error(f"--panoramas must be at least {8 * BATCH}, got {options.panoramas}")
     if not 1 <= options.parallel <= (os.cpu_count() or 1):
         parser.error(f"--parallel must be from 1 to {os.cpu_count()}, the cores there are, got {options.parallel}")
     os.environ[VARIABLE] = ""  # solids alone, here and in what is started
@@ -154,25 +163,20 @@ def write_scenes(output: Path, count: int) -> Path:
     return folder
 
 
-def configuration(
-    name: str, seed: int, panoramas: int, workers: int = 0, model: str | None = None
-) -> tuple[dict[str, Any], list[str]]:
+def configuration(name: str, seed: int, panoramas: int, workers: int = 0) -> tuple[dict[str, Any], list[str]]:
     """What the trainer is given, and the stages to train, in order."""
+    variant = VARIANTS[name]
     config = yaml.safe_load((CONFIGS / "default_model.yaml").read_text(encoding="utf-8"))
-    change = dict(VARIANTS[name])
-    optimizer, from_random = change.pop("optimizer", {}), change.pop("from_random", False)
-    del config["vision"]["data"], config["resampler"], config["finetune"]["data"]
-    config["data"] = [{"path": DATA.format(tables=3 if model is None else 1)}]
-    if model is None:
-        config["options"] |= change
-        first, batch = 0 if from_random else panoramas // 3, BATCH
-    else:
-        del config["compose"]
-        config |= {"model": model, "options": change}
-        first, batch, optimizer = 0, BATCH_ON, _GENTLY
-    steps = {"vision": max(1, first // batch), "finetune": (panoramas - first) // batch}
-    for stage, count in steps.items():
-        config[stage] |= {"max_steps": count, "batch_size": batch, **optimizer}
+    del config["compose"], config["options"], config["resampler"]
+    del config["vision"]["data"], config["finetune"]["data"]
+    config["data"] = [{"path": DATA.format(tables=3 if variant.learns_to_look else 1)}]
+    first = 0 if variant.stage_1 is None else panoramas // 4
+    config["vision"] |= variant.stage_1 or {}
+    config["finetune"] |= _BOLDLY if variant.learns_to_look else _GENTLY
+    for stage, count in {"vision": first, "finetune": panoramas - first}.items():
+        config[stage] |= {"max_steps": max(1, count // BATCH), "batch_size": BATCH, **variant.optimizer}
+    if not first:
+        del config["vision"]
     config |= {"seed": seed, "num_workers": workers, "log_every": 25, "save_every": 250, "keep_checkpoints": 1}
     return config, ["vision", "finetune"] if first else ["finetune"]
 
@@ -184,32 +188,46 @@ def folder_of(name: str, seed: int, options: argparse.Namespace) -> Path:
 
 
 def prepare(name: str, seed: int, options: argparse.Namespace) -> None:
-    """Write what a run is given: its configuration, and the model that it starts from at other views and tokens."""
+    """Write what a run is given: its configuration, and the model that it starts from, changed."""
     folder = folder_of(name, seed, options)
     folder.mkdir(parents=True, exist_ok=True)
-    written, _ = configuration(name, seed, options.panoramas, options.workers, options.model)
+    written, _ = configuration(name, seed, options.panoramas, options.workers)
     file = folder / "ablation.yaml"
     if file.is_file() and yaml.safe_load(file.read_text(encoding="utf-8")) != written:
         raise SystemExit(f"{folder} holds a run with other options: choose another --output, or remove it")
     file.write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
-    if options.model is not None and not (folder / "moved" / "processor_config.json").is_file():
-        for part in load_start(load_config([str(file)])):
+    if not (folder / "moved" / "processor_config.json").is_file():
+        for part in change(options.model, VARIANTS[name], seed):
             part.save_pretrained(folder / "moved")
 
 
+def change(path: str, variant: Variant, seed: int) -> tuple[PanoramaVLM, PanoramaProcessor]:
+    """The model at `path` (a folder or a Hub id) with a variant's options, what starts anew forgotten, and its
+    processor."""
+    kept = {key: value for key, value in variant.options.items() if key != "position_encoding"}
+    model, processor = load_start(TrainConfig(model=path, options=kept))
+    weights = model.state_dict()
+    torch.manual_seed(_SEED + seed)  # not a seed that the model itself may have started from
+    fresh = PanoramaVLM(PanoramaConfig.from_dict(model.config.to_dict() | variant.options))
+    forgotten = tuple(f"{model.base_model_prefix}.{part}." for part in variant.anew)
+    own = fresh.state_dict()
+    fresh.load_state_dict({key: own[key] if key.startswith(forgotten) else weights[key] for key in own})
+    return fresh, processor
+
+
 def run(name: str, seed: int, options: argparse.Namespace, scenes: Path) -> dict[str, Any]:
-    """Train and ask one variant, a model that has learned before, too; what is worth to know of it."""
+    """Train and ask one variant; where nothing of it starts anew it is asked before, too."""
     folder = folder_of(name, seed, options)
-    _, stages = configuration(name, seed, options.panoramas, options.workers, options.model)
-    file = folder / "ablation.yaml"
-    found: dict[str, Any] = {}
-    if options.model is not None:
+    _, stages = configuration(name, seed, options.panoramas, options.workers)
+    found: dict[str, Any] = {"as it is": None}
+    if not VARIANTS[name].anew:
         found["as it is"] = accuracies(folder / "moved", folder, options, scenes)["mean"]
     for stage in stages:  # each from the one before, which the trainer finds
         if not (folder / stage / "config.json").is_file():
-            _call(options, "panorama_vlm.train", str(file), "--stage", stage, "--output", str(folder))
+            own = ["--model", str(folder / "moved"), "--stage", stage, "--output", str(folder)]
+            _call(options, "panorama_vlm.train", str(folder / "ablation.yaml"), *own)
     found |= accuracies(folder / "finetune", folder, options, scenes)
-    shown = [f"{key} {100 * share:.1f}" for key, share in found.items() if key != "kinds"]
+    shown = [f"{key} {100 * share:.1f}" for key, share in found.items() if key != "kinds" and share is not None]
     print(name, f"seed {seed}", *shown, sep=", ", flush=True)
     return found
 
@@ -279,9 +297,11 @@ def line(name: str, row: dict[str, list[Any]]) -> str:
     return f"| {name} | " + " | ".join(_cell(column, row[column]) for column in _COLUMNS if column in row) + " |"
 
 
-def _cell(column: str, values: Sequence[float]) -> str:
+def _cell(column: str, values: Sequence[float | None]) -> str:
     share = column in _SHARES
-    shown = [100 * value if share else value for value in values]
+    shown = [100 * value if share else value for value in values if value is not None]
+    if not shown:
+        return ""
     words = f"{statistics.mean(shown):.{1 if share else 0}f}"
     return words + (f" ({min(shown):.1f} to {max(shown):.1f})" if share and len(shown) > 1 else "")
 
