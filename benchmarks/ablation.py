@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +192,12 @@ def prepare(name: str, seed: int, options: argparse.Namespace) -> None:
     folder = folder_of(name, seed, options)
     folder.mkdir(parents=True, exist_ok=True)
     written, _ = configuration(name, seed, options.panoramas, options.workers)
-    file = folder / "ablation.yaml"
-    if file.is_file() and yaml.safe_load(file.read_text(encoding="utf-8")) != written:
+    told = json.loads(json.dumps({"model": options.model, **asdict(VARIANTS[name]), "trainer": written}))
+    file = folder / "ablation.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != told:
         raise SystemExit(f"{folder} holds a run with other options: choose another --output, or remove it")
-    file.write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
+    file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    (folder / "ablation.yaml").write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
     if not (folder / "moved" / "processor_config.json").is_file():
         for part in change(options.model, VARIANTS[name], seed):
             part.save_pretrained(folder / "moved")

@@ -99,5 +99,8 @@ def test_a_model_that_has_learned_is_changed_and_what_is_done_is_not_done_again(
     assert len(called) == 6
     with pytest.raises(SystemExit, match="holds a run with other options"):
         ablation.main([*own, "--workers", "1"])
+    shutil.copytree(learned, tmp_path / "other")
+    with pytest.raises(SystemExit, match="holds a run with other options"):
+        ablation.main([*own, "--model", str(tmp_path / "other")])
     with pytest.raises(SystemExit):
         ablation.main([*own, "--panoramas", "31"])
