@@ -102,7 +102,7 @@ lint: $(VENV)/.ready
 types: $(VENV)/.ready
 	@echo "== mypy"
 	@rm -rf build/types && mkdir -p build/types/panorama_vlm
-	@for part in *.py data synthetic evaluation train search demo benchmarks tests; do ln -s ../../../$$part build/types/panorama_vlm/; done
+	@for part in *.py data synthetic evaluation pictures train search demo benchmarks tests; do ln -s ../../../$$part build/types/panorama_vlm/; done
 	@cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p panorama_vlm
 
 $(VENV)/.docs: $(VENV)/.demo

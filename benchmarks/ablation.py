@@ -113,13 +113,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default=".", help="folder or Hub id that every variant starts from (default: .)")
     parser.add_argument("--panoramas", type=int, default=1200, help="that each variant is trained on (default: 1200)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each (default: 0)")
-    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS], metavar="NAME", help="(default: all)")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=[*VARIANTS],
+        metavar="NAME",
+        help=f"of {[*VARIANTS]} (default: other views and tokens alone)",
+    )
     parser.add_argument("--scenes", type=int, default=100, help="that are asked about (default: 100)")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
     parser.add_argument("--workers", type=int, default=0, help="processes a run that draw scenes (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("build/ablation"))
     options = parser.parse_args(arguments)
-    options.variants = options.variants or [*VARIANTS]
+    options.variants = options.variants or [name for name, each in VARIANTS.items() if not each.learns_to_look]
     if options.panoramas < 8 * BATCH:
         parser.error(f"--panoramas must be at least {8 * BATCH}, got {options.panoramas}")
     if not 1 <= options.parallel <= (os.cpu_count() or 1):
